@@ -1,0 +1,310 @@
+"""A view of a Hugging Face causal language model as embedding, layers, final norm and head.
+
+Shapes: B batch, L length, D hidden, V vocabulary, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from blindtune.errors import ModelError, UnsupportedModelError
+from blindtune.models.blocks import LowRankLinear, split_parts
+from blindtune.models.families import Family, Linear, family_of
+
+
+class LayerCall(NamedTuple):
+    """What the backbone passes to one layer after the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """Everything that the layers of a model need for one batch."""
+
+    hidden_BLD: Tensor
+    """What enters layer 0: embedded tokens, with positions where the family adds them."""
+    calls: tuple[LayerCall, ...]
+    """One call a layer: masks, position embeddings; they differ by layer type (Gemma)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """A linear module of a layer, read in one orientation whatever the family stores.
+
+    A fused module has several parts (query, key, value); a plain one has one.
+    """
+
+    path: str
+    """Dotted path inside the layer."""
+    module: nn.Module
+    """An `nn.Linear`, a GPT-2 `Conv1D`, or a `LowRankLinear` put there by compression."""
+    parts: tuple[str, ...]
+    """What the parts are, in row order."""
+    sizes: tuple[int, ...]
+    """Output features of every part."""
+    in_features: int
+    heads: int | None
+    """None for stacked rows; the number of heads when the parts alternate head by head."""
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """The weight [O_part, I] of every part, as a view or copy of the module's weight."""
+        if isinstance(self.module, LowRankLinear):
+            weight_IO = self.module.dense_weight().T
+        elif isinstance(self.module, Conv1D):
+            weight_IO = self.module.weight
+        else:
+            assert isinstance(self.module, nn.Linear), type(self.module)
+            weight_IO = self.module.weight.T
+        return tuple(part.T for part in split_parts(weight_IO.detach(), self.sizes, self.heads))
+
+    @property
+    def bias_O(self) -> Tensor | None:
+        """The bias [O] in the module's own row layout, or None."""
+        bias = self.module.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return None if bias is None else bias.detach()
+
+    def low_rank(self, ranks: Sequence[int]) -> LowRankLinear:
+        """A low-rank module that can take this one's place: same shape, layout and bias.
+
+        Its factors still have to be set (`LowRankLinear.set_factors`); dtype and device follow the
+        module.
+
+        Args:
+            ranks: one rank a part.
+        """
+        like = next(self.module.parameters())
+        module = LowRankLinear(
+            self.in_features,
+            list(zip(self.sizes, ranks, strict=True)),
+            bias=self.bias_O is not None,
+            heads=self.heads,
+        ).to(device=like.device, dtype=like.dtype)
+        if module.bias is not None and self.bias_O is not None:
+            with torch.no_grad():
+                module.bias.copy_(self.bias_O)
+        return module
+
+
+class _Recorder(nn.Module):
+    """Stands in for a layer: notes its arguments and returns the hidden states unchanged."""
+
+    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
+        super().__init__()
+        self._wrapped = (layer,)  # in a tuple, so that it is not registered as a submodule
+        self._returns_tuple = returns_tuple
+        self.hidden: Tensor | None = None
+        self.call: LayerCall | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_wrapped"][0], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.hidden = hidden_states
+        self.call = LayerCall(args, kwargs)
+        return (hidden_states, None) if self._returns_tuple else hidden_states
+
+
+@final
+class Decoder:
+    """A causal language model seen as embedding, layers, final norm and head.
+
+    Nothing is copied: the view reads and runs the modules of the model that it was given, and
+    follows surgery on it.
+
+    Raises:
+        UnsupportedModelError: the family is unknown, or the model lacks a part the table names.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.family: Family = family_of(model.config)
+        missing = [
+            f"{role} {path!r}"
+            for role, path in (
+                ("layers", self.family.layers),
+                ("embedding", self.family.embedding),
+                ("final_norm", self.family.final_norm),
+                ("head", self.family.head),
+            )
+            if not _has_path(model, path)
+        ]
+        if missing:
+            raise UnsupportedModelError(
+                f"expected a causal language model of the {self.family.name} family, got "
+                f"{type(model).__name__} without {', '.join(missing)}; load it with "
+                "AutoModelForCausalLM, or correct the family's names (docs/families.md)"
+            )
+
+    @property
+    def config(self) -> Any:
+        """The model's config."""
+        return self.model.config
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+        layers = self.model.get_submodule(self.family.layers)
+        assert isinstance(layers, nn.ModuleList), type(layers)
+        return layers
+
+    @property
+    def layer_count(self) -> int:
+        """How many layers there are."""
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the hidden states."""
+        return int(self.config.hidden_size)
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The token embedding."""
+        return self.model.get_submodule(self.family.embedding)
+
+    @property
+    def head(self) -> nn.Module:
+        """The output projection onto the vocabulary."""
+        return self.model.get_submodule(self.family.head)
+
+    def is_raw(self, i: int) -> bool:
+        """Whether slot `i` holds a layer with attention, not a harmonizer or the like."""
+        return _has_path(self.layers[i], self.family.attention[0].path)
+
+    def begin(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> LayerInputs:
+        """Embed a batch and find out what the backbone would pass to every layer.
+
+        The backbone itself is run with every layer swapped for a recorder, so masks and positions
+        are the model's own. Not safe while another thread runs the same model.
+
+        Args:
+            input_ids_BL: token ids [B, L].
+            attention_mask_BL: 1 for tokens, 0 for padding [B, L]; None for no padding.
+
+        Raises:
+            UnsupportedModelError: the backbone does not treat its layers as the table says.
+        """
+        with self._recording() as recorders:
+            backbone = self.model.get_submodule(self.family.layers.rpartition(".")[0])
+            backbone(input_ids=input_ids_BL, attention_mask=attention_mask_BL, use_cache=False)
+        first = recorders[0].hidden
+        calls = tuple(recorder.call for recorder in recorders if recorder.call is not None)
+        shapes = {r.hidden.shape for r in recorders if r.hidden is not None}
+        if first is None or len(calls) != len(recorders) or len(shapes) != 1 or first.ndim != 3:
+            raise UnsupportedModelError(
+                f"expected the {self.family.name} backbone to run its layers one after the other, "
+                "got another order or return type; check `returns_tuple` of the family against the "
+                "installed version of transformers (docs/families.md)"
+            )
+        return LayerInputs(first, calls)
+
+    @contextmanager
+    def _recording(self) -> Iterator[list[_Recorder]]:
+        layers = self.layers
+        originals = list(layers)
+        recorders = [_Recorder(layer, self.family.returns_tuple) for layer in originals]
+        try:
+            for i, recorder in enumerate(recorders):
+                layers[i] = recorder
+            yield recorders
+        finally:
+            for i, layer in enumerate(originals):
+                layers[i] = layer
+
+    def run_layer(
+        self, i: int, hidden_BLD: Tensor, call: LayerCall, layer: nn.Module | None = None
+    ) -> Tensor:
+        """Hidden states [B, L, D] after layer `i`, or after `layer` in its place."""
+        out = (self.layers[i] if layer is None else layer)(hidden_BLD, *call.args, **call.kwargs)
+        hidden: Tensor = out[0] if isinstance(out, tuple) else out
+        return hidden
+
+    def run_layers(
+        self, hidden_BLD: Tensor, calls: Sequence[LayerCall], start: int, stop: int
+    ) -> Tensor:
+        """Hidden states [B, L, D] after the layers start .. stop-1."""
+        assert 0 <= start <= stop <= self.layer_count, (start, stop, self.layer_count)
+        for i in range(start, stop):
+            hidden_BLD = self.run_layer(i, hidden_BLD, calls[i])
+        return hidden_BLD
+
+    def logits(self, hidden_BLD: Tensor) -> Tensor:
+        """Logits [B, L, V] from what leaves the last layer [B, L, D]."""
+        for path in (self.family.final_norm, self.family.after_norm):
+            module = None if path is None else _at_path(self.model, path)
+            if module is not None:
+                hidden_BLD = module(hidden_BLD)
+        logits_BLV: Tensor = self.head(hidden_BLD)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits_BLV if cap is None else torch.tanh(logits_BLV / cap) * cap
+
+    def projections(self, i: int) -> tuple[Projection, ...]:
+        """The attention's linear maps of layer `i`: query, key, value (or fused) and output."""
+        return tuple(self._projection(i, linear) for linear in self.family.attention)
+
+    def feed_forward(self, i: int) -> tuple[Projection, ...]:
+        """The feed-forward network's linear maps of layer `i`."""
+        return tuple(self._projection(i, linear) for linear in self.family.feed_forward)
+
+    def _projection(self, i: int, linear: Linear) -> Projection:
+        layer = self.layers[i]
+        if not _has_path(layer, linear.path):
+            raise ModelError(
+                f"expected layer {i} to be a {self.family.name} layer with {linear.path!r}, got "
+                f"{type(layer).__name__}; only raw layers have projections"
+            )
+        module = layer.get_submodule(linear.path)
+        if isinstance(module, Conv1D):
+            in_features, out_features = module.weight.shape
+        else:
+            assert isinstance(module, nn.Linear | LowRankLinear), type(module)
+            in_features, out_features = module.in_features, module.out_features
+        return Projection(
+            path=linear.path,
+            module=module,
+            parts=linear.parts,
+            sizes=self._part_sizes(linear, out_features),
+            in_features=in_features,
+            heads=self.config.num_attention_heads if linear.interleaved else None,
+        )
+
+    def _part_sizes(self, linear: Linear, out_features: int) -> tuple[int, ...]:
+        """Output features of every part; with grouped queries, key and value are smaller."""
+        count = len(linear.parts)
+        if linear.parts == ("query", "key", "value"):
+            config = self.config
+            heads = config.num_attention_heads
+            groups = getattr(config, "num_key_value_heads", None) or heads
+            key = out_features * groups // (heads + 2 * groups)
+            return (out_features - 2 * key, key, key)
+        assert out_features % count == 0, (linear, out_features)
+        return (out_features // count,) * count
+
+
+def _at_path(root: nn.Module, path: str) -> Any:
+    """What lies at a dotted path, where a part may also be None or missing (None)."""
+    found: Any = root
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _has_path(root: nn.Module, path: str) -> bool:
+    """Whether a dotted path exists, even if it leads to None (a norm that a variant lacks)."""
+    parent, _, name = path.rpartition(".")
+    holder = _at_path(root, parent) if parent else root
+    return holder is not None and hasattr(holder, name)
