@@ -1,0 +1,374 @@
+"""A package: the one directory that a party hands to the other. Written whole, or not at all.
+
+It holds `manifest.json`, `manifest.sha256`, the weights, and a few small files from a fixed list
+(docs/package-format.md). Nothing in it is executed or unpickled. Opening checks, in this order:
+names, sizes, hashes, and only then what the files say.
+
+What is not covered: the hashes show that a package is whole, not who made it. Compare the package
+id with its maker over another channel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Literal, TypeVar, final, overload
+
+import msgspec
+from torch import Tensor
+
+from blindtune.errors import ConfigError, MismatchError, OutputError, PackageError
+from blindtune.exchange.files import (
+    open_regular,
+    output_error,
+    printable,
+    read_exactly,
+    read_verified,
+    sync_directory,
+    verify,
+    write_durably,
+)
+from blindtune.exchange.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    AdapterManifest,
+    EmulatorManifest,
+    FileEntry,
+    Manifest,
+    decode_manifest,
+    encode_manifest,
+    package_id,
+)
+from blindtune.exchange.tensors import (
+    Expected,
+    TensorFacts,
+    check_expected,
+    read_header,
+    read_tensors,
+    serialize,
+    shard,
+)
+
+DIGEST_NAME = "manifest.sha256"
+MAX_PACKAGE_BYTES = 256 << 30
+MAX_SHARD_BYTES = 4 << 30
+MAX_SHARDS = 999
+# Every file that may accompany the weights, and the most bytes that it may have.
+SMALL_FILES = {
+    "tokenizer.json": 64 << 20,
+    "tokenizer_config.json": 16 << 20,
+    "special_tokens_map.json": 1 << 20,
+    "chat_template.jinja": 1 << 20,
+    "generation_config.json": 1 << 20,
+    "LICENSE": 1 << 20,
+    "README.md": 1 << 20,
+}
+_SHARD = re.compile(r"weights-([0-9]{5})-of-([0-9]{5})\.safetensors")
+
+ManifestT = TypeVar("ManifestT", bound=Manifest, covariant=True)
+Kind = Literal["emulator", "adapter", "any"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Package(Generic[ManifestT]):
+    """A package whose every byte was checked against its manifest when it was opened.
+
+    Attributes:
+        path: its directory.
+        id: the package id; it pins every byte of every file.
+        manifest: what it says about itself.
+        header: facts of every tensor, of all shards.
+        shards: tensor names by weights file.
+    """
+
+    path: Path
+    id: str
+    manifest: ManifestT
+    header: Mapping[str, TensorFacts]
+    shards: Mapping[str, tuple[str, ...]]
+
+    def read_tensors(self, expected: Expected) -> dict[str, Tensor]:
+        """Read exactly the expected tensors (shape and dtype by name), all of them finite.
+
+        What is read is hashed once more, so files exchanged since opening are refused.
+
+        Raises:
+            MismatchError: other names, shapes or dtypes than expected; nothing was allocated.
+            PackageError: a value is NaN or infinite, or a file changed since opening.
+        """
+        check_expected(self.header, expected, self.path)
+        tensors: dict[str, Tensor] = {}
+        for file, names in self.shards.items():
+            wanted = {name: expected[name] for name in names}
+            stated = self.manifest.files[file].sha256
+            tensors |= read_tensors(self.path / file, wanted, sha256=stated)
+        return tensors
+
+    def read_file(self, name: str) -> bytes:
+        """Read one of the small files (a name in `manifest.files`), checked once more.
+
+        Raises:
+            PackageError: the package has no such file, or it changed since opening.
+        """
+        if name not in SMALL_FILES or name not in self.manifest.files:
+            raise PackageError(
+                f"{self.path}: expected a file {printable(name)} in the package, there "
+                "is none: ask for a package that has it"
+            )
+        entry = self.manifest.files[name]
+        return read_verified(self.path / name, size=entry.bytes, sha256=entry.sha256)
+
+
+@overload
+def open_package(
+    directory: Path | str, kind: Literal["emulator"], *, max_bytes: int = ...
+) -> Package[EmulatorManifest]: ...
+@overload
+def open_package(
+    directory: Path | str, kind: Literal["adapter"], *, max_bytes: int = ...
+) -> Package[AdapterManifest]: ...
+@overload
+def open_package(
+    directory: Path | str, kind: Literal["any"] = ..., *, max_bytes: int = ...
+) -> Package[Manifest]: ...
+def open_package(
+    directory: Path | str, kind: Kind = "any", *, max_bytes: int = MAX_PACKAGE_BYTES
+) -> Package[Manifest]:
+    """Open a package that the other party made, trusting none of it.
+
+    Args:
+        directory: where it is.
+        kind: which kind of package is wanted.
+        max_bytes: refuse a package whose files are larger together.
+
+    Raises:
+        ConfigError: there is no such directory.
+        PackageError: anything in it is not as docs/package-format.md demands.
+        MismatchError: it is a sound manifest of the other kind.
+    """
+    path = Path(directory)
+    try:
+        names = _list_names(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror or error}): check its permissions"
+        ) from error
+    for name in (MANIFEST_NAME, DIGEST_NAME):
+        if name not in names:
+            raise PackageError(f"{path}: {name} is missing: ask for the package again")
+    manifest_bytes = _read_manifest(path)
+    manifest = decode_manifest(manifest_bytes)
+    if kind != "any" and manifest.format != f"blindtune-{kind}":
+        raise MismatchError(
+            f"{path}: expected an {kind} package, this is a {manifest.format} package: "
+            "give the other directory"
+        )
+    weights = _check_entries(path, manifest, names, max_bytes)
+    for name, entry in manifest.files.items():
+        verify(path / name, size=entry.bytes, sha256=entry.sha256)
+    header: dict[str, TensorFacts] = {}
+    shards: dict[str, tuple[str, ...]] = {}
+    for name in weights:
+        found = read_header(path / name)
+        twice = next((tensor for tensor in found if tensor in header), None)
+        if twice is not None:
+            raise PackageError(
+                f"{path / name}: {twice} is in another shard too: ask for the package again"
+            )
+        header |= found
+        shards[name] = tuple(found)
+    return Package(
+        path=path, id=package_id(manifest_bytes), manifest=manifest, header=header, shards=shards
+    )
+
+
+def write_package(
+    directory: Path | str,
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+    files: Mapping[str, bytes],
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> str:
+    """Write a package under `directory`, whole or not at all, and return its id.
+
+    Everything is written and fsynced in a hidden sibling directory, `.NAME.*.partial`, and then
+    renamed. A process that is killed may leave that sibling behind, never a half package.
+
+    Args:
+        directory: where it shall be; it must not exist, or be empty.
+        manifest: what it says about itself; `files` is filled in here.
+        tensors: by name; float32, float16 or bfloat16, finite, on any device.
+        files: small files by name, each from SMALL_FILES.
+        overwrite: replace an earlier package (and nothing else) that is in the way.
+        max_shard_bytes: more tensor bytes than that go into several files.
+
+    Raises:
+        OutputError: it cannot be written, is in the way, or holds what no reader would accept.
+        PackageError: the manifest is not one that a reader would accept.
+    """
+    target = Path(directory).absolute()
+    _check_small_files(files)
+    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    try:
+        _check_target(target, overwrite)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir()
+            manifest_bytes = _fill(partial, manifest, shard(tensors, max_shard_bytes), files)
+            _publish(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise output_error(target, error) from error
+    return package_id(manifest_bytes)
+
+
+def _fill(
+    partial: Path,
+    manifest: Manifest,
+    shards: list[dict[str, Tensor]],
+    files: Mapping[str, bytes],
+) -> bytes:
+    entries: dict[str, FileEntry] = {}
+    for name, part in zip(_shard_names(len(shards)), shards, strict=True):
+        size, sha256 = write_durably(partial / name, serialize(part))
+        entries[name] = FileEntry(bytes=size, sha256=sha256)
+    for name, content in files.items():
+        size, sha256 = write_durably(partial / name, [content])
+        entries[name] = FileEntry(bytes=size, sha256=sha256)
+    manifest_bytes = encode_manifest(msgspec.structs.replace(manifest, files=entries))
+    write_durably(partial / MANIFEST_NAME, [manifest_bytes])
+    write_durably(partial / DIGEST_NAME, [_digest_line(manifest_bytes)])
+    sync_directory(partial)
+    return manifest_bytes
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Rename into place; what was in the way stays until the new package stands."""
+    retired = partial.with_suffix(".old")
+    if target.exists():
+        target.rename(retired)
+    try:
+        partial.rename(target)
+        sync_directory(target.parent)
+    except BaseException:
+        if not partial.exists():
+            target.rename(partial)
+        if retired.exists():
+            retired.rename(target)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["weights.safetensors"]
+    return [f"weights-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def _digest_line(manifest_bytes: bytes) -> bytes:
+    """The content of manifest.sha256, in the form that `sha256sum --check` reads."""
+    return f"{hashlib.sha256(manifest_bytes).hexdigest()}  {MANIFEST_NAME}\n".encode()
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise OutputError(f"{target}: expected a new directory, a file is there: choose another")
+    names = {entry.name for entry in target.iterdir()} if target.exists() else set()
+    if names and not overwrite:
+        raise OutputError(f"{target}: exists and is not empty: choose another directory")
+    own = {MANIFEST_NAME, DIGEST_NAME, "weights.safetensors", *SMALL_FILES}
+    foreign = sorted(name for name in names - own if not _SHARD.fullmatch(name))
+    if foreign or (names and MANIFEST_NAME not in names):
+        raise OutputError(
+            f"{target}: only an earlier package is overwritten, this directory is none "
+            f"({', '.join(foreign[:3]) or 'no ' + MANIFEST_NAME}): choose another directory"
+        )
+
+
+def _check_small_files(files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        if name not in SMALL_FILES or len(content) > SMALL_FILES[name]:
+            raise OutputError(
+                f"{name} ({len(content)} bytes) cannot go into a package: allowed are "
+                + ", ".join(f"{known} (<= {limit})" for known, limit in SMALL_FILES.items())
+            )
+
+
+def _list_names(path: Path) -> set[str]:
+    """Names in the directory, which may hold regular files only."""
+    if path.is_symlink():
+        raise PackageError(f"{path}: is a symbolic link: give the directory itself")
+    if not path.is_dir():
+        raise ConfigError(f"{path}: expected a package directory, there is none: check the path")
+    names: set[str] = set()
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if len(names) > MAX_SHARDS + 20:
+                raise PackageError(f"{path}: too many files for a package: ask for it again")
+            if not entry.is_file(follow_symlinks=False):
+                raise PackageError(
+                    f"{path}: {printable(entry.name)} is a link, a directory or a device; "
+                    "a package holds only regular files: ask for the package again"
+                )
+            names.add(entry.name)
+    return names
+
+
+def _read_manifest(path: Path) -> bytes:
+    handle, size = open_regular(path / MANIFEST_NAME)
+    with handle:
+        if size > MAX_MANIFEST_BYTES:
+            raise PackageError(
+                f"{path / MANIFEST_NAME}: {size} bytes, at most {MAX_MANIFEST_BYTES} are allowed: "
+                "ask for the package again"
+            )
+        manifest_bytes = read_exactly(handle, size, path / MANIFEST_NAME)
+    line = _digest_line(manifest_bytes)
+    handle, size = open_regular(path / DIGEST_NAME)
+    with handle:
+        if size != len(line) or read_exactly(handle, size, path / DIGEST_NAME) != line:
+            raise PackageError(
+                f"{path}: {DIGEST_NAME} is not the hash of {MANIFEST_NAME}: one of them is "
+                "altered, ask for the package again"
+            )
+    return manifest_bytes
+
+
+def _check_entries(path: Path, manifest: Manifest, names: set[str], max_bytes: int) -> list[str]:
+    """Check names and sizes against the manifest; return the weights files in order."""
+    listed = set(manifest.files)
+    weights = sorted(listed - set(SMALL_FILES))
+    if weights != _shard_names(max(1, len(weights))) or len(weights) > MAX_SHARDS:
+        raise _disagreement(path, "its weights files are not a complete set", weights)
+    if missing := listed - names:
+        raise _disagreement(path, "files are missing", missing)
+    if extra := names - listed - {MANIFEST_NAME, DIGEST_NAME}:
+        raise _disagreement(path, "files are not in the manifest", extra)
+    large = [
+        n for n, limit in SMALL_FILES.items() if n in listed and manifest.files[n].bytes > limit
+    ]
+    if large:
+        raise _disagreement(path, "files are too large", large)
+    total = sum(entry.bytes for entry in manifest.files.values())
+    if total > max_bytes:
+        raise PackageError(
+            f"{path}: {total} bytes, at most {max_bytes} were allowed: raise the limit only if "
+            "you expect a package of that size"
+        )
+    return weights
+
+
+def _disagreement(path: Path, what: str, names: Iterable[str]) -> PackageError:
+    shown = printable(", ".join(sorted(names)[:5]) or "none")
+    return PackageError(f"{path}: {what} ({shown}): ask for the package again")
