@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import linear, relu
 
 
 class Harmonizer(nn.Module):
@@ -55,7 +55,7 @@ class Harmonizer(nn.Module):
         Takes whatever a decoder layer takes and uses only the hidden states; the KV cache among
         the arguments is not touched.
         """
-        out_BLD: Tensor = hidden_states + self.up(F.relu(self.down(self.normalize(hidden_states))))
+        out_BLD: Tensor = hidden_states + self.up(relu(self.down(self.normalize(hidden_states))))
         return (out_BLD, None) if self.returns_tuple else out_BLD
 
 
@@ -112,9 +112,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] to [..., O]."""
-        outs = [
-            F.linear(F.linear(x, down), up) for down, up in zip(self.down, self.up, strict=True)
-        ]
+        outs = [linear(linear(x, down), up) for down, up in zip(self.down, self.up, strict=True)]
         y = join_parts(outs, self.heads)
         return y if self.bias is None else y + self.bias
 
@@ -136,12 +134,14 @@ def join_parts(parts: Sequence[Tensor], heads: int | None) -> Tensor:
         return parts[0]
     if heads is None:
         return torch.cat(list(parts), dim=-1)
-    return torch.cat([part.unflatten(-1, (heads, -1)) for part in parts], dim=-1).flatten(-2)
+    per_head = [part.reshape(*part.shape[:-1], heads, -1) for part in parts]
+    return torch.cat(per_head, dim=-1).flatten(-2)
 
 
 def split_parts(fused: Tensor, sizes: Sequence[int], heads: int | None) -> tuple[Tensor, ...]:
     """The inverse of `join_parts`: the fused [..., sum O_p] to its parts [..., O_p]."""
     if heads is None or len(sizes) == 1:
-        return fused.split(list(sizes), dim=-1)
-    per_head = fused.unflatten(-1, (heads, -1)).split([size // heads for size in sizes], dim=-1)
-    return tuple(part.flatten(-2) for part in per_head)
+        return torch.split(fused, list(sizes), dim=-1)
+    per_head = fused.reshape(*fused.shape[:-1], heads, -1)
+    parts = torch.split(per_head, [size // heads for size in sizes], dim=-1)
+    return tuple(part.flatten(-2) for part in parts)

@@ -174,12 +174,14 @@ class Decoder:
     @property
     def embedding(self) -> nn.Module:
         """The token embedding."""
-        return self.model.get_submodule(self.family.embedding)
+        module: nn.Module = self.model.get_submodule(self.family.embedding)
+        return module
 
     @property
     def head(self) -> nn.Module:
         """The output projection onto the vocabulary."""
-        return self.model.get_submodule(self.family.head)
+        module: nn.Module = self.model.get_submodule(self.family.head)
+        return module
 
     def is_raw(self, i: int) -> bool:
         """Whether slot `i` holds a layer with attention, not a harmonizer or the like."""

@@ -176,7 +176,7 @@ def family_of(config: Any) -> Family:
         value = getattr(config, key, None)
         if breaks(value):
             raise UnsupportedModelError(
-                f"expected a plain causal {family.name} decoder, got a config with {key}={value!r}: "
-                f"{reason}"
+                f"expected a plain causal {family.name} decoder, got a config with "
+                f"{key}={value!r}: {reason}"
             )
     return family

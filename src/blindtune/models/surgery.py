@@ -93,7 +93,7 @@ def _renumber(decoder: Decoder) -> None:
     for slot, layer in enumerate(decoder.layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = slot
+                setattr(module, "layer_idx", slot)  # noqa: B010
     for key in decoder.family.per_layer:
         values = list(getattr(decoder.config, key))
         for slot in range(len(values)):

@@ -1,0 +1,144 @@
+"""Open models and tokenizers: a local directory, a hub name, or the embedded default.
+
+No code from a model's directory is ever run, no pickle is ever read, and a checkpoint that lacks a
+weight is refused (transformers alone would fill it with random numbers and print a warning).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from blindtune.errors import ModelError
+from blindtune.models import embedded
+from blindtune.models.families import family_of
+
+# What transformers, huggingface_hub and safetensors raise for a model that cannot be opened;
+# hub and network errors are OSErrors.
+_FOREIGN = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
+
+
+def load_model(
+    name: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Load a causal language model of a known family, in eval mode.
+
+    Args:
+        name: a local directory, a hub name, or `smollm2-135m` (the embedded default).
+        dtype: of the weights; bfloat16 is slow on CPUs.
+        device: where the weights go.
+
+    Raises:
+        UnsupportedModelError: the model's family is not in the table of families.
+        ModelError: no such model, no safetensors weights, or weights missing or misshapen.
+    """
+    source = _resolve(name)
+    config = _load_config(source)
+    family_of(config)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except _FOREIGN as error:
+        raise ModelError(
+            f"expected safetensors weights that fit the config in {source}, got: "
+            f"{_first_line(error)}; check that the download or copy is complete, and convert "
+            "pickled weights with save_pretrained"
+        ) from error
+    absent = sorted(info["missing_keys"])
+    if absent:
+        raise ModelError(
+            f"expected every weight of the model in {source}, got a checkpoint without "
+            f"{len(absent)} of them ({', '.join(absent[:3])}{', ...' if absent[3:] else ''}); "
+            "get the complete checkpoint"
+        )
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model; it always has an end and a padding token.
+
+    Args:
+        name: as for `load_model`. A tokenizer without a padding token pads with its end token.
+
+    Raises:
+        ModelError: there is no tokenizer, or it has no end-of-text token.
+    """
+    source = _resolve(name)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except _FOREIGN as error:
+        raise ModelError(
+            f"expected a tokenizer in {source}, got: {_first_line(error)}; put tokenizer.json and "
+            "tokenizer_config.json beside the weights"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"expected a tokenizer with an end-of-text token in {source}, got none; set eos_token "
+            "in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
+
+
+def _resolve(name: str | Path) -> str:
+    """What to hand to transformers for a model name: a directory, or a hub name."""
+    if str(name) == embedded.NAME:
+        return str(embedded.model_directory())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / "adapter_config.json").exists():
+            raise ModelError(
+                f"expected a whole model in {path}, got a PEFT adapter; merge it into its model "
+                "first (merge_and_unload, save_pretrained)"
+            )
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"expected a Hugging Face model directory, got {path} without config.json; give "
+                "the directory that holds config.json and the weights"
+            )
+        return str(path)
+    looks_local = path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1
+    if looks_local or path.exists():
+        raise ModelError(
+            f"expected a model directory, got {name}, which is not a directory; give a directory, "
+            f"a hub name, or {embedded.NAME}"
+        )
+    return str(name)
+
+
+def _load_config(source: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except _FOREIGN as error:
+        if Path(source).is_dir():
+            what, advice = f"a readable config.json in {source}", "check the file"
+        else:
+            what = f"a model named {source!r} on the hub or in its local cache"
+            advice = (
+                f"without a network give a local directory or {embedded.NAME}; a private model "
+                "needs `hf auth login`"
+            )
+        raise ModelError(f"expected {what}, got: {_first_line(error)}; {advice}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
