@@ -1,0 +1,241 @@
+"""The five rows of offsite-tuning side by side, and what follows from them.
+
+Xiao, Lin, Han 2023 (arXiv 2302.04870): ZS is the full model untouched, FT the full model
+fine-tuned, Emulator ZS and Emulator FT the emulator before and after tuning, Plug-in the full
+model with the returned adapter. Further rows (other emulators, other ways of tuning) may stand
+beside them under names of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from blindtune.errors import DataError, OutputError
+
+ZS = "ZS"
+EMULATOR_ZS = "Emulator ZS"
+EMULATOR_FT = "Emulator FT"
+PLUG_IN = "Plug-in"
+FT = "FT"
+FIVE_ROWS = (ZS, EMULATOR_ZS, EMULATOR_FT, PLUG_IN, FT)
+
+LEAST_GAIN = 1e-3
+"""Nats or accuracy that the better reference must gain over ZS for recovery to mean anything."""
+
+
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    """Mean and sample standard deviation over runs; no deviation for a single run."""
+
+    mean: float
+    deviation: float | None
+    runs: int
+
+    def __format__(self, spec: str) -> str:
+        """``mean ± deviation``, each in the given format."""
+        mean = format(self.mean, spec)
+        return mean if self.deviation is None else f"{mean} ± {format(self.deviation, spec)}"
+
+
+class Cost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one thing (the full model, the emulator) or one act (study, emulate, tune) takes."""
+
+    name: str
+    parameters: int | None = None
+    bytes: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    memory_bytes: int | None = None
+    """Peak memory of the process."""
+
+
+class Scoreboard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Scores of the five rows and of any others, in one measure on one data set.
+
+    Raises:
+        DataError: a score is not finite or out of range, or the rows have different numbers of
+            runs.
+    """
+
+    measure: Literal["nats", "accuracy"]
+    """``nats`` per token, lower is better; or ``accuracy`` from 0 to 1, higher is better."""
+    data: str
+    """What was scored, in words."""
+    rows: dict[str, tuple[float, ...]]
+    """Name of the row -> one score a run (a seed); a single score stands for every run."""
+    costs: tuple[Cost, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse scores that cannot be compared."""
+        highest = math.inf if self.measure == "nats" else 1.0
+        for name, scores in self.rows.items():
+            if len(scores) not in {1, self.runs}:
+                raise DataError(
+                    f"expected 1 or {self.runs} scores for {name!r}, got {len(scores)}; "
+                    "merge runs that have the same rows"
+                )
+            if not all(math.isfinite(score) and 0 <= score <= highest for score in scores):
+                raise DataError(
+                    f"expected scores in {self.measure} from 0 to {highest} for {name!r}, "
+                    f"got {scores}"
+                )
+
+    @property
+    def runs(self) -> int:
+        """Number of runs."""
+        return max((len(scores) for scores in self.rows.values()), default=0)
+
+    def spread(self, name: str) -> Spread:
+        """Mean and spread of a row's scores."""
+        return _spread(self.rows[name])
+
+    def scores(self, name: str) -> tuple[float, ...]:
+        """One score a run, oriented so that higher is better."""
+        scores = self.rows[name] * (self.runs if len(self.rows[name]) == 1 else 1)
+        return tuple(-score for score in scores) if self.measure == "nats" else scores
+
+    def recovery(self, of: str = PLUG_IN, against: str = FT) -> Spread | None:
+        """Share of the gain of ``against`` over ZS that ``of`` reaches.
+
+        (ln ZS - ln Plug-in) / (ln ZS - ln FT) for perplexity, (Plug-in - ZS) / (FT - ZS) for
+        accuracy; run by run, then averaged. None when a row is missing or ``against`` gains
+        less than ``LEAST_GAIN`` over ZS in any run.
+        """
+        if not {ZS, of, against} <= self.rows.keys():
+            return None
+        triples = zip(self.scores(ZS), self.scores(of), self.scores(against), strict=True)
+        gains = [(reached - start, best - start) for start, reached, best in triples]
+        if any(best < LEAST_GAIN for _, best in gains):
+            return None
+        return _spread([reached / best for reached, best in gains])
+
+    def delta(self) -> Spread | None:
+        """How much better Plug-in is than Emulator FT: nats per token, or accuracy points.
+
+        Positive is what the model owner wants: the emulator alone is worth less. None when a row
+        is missing.
+        """
+        if not {PLUG_IN, EMULATOR_FT} <= self.rows.keys():
+            return None
+        factor = 1.0 if self.measure == "nats" else 100.0
+        pairs = zip(self.scores(PLUG_IN), self.scores(EMULATOR_FT), strict=True)
+        return _spread([factor * (plug_in - emulator) for plug_in, emulator in pairs])
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """What follows from a scoreboard; written beside it, never read back."""
+
+    rows: dict[str, Spread]
+    perplexity: dict[str, float] | None
+    """exp of the mean nats of each row; None for accuracy."""
+    recovery: Spread | None
+    delta: Spread | None
+
+
+class _File(msgspec.Struct, frozen=True, kw_only=True):
+    scoreboard: Scoreboard
+    summary: Any = None
+
+
+def summarise(board: Scoreboard) -> Summary:
+    """Mean and spread of every row, recovery and delta."""
+    rows = {name: board.spread(name) for name in board.rows}
+    nats = board.measure == "nats"
+    return Summary(
+        rows=rows,
+        perplexity={name: as_perplexity(row.mean) for name, row in rows.items()} if nats else None,
+        recovery=board.recovery(),
+        delta=board.delta(),
+    )
+
+
+def merge(boards: Sequence[Scoreboard]) -> Scoreboard:
+    """One scoreboard of several runs: scores are collected, costs averaged.
+
+    Raises:
+        DataError: no boards, or boards of different measures, data or rows.
+    """
+    if not boards:
+        raise DataError("expected at least one scoreboard to merge, got none")
+    kinds = {(board.measure, board.data, frozenset(board.rows)) for board in boards}
+    if len(kinds) > 1:
+        raise DataError(
+            "expected scoreboards of one measure, one data set and the same rows, got "
+            + " and ".join(sorted(f"{m} on {d} ({', '.join(sorted(r))})" for m, d, r in kinds))
+        )
+    first = boards[0]
+
+    def all_runs(board: Scoreboard, name: str) -> tuple[float, ...]:
+        scores = board.rows[name]
+        return scores if len(scores) == board.runs else scores * board.runs
+
+    rows = {
+        name: tuple(score for board in boards for score in all_runs(board, name))
+        for name in first.rows
+    }
+    names = dict.fromkeys(cost.name for board in boards for cost in board.costs)
+    costs = (
+        _mean_cost([cost for board in boards for cost in board.costs if cost.name == name])
+        for name in names
+    )
+    return Scoreboard(measure=first.measure, data=first.data, rows=rows, costs=tuple(costs))
+
+
+def to_json(board: Scoreboard) -> bytes:
+    """The scoreboard and its summary as indented JSON."""
+    file = _File(scoreboard=board, summary=summarise(board))
+    return msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n"
+
+
+def from_json(data: bytes, *, where: str = "the scoreboard") -> Scoreboard:
+    """Read what ``to_json`` wrote.
+
+    Raises:
+        DataError: it is not a scoreboard.
+    """
+    try:
+        return msgspec.json.decode(data, type=_File).scoreboard
+    except msgspec.MsgspecError as error:
+        raise DataError(f"expected a scoreboard in {where}: {error}") from error
+
+
+def save(board: Scoreboard, path: str | Path) -> None:
+    """Write a scoreboard as JSON."""
+    try:
+        Path(path).write_bytes(to_json(board))
+    except OSError as error:
+        raise OutputError(f"the scoreboard cannot be written to {path}: {error}") from error
+
+
+def load(path: str | Path) -> Scoreboard:
+    """Read a scoreboard from JSON."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"the scoreboard {path} cannot be read: {error}") from error
+    return from_json(data, where=str(path))
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(mean=statistics.fmean(values), deviation=deviation, runs=len(values))
+
+
+def _mean_cost(costs: Sequence[Cost]) -> Cost:
+    means: dict[str, Any] = {}
+    for field in ("parameters", "bytes", "tokens", "seconds", "memory_bytes"):
+        values = [value for cost in costs if (value := getattr(cost, field)) is not None]
+        if values:
+            mean = statistics.fmean(values)
+            means[field] = mean if field == "seconds" else round(mean)
+    return Cost(name=costs[0].name, **means)
+
+
+def as_perplexity(nats: float) -> float:
+    """exp(nats); infinite when that overflows."""
+    return math.exp(nats) if nats < 700 else math.inf
