@@ -1,0 +1,190 @@
+"""Small checkpoints: the trained parameters and what the loop needs to go on, nothing frozen.
+
+    checkpoints/
+        run.json             what the run is; another run does not continue it
+        checkpoint-120/      the newest complete one
+            trained.safetensors  trainer.pt  trainer_state.json
+        best-100.safetensors the trained parameters with the lowest validation loss
+
+A checkpoint is written beside its place, flushed, and renamed: under its name it is complete.
+These files never leave the party that trains. `trainer.pt` (optimizer, schedule, random states) is
+read with `weights_only=True`, so it cannot run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from blindtune.errors import ConfigError, OutputError
+
+WEIGHTS_NAME = "trained.safetensors"
+_RUN_NAME = "run.json"
+_PROBE = 64
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that require a gradient, by name, on the CPU."""
+    return {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write `trained_state` to a safetensors file, atomically."""
+    _atomically(path, lambda partial: save_file(trained_state(model), partial))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Read what `save_weights` wrote back into the same parameters.
+
+    Raises:
+        ConfigError: the file is damaged, or belongs to other parameters.
+    """
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{path}: expected trained weights, cannot read them ({error}): use resume=never"
+        ) from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if shapes != {name: tuple(p.shape) for name, p in parameters.items()}:
+        raise ConfigError(
+            f"{path}: expected {len(parameters)} trained parameters as the model has them, found "
+            f"{len(state)} others: use another output directory, or resume=never"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, trainer: Mapping[str, Any], state_json: str
+) -> None:
+    """Write `checkpoint-<step>` atomically, then remove the older ones."""
+
+    def write(partial: Path) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(trained_state(model), partial / WEIGHTS_NAME)
+        torch.save(dict(trainer), partial / "trainer.pt")
+        (partial / "trainer_state.json").write_text(state_json)
+
+    final = folder / f"checkpoint-{step}"
+    if final.exists():  # the same step of the same run, written before an interruption
+        shutil.rmtree(final)
+    _atomically(final, write)
+    for old in _checkpoints(folder):
+        if old != final:
+            shutil.rmtree(old)
+
+
+def load_trainer(checkpoint: Path) -> dict[str, Any]:
+    """Optimizer, schedule and random states of a checkpoint."""
+    try:
+        found: dict[str, Any] = torch.load(
+            checkpoint / "trainer.pt", map_location="cpu", weights_only=True
+        )
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError
+        raise ConfigError(
+            f"{checkpoint}: expected a checkpoint, cannot read it: use resume=never"
+        ) from error
+    return found
+
+
+def keep_best(folder: Path, step: int | None) -> None:
+    """Remove the best weights of every step but one."""
+    for path in folder.glob("best-*.safetensors"):
+        if path != best_path(folder, step):
+            path.unlink()
+
+
+def best_path(folder: Path, step: int | None) -> Path:
+    """Where the best weights of a step are."""
+    return folder / f"best-{step}.safetensors"
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint, if there is one."""
+    return max(_checkpoints(folder), key=_step, default=None)
+
+
+def begin_run(folder: Path, run: Mapping[str, Any]) -> None:
+    """Empty the folder and note which run it belongs to."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made ({error}): choose another place") from error
+    text = json.dumps(run, indent=1, sort_keys=True)
+    _atomically(folder / _RUN_NAME, lambda partial: partial.write_text(text))
+
+
+def check_run(folder: Path, run: Mapping[str, Any]) -> None:
+    """Raise ConfigError when the folder's checkpoints belong to another run."""
+    try:
+        found = json.loads((folder / _RUN_NAME).read_text())
+    except (OSError, ValueError):
+        found = {}
+    wanted = json.loads(json.dumps(run))
+    different = [key for key in wanted if found.get(key) != wanted[key]]
+    if different:
+        changes = ", ".join(f"{k} {found.get(k)} -> {wanted[k]}" for k in different)
+        raise ConfigError(
+            f"{folder}: expected checkpoints of this run, found another's ({changes}): "
+            "use another output directory, or resume=never to start anew"
+        )
+
+
+def model_key(model: nn.Module) -> str:
+    """sha256 (hex) of all parameter names and shapes and a sample of the frozen values.
+
+    The sample (64 values a tensor, evenly spaced) tells two models apart without reading either
+    in full; trained parameters are left out, since LoRA starts at random.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.requires_grad}".encode())
+        if not parameter.requires_grad:
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, len(flat) // _PROBE)].to("cpu", torch.float32)
+            digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("checkpoint-*") if p.name.partition("-")[2].isdigit()]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+def _atomically(final: Path, write: Callable[[Path], object]) -> None:
+    """Write a file or a folder beside its place, flush it to the disk, rename it."""
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        write(partial)
+        for path in sorted(partial.iterdir()) if partial.is_dir() else [partial]:
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
+        partial.replace(final)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError, disk full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OutputError(
+            f"{final}: cannot be written ({error}): free some space and run the same command "
+            "again; it goes on from the last complete checkpoint"
+        ) from error

@@ -1,0 +1,190 @@
+"""From one record to tokens: which columns it has, and which of its tokens are trained.
+
+| columns | trained tokens |
+|---|---|
+| `messages`: list of {role, content} | the assistant's turns, with their end-of-turn token |
+| `prompt`, `completion` | the completion and the end-of-text token |
+| `question`, `choices`, `label` | " " + the right choice and the end-of-text token |
+| `text` (the name is configurable) | all |
+
+A prompt is tokenised on its own, as it will be when the tuned model is asked to continue it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from blindtune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RecordShape = Literal["messages", "completion", "choices", "text"]
+Record = Mapping[str, Any]
+
+_COLUMNS: dict[RecordShape, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "completion": ("prompt", "completion"),
+    "choices": ("question", "choices", "label"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One tokenised record."""
+
+    input_ids: list[int]
+    """Token ids."""
+    trained: list[bool]
+    """For each token whether it is a target of the loss."""
+
+
+def record_shape(columns: Iterable[str], text_column: str, where: str) -> RecordShape:
+    """The first shape of the table above whose columns are all there."""
+    found = set(columns)
+    for shape, needed in (*_COLUMNS.items(), ("text", (text_column,))):
+        if found.issuperset(needed):
+            return shape
+    raise DataError(
+        f"{where}: expected the columns `{text_column}`, `prompt` + `completion`, `messages` or "
+        f"`question` + `choices` + `label`, found {', '.join(sorted(found)) or 'none'}: "
+        "rename them or set text_column"
+    )
+
+
+def text_of(record: Record, column: str, where: str) -> str:
+    """The string in a column; anything else is an error that names the place."""
+    value = record.get(column)
+    if not isinstance(value, str):
+        found = "nothing" if value is None else type(value).__name__
+        raise DataError(f"{where}: expected a string in `{column}`, got {found}")
+    return value
+
+
+def encode_completion(
+    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Example:
+    """Prompt + completion + end of text; a prompt that is too long loses its beginning.
+
+    A completion that alone exceeds `max_length` - 1 loses its end.
+    """
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    prompt_ids = token_ids(prompt, tokenizer)
+    if eos and prompt_ids[-1:] == eos and not prompt.endswith(str(tokenizer.eos_token)):
+        prompt_ids = prompt_ids[:-1]
+    answer_ids = (token_ids(completion, tokenizer, special=False) + eos)[: max_length - 1]
+    prompt_ids = prompt_ids[-(max_length - len(answer_ids)) :]
+    trained = [False] * len(prompt_ids) + [True] * len(answer_ids)
+    return Example(input_ids=prompt_ids + answer_ids, trained=trained)
+
+
+def encode_choices(
+    record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str
+) -> Example:
+    """A multiple-choice record as the prompt "Question: ... Answer:" and its right choice."""
+    question = text_of(record, "question", where)
+    choices, label = record["choices"], record["label"]
+    if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+        raise DataError(f"{where}: expected a list of strings in `choices`, got {choices!r:.60}")
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
+        raise DataError(
+            f"{where}: expected `label` to be the index of one of {len(choices)} choices, "
+            f"got {label!r:.60}"
+        )
+    prompt = f"Question: {question}\nAnswer:"
+    return encode_completion(prompt, f" {choices[label]}", tokenizer, max_length)
+
+
+def encode_messages(
+    messages: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    where: str,
+    chat_template: str | None = None,
+) -> Example:
+    """A conversation through the chat template, the assistant's turns trained.
+
+    The turns are located by the template's own generation marks where it has them, else by
+    rendering the conversation up to each turn, which must be a prefix of the whole.
+    """
+    _check_messages(messages, where)
+    template = chat_template or tokenizer.chat_template
+    if not isinstance(template, str):
+        raise DataError(
+            f"{where}: expected a tokenizer with a chat template for `messages`, got one without: "
+            "set chat_template, or give `prompt` + `completion`"
+        )
+    if "{% generation" in template or "{%- generation" in template:
+        encoded = tokenizer.apply_chat_template(
+            messages,
+            chat_template=template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+        return Example(input_ids=ids[:max_length], trained=[bool(m) for m in mask[:max_length]])
+    text, spans = _assistant_spans(messages, tokenizer, template, where)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    trained = [
+        first < last and any(a <= first and last <= b for a, b in spans)
+        for first, last in encoded["offset_mapping"]
+    ]
+    return Example(input_ids=encoded["input_ids"][:max_length], trained=trained[:max_length])
+
+
+def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = True) -> list[int]:
+    """Token ids of a string, with the tokenizer's own special tokens or without."""
+    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return ids
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    good = isinstance(messages, list) and all(
+        isinstance(m, Mapping)
+        and isinstance(m.get("role"), str)
+        and isinstance(m.get("content"), str)
+        for m in messages
+    )
+    if not good or not messages:
+        raise DataError(
+            f"{where}: expected `messages` to be a list of {{role, content}} with strings, "
+            f"got {messages!r:.80}"
+        )
+
+
+def _assistant_spans(
+    messages: list[dict[str, str]], tokenizer: Any, template: str, where: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation, and the character span of every assistant turn in it."""
+    from jinja2 import TemplateError
+
+    def render(count: int, prompt: bool) -> str:
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    messages[:count],
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                )
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise DataError(f"{where}: the chat template refuses the messages: {error}") from error
+
+    text = render(len(messages), False)
+    spans = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = render(index, True), render(index + 1, False)
+        if not (text.startswith(after) and after.startswith(before)):
+            raise DataError(
+                f"{where}: the chat template renders turn {index + 1} differently once the "
+                "conversation goes on, so the assistant's tokens cannot be located: give a "
+                "chat_template with {% generation %} marks, or `prompt` + `completion`"
+            )
+        spans.append((len(before), len(after.rstrip())))
+    return text, spans

@@ -1,0 +1,274 @@
+"""Reading data files into a `TokenDataset`.
+
+Plain text and JSON are read here, so that a bad line is named by file and number; .csv, .parquet
+and data sets of the hub go through the `datasets` library, whose cache of a local file is
+deleted at once: private text stays where its owner put it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from blindtune.errors import ConfigError, DataError
+from blindtune.training.dataset import IGNORED_LABEL, TokenDataset, show_sample
+from blindtune.training.records import (
+    Example,
+    Record,
+    encode_choices,
+    encode_completion,
+    encode_messages,
+    record_shape,
+    text_of,
+    token_ids,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["DataConfig", "TokenDataset", "load_dataset_file", "show_sample"]
+
+_EXTENSIONS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+Row = tuple[str, Record]
+"""Where a record stands ("file:line"), and the record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to read and how to cut it into examples."""
+
+    text_column: str = "text"
+    """Column that holds plain text."""
+    max_length: int = 512
+    """Tokens of a window of packed text, and the most tokens of any other example."""
+    pack: bool = True
+    """Join texts (end-of-text between them) and cut them into full windows; only the tail of the
+    whole is dropped. Off: one example a text, cut after max_length tokens."""
+    validation_split: float = 0.1
+    """Share of the examples that the caller sets aside when there is no validation file."""
+    max_samples: int | None = None
+    """Read at most this many records."""
+    max_tokens: int | None = None
+    """Stop once this many tokens have been read."""
+    seed: int = 42
+    """Seed of the split."""
+    chat_template: str | None = None
+    """Jinja template that replaces the tokenizer's own."""
+    split: str = "train"
+    """Split of a hub data set."""
+    name: str | None = None
+    """Configuration of a hub data set."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if self.max_length < 2:
+            raise ConfigError(f"max_length must be at least 2, got {self.max_length}")
+        if not 0.0 <= self.validation_split < 1.0:
+            raise ConfigError(f"validation_split must be in [0, 1), got {self.validation_split}")
+        for field in ("max_samples", "max_tokens"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ConfigError(f"{field} must be at least 1, got {value}")
+
+
+def load_dataset_file(
+    path_or_hub_name: str | Path, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> TokenDataset:
+    """Read a .txt, .jsonl, .json, .csv or .parquet file, or a hub data set, into tokens.
+
+    Raises:
+        DataError: the file is missing, empty, malformed, of an unknown kind, has none of the
+            accepted columns, or holds nothing to train on.
+    """
+    source = str(path_or_hub_name)
+    rows = islice(_rows(source, config), config.max_samples)
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{source}: expected records, the file is empty: give a file with data")
+    shape = record_shape(first[1], config.text_column, first[0])
+    everything = _chain(first, rows)
+    if shape == "text":
+        examples = _encode_texts(source, everything, tokenizer, config)
+    else:
+        examples = [_encode(row, shape, tokenizer, config) for row in everything]
+    examples = _limit(examples, config.max_tokens)
+    try:
+        return _dataset(examples)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
+
+
+def _encode(
+    row: Row, shape: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> Example:
+    where, record = row
+    if record_shape(record, config.text_column, where) != shape:
+        raise DataError(
+            f"{where}: expected a record with the columns of the first one ({shape}), "
+            f"found {', '.join(sorted(record))}: give one kind of record a file"
+        )
+    if shape == "messages":
+        return encode_messages(
+            record["messages"], tokenizer, config.max_length, where, config.chat_template
+        )
+    if shape == "choices":
+        return encode_choices(record, tokenizer, config.max_length, where)
+    prompt, completion = (text_of(record, column, where) for column in ("prompt", "completion"))
+    return encode_completion(prompt, completion, tokenizer, config.max_length)
+
+
+def _encode_texts(
+    source: str, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> list[Example]:
+    """Texts as full windows (packed), or one example a text."""
+    texts = (text_of(record, config.text_column, where) for where, record in rows)
+    documents = (token_ids(text, tokenizer) for text in texts if text.strip())
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if not config.pack:
+        cut = ((ids + eos)[: config.max_length] for ids in documents)
+        return [Example(input_ids=ids, trained=[True] * len(ids)) for ids in cut]
+    stream: list[int] = []
+    for ids in documents:
+        stream.extend(eos + ids if stream else ids)
+        if config.max_tokens is not None and len(stream) >= config.max_tokens:
+            break
+    stream = stream[: config.max_tokens]
+    size = config.max_length
+    if len(stream) < size:
+        raise DataError(
+            f"{source}: one window needs {size} tokens, the text has {len(stream)}: "
+            "give more text or a smaller max_length"
+        )
+    starts = range(0, len(stream) - size + 1, size)
+    return [Example(input_ids=stream[i : i + size], trained=[True] * size) for i in starts]
+
+
+def _limit(examples: list[Example], max_tokens: int | None) -> list[Example]:
+    """The longest head of the examples within the budget, at least one."""
+    if max_tokens is None:
+        return examples
+    total = 0
+    kept: list[Example] = []
+    for example in examples:
+        total += len(example.input_ids)
+        if kept and total > max_tokens:
+            break
+        kept.append(example)
+    return kept
+
+
+def _dataset(examples: list[Example]) -> TokenDataset:
+    input_ids = [torch.tensor(example.input_ids, dtype=torch.int64) for example in examples]
+    labels = [
+        ids
+        if all(example.trained)
+        else ids.masked_fill(~torch.tensor(example.trained, dtype=torch.bool), IGNORED_LABEL)
+        for ids, example in zip(input_ids, examples, strict=True)
+    ]
+    return TokenDataset(input_ids, labels)
+
+
+def _chain(first: Row, rest: Iterator[Row]) -> Iterator[Row]:
+    yield first
+    yield from rest
+
+
+def _rows(source: str, config: DataConfig) -> Iterator[Row]:
+    path = Path(source)
+    extension = path.suffix.lower()
+    if path.is_dir():
+        raise DataError(f"{source}: expected a file, got a directory: name one file in it")
+    if not path.exists():
+        if extension in _EXTENSIONS or source.count("/") > 1 or source.startswith((".", "~")):
+            raise DataError(f"{source}: expected a data file, there is none: check the path")
+        return _hub_rows(source, config)
+    if extension not in _EXTENSIONS:
+        raise DataError(
+            f"{source}: expected a file ending in {', '.join(_EXTENSIONS)}, "
+            f"got {extension or 'no ending'}: convert or rename it"
+        )
+    if path.stat().st_size == 0:
+        raise DataError(f"{source}: expected data, the file is empty: give a file with data")
+    if extension == ".txt":
+        return iter([(source, {config.text_column: _decode(path.read_bytes(), source)})])
+    if extension in (".jsonl", ".json"):
+        return _json_rows(path)
+    return _table_rows(path, extension[1:])
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: expected UTF-8 text, byte {error.start + 1} is not: convert the file"
+        ) from None
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    """Records of JSON lines, or of a .json file that is one array."""
+    if path.suffix.lower() == ".json":
+        text = _decode(path.read_bytes(), str(path))
+        if text.lstrip().startswith("["):
+            for index, record in enumerate(_parse(text, str(path), list)):
+                where = f"{path}, record {index + 1}"
+                if not isinstance(record, dict):
+                    raise DataError(f"{where}: expected an object, got {type(record).__name__}")
+                yield where, record
+            return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                where = f"{path}:{number}"
+                yield where, _parse(_decode(line, where), where, dict)
+
+
+def _parse(text: str, where: str, kind: type) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: expected JSON, got {text.strip()!r:.60}: {error}") from None
+    if not isinstance(value, kind):
+        wanted = "an object" if kind is dict else "an array"
+        raise DataError(f"{where}: expected {wanted}, got {type(value).__name__}")
+    return value
+
+
+def _table_rows(path: Path, kind: str) -> Iterator[Row]:
+    """Rows of a .csv or .parquet file; the library's cache lives for the reading only."""
+    with tempfile.TemporaryDirectory(prefix="blindtune-data-") as cache:
+        table = _load(str(path), kind, data_files=str(path), split="train", cache_dir=cache)
+        for index, record in enumerate(table):
+            yield f"{path}, row {index + 1}", record
+
+
+def _hub_rows(name: str, config: DataConfig) -> Iterator[Row]:
+    table = _load(name, name, name=config.name, split=config.split)
+    for index, record in enumerate(table):
+        yield f"{name}, row {index + 1}", record
+
+
+def _load(source: str, path: str, **options: Any) -> Iterable[Record]:
+    """`datasets.load_dataset` without its progress bars, its errors translated."""
+    import datasets
+
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        table: Iterable[Record] = datasets.load_dataset(path, **options)
+    except Exception as error:  # the library raises its own, pyarrow's, pandas' and OS errors
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise DataError(
+            f"{source}: expected a data file, or a hub data set that can be reached: {reason[0]}"
+        ) from error
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
+    return table
