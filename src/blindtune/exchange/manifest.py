@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from blindtune.errors import PackageError
+from blindtune.errors import OutputError, PackageError
 from blindtune.exchange.files import printable
 
 MANIFEST_NAME = "manifest.json"
@@ -138,14 +138,14 @@ class EmulatorManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         ends, count = self.adapter_layers, len(self.layers)
         found = [i for i, layer in enumerate(self.layers) if isinstance(layer, AdapterLayer)]
         if count < 2 * ends or found != [*range(ends), *range(count - ends, count)]:
-            raise PackageError(
-                f"{MANIFEST_NAME}: expected exactly the first and last {ends} of {count} layers "
-                f"to be adapter layers, {len(found)} are marked so: ask for the package again"
+            raise ValueError(
+                f"expected exactly the first and last {ends} of {count} layers to be adapter "
+                f"layers, {len(found)} are marked so"
             )
         if count > self.full_model.layers:
-            raise PackageError(
-                f"{MANIFEST_NAME}: {count} layers stand for a full model of "
-                f"{self.full_model.layers}: expected no more: ask for the package again"
+            raise ValueError(
+                f"expected no more layers than the full model's {self.full_model.layers}, "
+                f"came {count}"
             )
 
 
@@ -175,14 +175,10 @@ class AdapterManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     def __post_init__(self) -> None:
         """Check that the fields agree with each other."""
         if (self.kind == "lora") != (self.lora is not None):
-            raise PackageError(
-                f"{MANIFEST_NAME}: `lora` must be given exactly when kind is lora, kind is "
-                f"{self.kind}: ask for the package again"
-            )
+            raise ValueError(f"`lora` is given exactly when kind is lora, kind is {self.kind}")
         if self.layers < 2 * self.adapter_layers:
-            raise PackageError(
-                f"{MANIFEST_NAME}: {self.adapter_layers} adapter layers at each end do not fit "
-                f"into {self.layers} layers: ask for the package again"
+            raise ValueError(
+                f"{self.adapter_layers} adapter layers at each end do not fit into {self.layers}"
             )
 
 
@@ -203,12 +199,16 @@ def package_id(manifest_bytes: bytes) -> str:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The canonical bytes of a manifest; PackageError if a reader would refuse it."""
-    plain = msgspec.to_builtins(manifest)
-    _check_plain(plain, depth=1)
-    data = _canonical(msgspec.to_builtins(_convert(plain, type(manifest))))
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise _refusal(f"{len(data)} bytes, at most {MAX_MANIFEST_BYTES} are allowed")
+    """The canonical bytes of a manifest; OutputError if no reader would accept it."""
+    try:
+        plain = msgspec.to_builtins(manifest)
+        _check_plain(plain, depth=1)
+        data = _canonical(msgspec.to_builtins(_convert(plain, type(manifest))))
+        _check_size(data)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise OutputError(
+            f"{MANIFEST_NAME}: {printable(str(error))}: no reader would accept that, correct it"
+        ) from error
     return data
 
 
@@ -219,29 +219,31 @@ def decode_manifest(data: bytes) -> Manifest:
         PackageError: too large, too deep, not JSON, not canonical, of an unknown format or
             version, or any field missing, unknown, mistyped or out of range.
     """
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise _refusal(f"{len(data)} bytes, at most {MAX_MANIFEST_BYTES} are allowed")
     try:
+        _check_size(data)
         plain = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
             parse_int=_parse_int,
         )
+        _check_plain(plain, depth=1)
+        manifest = _convert(plain, _type_of(plain))
+        if _canonical(msgspec.to_builtins(manifest)) != data:
+            raise ValueError(
+                "not in canonical form (keys sorted, no spaces, every field present, "
+                "numbers in their shortest notation)"
+            )
     except (ValueError, RecursionError) as error:
-        raise _refusal(f"not valid JSON ({error})") from error
-    _check_plain(plain, depth=1)
-    manifest = _convert(plain, _type_of(plain))
-    if _canonical(msgspec.to_builtins(manifest)) != data:
-        raise _refusal(
-            "not in canonical form (keys sorted, no spaces, every field present, "
-            "numbers in their shortest notation)"
-        )
+        raise PackageError(
+            f"{MANIFEST_NAME}: {printable(str(error))}: ask for the package again"
+        ) from error
     return manifest
 
 
-def _refusal(reason: str) -> PackageError:
-    return PackageError(f"{MANIFEST_NAME}: {printable(reason)}: ask for the package again")
+def _check_size(data: bytes) -> None:
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ValueError(f"{len(data)} bytes, at most {MAX_MANIFEST_BYTES} are allowed")
 
 
 def _canonical(plain: Any) -> bytes:
@@ -255,55 +257,55 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for key, value in pairs:
         if key in plain:
-            raise _refusal(f"key `{key}` is given twice")
+            raise ValueError(f"key `{key}` is given twice")
         plain[key] = value
     return plain
 
 
 def _refuse_constant(name: str) -> None:
-    raise _refusal(f"{name} is not a JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _parse_int(digits: str) -> int:
     if len(digits) > 20:
-        raise _refusal(f"the number {digits[:20]}... is out of range")
+        raise ValueError(f"the number {digits[:20]}... is out of range")
     return int(digits)
 
 
 def _check_plain(value: Any, *, depth: int) -> None:
     """Refuse what is not plain bounded JSON; the depth of the outermost value is 1."""
     if depth > MAX_DEPTH:
-        raise _refusal(f"nested deeper than {MAX_DEPTH} levels")
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     match value:
         case None | bool():
             return
         case int():
             if abs(value) > MAX_INTEGER:
-                raise _refusal("a number is outside of 64 bits")
+                raise ValueError("a number is outside of 64 bits")
         case float():
             if not math.isfinite(value):
-                raise _refusal("a number is NaN or infinite")
+                raise ValueError("a number is NaN or infinite")
         case str():
             if len(value) > MAX_STRING or not value.isprintable():
-                raise _refusal(f"the string `{value[:40]}` is too long or not printable")
+                raise ValueError(f"the string `{value[:40]}` is too long or not printable")
         case list() | tuple():
             for item in value:
                 _check_plain(item, depth=depth + 1)
         case dict():
             for key, item in value.items():
                 if not isinstance(key, str):
-                    raise _refusal(f"the key {key!r} is not a string")
+                    raise ValueError(f"the key {key!r} is not a string")
                 _check_plain(key, depth=depth)
                 if key in FORBIDDEN_CONFIG_KEYS:
-                    raise _refusal(f"the key `{key}` may not be in a package")
+                    raise ValueError(f"the key `{key}` may not be in a package")
                 _check_plain(item, depth=depth + 1)
         case _:
-            raise _refusal(f"a value of type {type(value).__name__} is not plain JSON")
+            raise ValueError(f"a value of type {type(value).__name__} is not plain JSON")
 
 
 def _type_of(plain: Any) -> type[Manifest]:
     if not isinstance(plain, dict) or plain.get("format") not in list(_TYPES):
-        raise _refusal(f"`format` must be one of {', '.join(_TYPES)}")
+        raise ValueError(f"`format` must be one of {', '.join(_TYPES)}")
     version = plain.get("version")
     if type(version) is not int or version not in READABLE_VERSIONS:
         readable = ", ".join(map(str, READABLE_VERSIONS))
@@ -322,4 +324,4 @@ def _convert(plain: Any, kind: type[Manifest]) -> Manifest:
         unknown = re.search(r"unknown field `(.*?)`", str(error), re.DOTALL)
         near = difflib.get_close_matches(unknown[1][:64], _KNOWN_KEYS, n=1) if unknown else []
         hint = f" (did you mean `{near[0]}`?)" if near else ""
-        raise _refusal(f"{error}{hint}") from error
+        raise ValueError(f"{error}{hint}") from error

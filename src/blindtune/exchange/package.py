@@ -212,18 +212,22 @@ def write_package(
         max_shard_bytes: more tensor bytes than that go into several files.
 
     Raises:
-        OutputError: it cannot be written, is in the way, or holds what no reader would accept.
-        PackageError: the manifest is not one that a reader would accept.
+        OutputError: it cannot be written, something is in the way, or the manifest, a tensor or
+            a file is one that no reader would accept.
     """
     target = Path(directory).absolute()
     _check_small_files(files)
+    encode_manifest(manifest)
+    shards = shard(tensors, max_shard_bytes)
+    if len(shards) > MAX_SHARDS:
+        raise OutputError(f"{len(shards)} weights files, at most {MAX_SHARDS}: make shards larger")
     partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
     try:
         _check_target(target, overwrite)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir()
-            manifest_bytes = _fill(partial, manifest, shard(tensors, max_shard_bytes), files)
+            manifest_bytes = _fill(partial, manifest, shards, files)
             _publish(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

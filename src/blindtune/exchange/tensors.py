@@ -148,6 +148,8 @@ def shard(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tenso
     Raises:
         OutputError: a name, dtype, shape or value that no reader would accept.
     """
+    if not tensors:
+        raise OutputError("no tensor to write: a package needs at least one")
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
