@@ -1,0 +1,315 @@
+"""Plots for the report: inline SVG with text kept as text and colours of the page.
+
+Drawn by matplotlib in stand-in colours, which are then replaced by the page's CSS variables, so
+that a plot follows light, dark and print like the text around it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from html import escape
+from typing import TYPE_CHECKING, Any, Literal
+
+from blindtune.errors import ConfigError
+from blindtune.evaluation.report import Plot
+from blindtune.evaluation.scoreboard import FIVE_ROWS, PLUG_IN, ZS, Scoreboard, as_perplexity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, MUTED, MID, LINE, ACCENT, PAPER = (
+    "#010203",
+    "#040506",
+    "#070809",
+    "#0a0b0c",
+    "#0d0e0f",
+    "#101112",
+)
+VARIABLES = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    MID: "var(--mid)",
+    LINE: "var(--line)",
+    ACCENT: "var(--accent)",
+    PAPER: "var(--paper)",
+}
+STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.edgecolor": MID,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MID,
+    "ytick.color": MID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+Points = Sequence[tuple[float, float]]
+
+
+def five_rows(board: Scoreboard, *, caption: str = "") -> Plot:
+    """Every row of a scoreboard as a dot, with its value and its spread over runs.
+
+    Perplexity stands on a logarithmic axis.
+    """
+    nats = board.measure == "nats"
+    names = list(board.rows)
+
+    def scale(value: float) -> float:
+        return as_perplexity(value) if nats else 100 * value
+
+    def draw(axes: Axes) -> None:
+        values = [scale(board.spread(name).mean) for name in names]
+        if nats:
+            axes.set_xscale("log")
+        for place, (name, value) in enumerate(zip(names, values, strict=True)):
+            row = board.spread(name)
+            colour = ACCENT if name == PLUG_IN else INK if name in FIVE_ROWS else MUTED
+            axes.axhline(place, color=LINE, linewidth=0.8, zorder=0)
+            if row.deviation:
+                ends = [scale(max(0.0, row.mean + s * row.deviation)) for s in (-1, 1)]
+                axes.plot(ends, [place, place], color=colour, linewidth=2.2, alpha=0.5)
+            axes.plot([value], [place], "o", color=colour, markersize=7.5)
+            weight = "bold" if name == PLUG_IN else "normal"
+            axes.annotate(
+                f"{value:,.1f}",
+                (value, place),
+                xytext=(0, 7),
+                textcoords="offset points",
+                ha="center",
+                color=colour,
+                weight=weight,
+            )
+        if ZS in board.rows:
+            axes.axvline(scale(board.spread(ZS).mean), color=MID, linewidth=0.8, dashes=(2, 3))
+        low, high = min(values), max(values)
+        room = (high / low) ** 0.12 if nats else 0.12 * (high - low)
+        room = max(room, 1.08) if nats else max(room, 1.0)
+        axes.set_xlim((low / room, high * room) if nats else (low - room, high + room))
+        axes.set_ylim(len(names) - 0.4, -0.8)
+        axes.set_yticks(range(len(names)), names, color=INK)
+        axes.tick_params(axis="y", length=0, pad=8)
+        axes.spines["left"].set_visible(False)
+        if nats:
+            _plain_log_ticks(axes, low / room, high * room)
+        axes.set_xlabel(
+            "perplexity (log scale), lower is better" if nats else "accuracy, %, higher is better"
+        )
+
+    summary = ", ".join(f"{name} {scale(board.spread(name).mean):.1f}" for name in names)
+    return Plot(svg=_svg(draw, size=(5.6, 0.8 + 0.46 * len(names)), title=summary), caption=caption)
+
+
+def curves(
+    lines: Mapping[str, Points],
+    *,
+    stressed: str = "",
+    xlabel: str = "step",
+    ylabel: str = "nats per token",
+    caption: str = "",
+) -> Plot:
+    """Lines over steps; the stressed one in the accent colour, its lowest point marked."""
+
+    def draw(axes: Axes) -> None:
+        dashes = iter(("solid", (0, (5, 2)), (0, (1, 1.5)), "dashdot"))
+        for name, points in lines.items():
+            xs, ys = [x for x, _ in points], [y for _, y in points]
+            if name == stressed:
+                axes.plot(xs, ys, color=ACCENT, linewidth=2, label=name, zorder=3)
+                best = min(range(len(ys)), key=ys.__getitem__)
+                axes.plot(xs[best], ys[best], "o", color=ACCENT, markersize=6.5, zorder=4)
+                axes.annotate(
+                    f"{ys[best]:.2f}",
+                    (xs[best], ys[best]),
+                    xytext=(0, -14),
+                    textcoords="offset points",
+                    ha="center",
+                    color=ACCENT,
+                    weight="bold",
+                )
+            else:
+                style = next(dashes, "solid")
+                axes.plot(xs, ys, color=MUTED, linewidth=1.1, linestyle=style, label=name)
+        axes.margins(y=0.14)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        _whole_ticks(axes)
+        _grid_lines(axes)
+        axes.legend(frameon=False, loc="upper right", labelcolor=INK)
+
+    title = f"{ylabel} over {xlabel}: {', '.join(lines)}"
+    return Plot(svg=_svg(draw, size=(5.6, 3.1), title=title), caption=caption)
+
+
+def importance(
+    scores: Sequence[float],
+    *,
+    first_layer: int = 0,
+    replaced: Sequence[int] = (),
+    caption: str = "",
+) -> Plot:
+    """Importance score of each layer as a bar; replaced layers (by number) stay hollow."""
+
+    def draw(axes: Axes) -> None:
+        layers = range(first_layer, first_layer + len(scores))
+        hollow = set(replaced)
+        for layer, score in zip(layers, scores, strict=True):
+            axes.bar(
+                layer,
+                score,
+                width=0.72,
+                facecolor="none" if layer in hollow else ACCENT,
+                edgecolor=MUTED if layer in hollow else ACCENT,
+                linewidth=0.9,
+            )
+        if any(score < 0 for score in scores):
+            axes.axhline(0, color=MID, linewidth=0.8)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("importance score")
+        axes.margins(x=0.02)
+        _whole_ticks(axes)
+        _grid_lines(axes)
+        axes.tick_params(axis="x", length=0)
+
+    title = f"importance scores of {len(scores)} layers"
+    return Plot(svg=_svg(draw, size=(5.6, 2.5), title=title), caption=caption)
+
+
+def grid(
+    panels: Mapping[str, Mapping[tuple[float, float], float]],
+    *,
+    measure: Literal["nats", "accuracy"] = "nats",
+    caption: str = "",
+) -> Plot:
+    """Quality over (alpha, beta): one heat map a panel, deeper colour is a better model.
+
+    Args:
+        panels: title (Plug-in, Emulator FT) -> (alpha, beta) -> nats per token or accuracy;
+            points may be missing.
+        measure: of the values; nats are shown as perplexity.
+        caption: below the plot.
+    """
+
+    def draw_all(*all_axes: Axes) -> None:
+        for axes, (name, values) in zip(all_axes, panels.items(), strict=True):
+            _heat_map(axes, name, values, nats=measure == "nats", left=axes is all_axes[0])
+
+    betas = {beta for values in panels.values() for _, beta in values}
+    unit = "perplexity" if measure == "nats" else "accuracy"
+    return Plot(
+        svg=_svg(
+            draw_all,
+            size=(6.2, 1.2 + 0.5 * len(betas)),
+            title=f"{unit} over alpha and beta: {', '.join(panels)}",
+            columns=len(panels),
+        ),
+        caption=caption,
+        wide=True,
+    )
+
+
+def _heat_map(
+    axes: Axes, name: str, values: Mapping[tuple[float, float], float], *, nats: bool, left: bool
+) -> None:
+    from matplotlib.patches import Rectangle
+
+    alphas = sorted({alpha for alpha, _ in values})
+    betas = sorted({beta for _, beta in values})
+    worst, best = (max, min) if nats else (min, max)
+    low, high = worst(values.values()), best(values.values())
+    for (alpha, beta), value in values.items():
+        x, y = alphas.index(alpha), betas.index(beta)
+        share = 1.0 if high == low else (value - low) / (high - low)
+        tile = Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor=ACCENT, linewidth=0)
+        tile.set_alpha(round(0.06 + 0.44 * share, 3))
+        axes.add_patch(tile)
+        text = f"{as_perplexity(value):,.1f}" if nats else f"{100 * value:.1f}"
+        axes.text(x, y, text, ha="center", va="center", color=INK)
+    axes.set_xlim(-0.5, len(alphas) - 0.5)
+    axes.set_ylim(-0.5, len(betas) - 0.5)
+    axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
+    axes.set_yticks(range(len(betas)), [f"{beta:g}" for beta in betas])
+    axes.tick_params(length=0)
+    axes.set_xlabel("alpha")
+    if left:
+        axes.set_ylabel("beta")
+    axes.set_title(name, loc="left", fontsize=10.5, color=INK, pad=8)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _plain_log_ticks(axes: Axes, low: float, high: float) -> None:
+    """Ticks at 1, 2, 5 times powers of ten (finer when the range is small), as plain numbers."""
+    steps = (1, 2, 5) if high / low > 6 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    ticks = [step * 10.0**power for power in range(-1, 12) for step in steps]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+
+
+def _whole_ticks(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+
+def _grid_lines(axes: Axes) -> None:
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _svg(
+    draw: Callable[..., None], *, size: tuple[float, float], title: str, columns: int = 1
+) -> str:
+    """Draw with matplotlib (size in inches) and adapt the result to the page."""
+    try:
+        import matplotlib as mpl
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib: pip install 'blindtune[report]'") from error
+    salt = hashlib.sha256(title.encode()).hexdigest()[:8]
+    out = io.StringIO()
+    style: AbstractContextManager[Any] = mpl.rc_context({**STYLE, "svg.hashsalt": salt})
+    with style, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(*figure.subplots(1, columns, squeeze=False)[0])
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return _adapt(out.getvalue(), title, salt)
+
+
+def _adapt(svg: str, title: str, prefix: str) -> str:
+    """Inline SVG: page colours and font, unique ids, a text alternative, no namespaces."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    view_box = re.search(r'viewBox="([^"]*)"', svg)
+    assert view_box is not None, "matplotlib writes a view box"
+    label = escape(title, quote=True)
+    opening = f'<svg viewBox="{view_box[1]}" role="img" aria-label="{label}">'
+    svg = opening + svg[svg.index(">") + 1 :]
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'xlink:href="#', f'href="#{prefix}-', svg)
+    svg = svg.replace("url(#", f"url(#{prefix}-")
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+    svg = re.sub(r"(font: (?:bold |\d+ )?[\d.]+px) [^;\"]*", r"\1 inherit", svg)
+    for stand_in, variable in VARIABLES.items():
+        svg = svg.replace(stand_in, variable)
+    return svg.strip()
