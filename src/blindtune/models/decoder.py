@@ -112,7 +112,13 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_wrapped"][0], name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(hidden_states, Tensor) or hidden_states.ndim != 3:
+            raise UnsupportedModelError(
+                "expected the backbone to pass hidden states [B, L, D] from layer to layer, got "
+                f"{type(hidden_states).__name__}; check the family's `returns_tuple` against the "
+                "installed version of transformers (docs/families.md)"
+            )
         self.hidden = hidden_states
         self.call = LayerCall(args, kwargs)
         return (hidden_states, None) if self._returns_tuple else hidden_states
@@ -205,12 +211,10 @@ class Decoder:
             backbone(input_ids=input_ids_BL, attention_mask=attention_mask_BL, use_cache=False)
         first = recorders[0].hidden
         calls = tuple(recorder.call for recorder in recorders if recorder.call is not None)
-        shapes = {r.hidden.shape for r in recorders if r.hidden is not None}
-        if first is None or len(calls) != len(recorders) or len(shapes) != 1 or first.ndim != 3:
+        if first is None or len(calls) != len(recorders):
             raise UnsupportedModelError(
-                f"expected the {self.family.name} backbone to run its layers one after the other, "
-                "got another order or return type; check `returns_tuple` of the family against the "
-                "installed version of transformers (docs/families.md)"
+                f"expected the {self.family.name} backbone to run all {len(recorders)} layers, got "
+                f"{len(calls)}; the config and the list of layers disagree"
             )
         return LayerInputs(first, calls)
 

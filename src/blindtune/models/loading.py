@@ -101,7 +101,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 def _resolve(name: str | Path) -> str:
     """What to hand to transformers for a model name: a directory, or a hub name."""
-    if str(name) == embedded.NAME:
+    if str(name).lower() == embedded.NAME:
         return str(embedded.model_directory())
     path = Path(name).expanduser()
     if path.is_dir():
