@@ -1,0 +1,113 @@
+"""Results appear under their final name whole, or not at all.
+
+Whatever a verb writes is filled in beside its place, flushed to the disk, and renamed. A process
+that is killed may leave a hidden `.NAME.*.partial` behind; the next write of the same result
+removes it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from blindtune.errors import OutputError
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space there or choose another disk",
+    errno.EDQUOT: "your quota is used up: free some space or choose another disk",
+    errno.EFBIG: "the file size limit is reached: raise it or choose another disk",
+    errno.EACCES: "choose a directory that you may write to",
+    errno.EPERM: "choose a directory that you may write to",
+    errno.EROFS: "the disk is read-only: choose another directory",
+    errno.ENOTDIR: "a part of the path is a file: choose another directory",
+}
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """Translate an operating system error met while writing `path`."""
+    remedy = _REMEDIES.get(error.errno or 0, "nothing was left there: check the path and retry")
+    return OutputError(f"{path}: cannot be written ({error.strerror or error}): {remedy}")
+
+
+def check_free(target: Path, *, overwrite: bool) -> None:
+    """Refuse a target that exists and is not empty, unless it may be replaced.
+
+    Raises:
+        OutputError: something is in the way.
+    """
+    occupied = target.is_file() or (target.is_dir() and any(target.iterdir()))
+    if occupied and not overwrite:
+        raise OutputError(
+            f"{target}: expected a new or empty directory, something is there: choose another "
+            "--out, or give --overwrite to replace it"
+        )
+
+
+@contextmanager
+def atomic_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A directory to fill, which becomes `target` when the block ends without an exception.
+
+    Raises:
+        OutputError: something is in the way, or the disk refuses; nothing stays in either case.
+    """
+    final = Path(target).absolute()
+    check_free(final, overwrite=overwrite)
+    partial = final.parent / f".{final.name}.{secrets.token_hex(4)}.partial"
+    try:
+        for left_over in final.parent.glob(f".{final.name}.*.partial"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        _flush_tree(partial)
+        if final.exists():
+            retired = partial.with_suffix(".replaced")
+            final.rename(retired)
+            partial.rename(final)
+            shutil.rmtree(retired)
+        else:
+            partial.rename(final)
+        _flush(final.parent)
+    except OSError as error:
+        raise output_error(final, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(target: str | Path) -> Iterator[Path]:
+    """A file to write, which replaces `target` when the block ends without an exception.
+
+    Raises:
+        OutputError: the disk refuses; the old file, if any, stays.
+    """
+    final = Path(target).absolute()
+    partial = final.parent / f".{final.name}.{secrets.token_hex(4)}.partial"
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _flush(partial)
+        partial.replace(final)
+        _flush(final.parent)
+    except OSError as error:
+        raise output_error(final, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _flush_tree(root: Path) -> None:
+    for path in root.rglob("*"):
+        _flush(path)
+    _flush(root)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,136 @@
+"""Selective Rank Compression: the kept layers lose most of the rank of their attention weights.
+
+Every weight W [O, I] of query, key, value and output of a kept layer becomes two factors of rank r
+(ScaleOT, arXiv 2412.09812, section "Selective Rank Compression"). Plain: the truncated SVD, best in
+the Frobenius norm of W. Activation-weighted: best in the expected error |W x - W' x|^2 over the
+calibration inputs x (ours; SVD-LLM and ASVD scale in the same spirit).
+
+Shapes: O output features, I input features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from blindtune.models.blocks import LowRankLinear
+from blindtune.models.decoder import Decoder, Projection
+
+Reading = Literal["removed", "kept"]
+
+
+def compressed_rank(shape: tuple[int, int], beta: float, reading: Reading) -> int:
+    """The rank that beta leaves of an m x n weight, at least 1.
+
+    "removed" (reading A, the default): r = floor((1 - beta) min(m, n)); "kept" (reading B):
+    r = floor(beta min(m, n)). The paper gives beta = 0.8 and leaves the direction open.
+    """
+    share = 1 - beta if reading == "removed" else beta
+    return max(1, int(share * min(shape) + 1e-9))
+
+
+@torch.no_grad()
+def low_rank_factors(
+    weight_OI: Tensor, rank: int, second_moment_II: Tensor | None = None, *, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Factors (up [O, R], down [R, I]) whose product stands in for the weight.
+
+    Without moments this is the truncated SVD. With the inputs' second moment S = E[x x^T] it is the
+    minimiser of E|W x - up down x|^2: the leading eigenvectors Q of W S W^T give up = Q,
+    down = Q^T W.
+
+    Args:
+        weight_OI: the weight, [output, input].
+        rank: R, 1 .. min(O, I).
+        second_moment_II: uncentred second moment of the inputs, or None for plain SVD.
+        seed: of the randomised SVD, which large matrices use.
+    """
+    weight = weight_OI.detach().float()
+    assert 1 <= rank <= min(weight.shape), (rank, weight.shape)
+    if second_moment_II is not None:
+        moment = second_moment_II.to(weight.device, torch.float64)
+        damping = 1e-6 * moment.diagonal().mean()
+        moment = moment + damping * torch.eye(len(moment), dtype=torch.float64)
+        wide = weight.double()
+        _, vectors = torch.linalg.eigh(wide @ moment @ wide.T)
+        up = vectors[:, -rank:].flip(-1)
+        down = up.T @ wide
+    else:
+        up, down = _truncated_svd(weight, rank, seed)
+    balance = (down.norm() / up.norm()).sqrt()
+    return (up * balance).to(weight_OI.dtype), (down / balance).to(weight_OI.dtype)
+
+
+def _truncated_svd(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Full SVD where it is cheap; randomised (seeded, 4 power iterations) above 1024."""
+    if min(weight.shape) <= 1024 or rank + 16 > min(weight.shape):
+        u, s, v_t = torch.linalg.svd(weight, full_matrices=False)
+        return u[:, :rank], s[:rank, None] * v_t[:rank]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        u, s, v = torch.svd_lowrank(weight, q=rank + 16, niter=4)
+    return u[:, :rank], s[:rank, None] * v[:, :rank].T
+
+
+def saves_space(projection: Projection, ranks: tuple[int, ...]) -> bool:
+    """Whether factors of these ranks hold fewer numbers than the weight."""
+    dense = projection.in_features * sum(projection.sizes)
+    factors = sum(
+        rank * (projection.in_features + size)
+        for rank, size in zip(ranks, projection.sizes, strict=True)
+    )
+    return factors < dense
+
+
+def compress_layer(
+    decoder: Decoder,
+    layer: int,
+    beta: float,
+    *,
+    reading: Reading = "removed",
+    second_moments: Mapping[str, Tensor] | None = None,
+    feed_forward: bool = False,
+    seed: int = 0,
+) -> dict[str, tuple[int, ...]]:
+    """Compress the attention weights of one layer (and its feed-forward ones by switch), in place.
+
+    A projection whose factors would not be smaller than its weight keeps the dense shape and gets
+    the product instead, so the loss of rank is the same and the bytes never grow.
+
+    Args:
+        second_moments: of the inputs [I, I] by the projection's path inside the layer; None for
+            plain SVD.
+
+    Returns:
+        Ranks of the factored projections by path; those written back dense are not listed.
+    """
+    projections = decoder.projections(layer)
+    if feed_forward:
+        projections += decoder.feed_forward(layer)
+    factored: dict[str, tuple[int, ...]] = {}
+    for projection in projections:
+        moment = None if second_moments is None else second_moments[projection.path]
+        ranks = tuple(
+            compressed_rank((size, projection.in_features), beta, reading)
+            for size in projection.sizes
+        )
+        module = projection.low_rank(ranks)
+        for part, (weight, rank) in enumerate(zip(projection.weights(), ranks, strict=True)):
+            module.set_factors(part, *low_rank_factors(weight, rank, moment, seed=seed))
+        if saves_space(projection, ranks):
+            decoder.layers[layer].set_submodule(projection.path, module)
+            factored[projection.path] = ranks
+        else:
+            _write_dense(projection, module)
+    return factored
+
+
+@torch.no_grad()
+def _write_dense(projection: Projection, module: LowRankLinear) -> None:
+    """Overwrite a projection's weight by the product of its factors."""
+    weight = projection.module.get_parameter("weight")
+    product_OI = module.dense_weight()
+    weight.copy_(product_OI if weight.shape == product_OI.shape else product_OI.T)

@@ -1,0 +1,293 @@
+"""Dynamic LayerReplace: learn which layers matter while harmonizers learn to stand in for them.
+
+Learning steps train the harmonizers of one sampled mix of raw layers and harmonizers on a training
+batch; score steps compare several mixes on one validation batch and move the scores of the layers
+that each mix kept by how much better than the others it did (REINFORCE with the candidates' mean as
+baseline). The two alternate. Raw layers stay frozen throughout.
+
+Source: ScaleOT (arXiv 2412.09812), section "Dynamic LayerReplace"; score update as in IST (arXiv
+2410.11772). With identity stand-ins the same code is Dynamic LayerDrop.
+
+Shapes: B batch, L length, D hidden, V vocabulary, M middle layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blindtune.errors import ConfigError
+from blindtune.models.decoder import Decoder, LayerInputs
+
+Reward = Literal["paper", "scale-free"]
+Grouping = Literal["count", "size"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicConfig:
+    """Dynamic LayerReplace. The paper's values unless a docstring says otherwise."""
+
+    steps: int = 0
+    """Learning steps, each followed by a score step; 0 skips this stage."""
+    groups: int = 4
+    """N_g: contiguous groups, in each of which half of the layers is replaced (see `grouping`)."""
+    grouping: Grouping = "count"
+    """"count": N_g groups; "size": groups of N_g layers. The paper allows both readings."""
+    candidates: int = 3
+    """N_c: mixes compared on one validation batch."""
+    reward: Reward = "scale-free"
+    """"paper": exp(-L_c) minus its mean; "scale-free": (mean L - L_c) / std L, which also works
+    where half a network leaves losses so high that exp(-L) vanishes (ours)."""
+    score_rate: float | None = None
+    """eta_rl. None: 10 for the paper's reward (IST), 0.5 for the scale-free one."""
+    learning_rate: float = 1e-4
+    """Of the harmonizers (AdamW)."""
+    batch_size: int = 4
+    """Windows a step."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 0), ("groups", 1), ("candidates", 2), ("batch_size", 1)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"expected {name} >= {low}, got {getattr(self, name)}")
+        if self.learning_rate <= 0 or (self.score_rate is not None and self.score_rate <= 0):
+            raise ConfigError(
+                f"expected positive rates, got learning_rate={self.learning_rate}, "
+                f"score_rate={self.score_rate}"
+            )
+        if self.reward not in ("paper", "scale-free") or self.grouping not in ("count", "size"):
+            raise ConfigError(
+                "expected reward paper or scale-free and grouping count or size, "
+                f"got {self.reward}, {self.grouping}"
+            )
+
+    @property
+    def rate(self) -> float:
+        """eta_rl after defaults."""
+        if self.score_rate is not None:
+            return self.score_rate
+        return 10.0 if self.reward == "paper" else 0.5
+
+
+def layer_groups(count: int, config: DynamicConfig) -> list[range]:
+    """Contiguous groups over the middle layers 0 .. count-1; sizes differ by at most one."""
+    number = config.groups if config.grouping == "count" else -(-count // config.groups)
+    number = max(1, min(number, count))
+    bounds = [count * g // number for g in range(number + 1)]
+    return [range(a, b) for a, b in pairwise(bounds)]
+
+
+def sample_mix(
+    scores_M: Tensor, groups: Sequence[range], generator: torch.Generator
+) -> frozenset[int]:
+    """One action: the middle layers to replace, half of every group (rounded down).
+
+    u_i ~ Uniform(0, sigmoid(s_i)); the group's largest u_i stay. Exactly half, by sorting: a
+    comparison with the lower median would keep three of four.
+    """
+    draws_M = torch.rand(scores_M.shape, generator=generator, dtype=torch.float64)
+    draws_M = draws_M * torch.sigmoid(scores_M.double())
+    replaced: set[int] = set()
+    for group in groups:
+        ranked = sorted(group, key=lambda i: float(draws_M[i]))
+        replaced.update(ranked[: len(group) // 2])
+    return frozenset(replaced)
+
+
+def advantages(losses: Sequence[float], reward: Reward) -> list[float]:
+    """How much better each candidate did than the others.
+
+    "paper": r_c = exp(-L_c) - mean exp(-L); "scale-free": r_c = (mean L - L_c) / std L.
+    """
+    loss_C = torch.tensor(losses, dtype=torch.float64)
+    if reward == "paper":
+        gain_C = torch.exp(-loss_C)
+        return [float(r) for r in gain_C - gain_C.mean()]
+    spread = loss_C.std(correction=0)
+    return [float(r) for r in (loss_C.mean() - loss_C) / spread.clamp_min(1e-12)]
+
+
+def update_scores(
+    scores_M: Tensor,
+    mixes: Sequence[frozenset[int]],
+    losses: Sequence[float],
+    config: DynamicConfig,
+) -> Tensor:
+    """s_i += eta_rl sum_c keep_i^c r_c p_i (1 - p_i), over the layers that candidate c kept."""
+    p_M = torch.sigmoid(scores_M)
+    step_M = torch.zeros_like(scores_M)
+    for mix, reward in zip(mixes, advantages(losses, config.reward), strict=True):
+        kept_M = torch.tensor([i not in mix for i in range(len(scores_M))], dtype=scores_M.dtype)
+        step_M += kept_M * reward
+    return scores_M + config.rate * step_M * p_M * (1 - p_M)
+
+
+@final
+class MixedNetwork:
+    """A frozen decoder whose middle layers can each be run raw or by their stand-in.
+
+    Args:
+        decoder: the full model, frozen.
+        stand_ins: one module a middle layer (a harmonizer, or `nn.Identity` for LayerDrop).
+        first: index of the first middle layer in the decoder.
+    """
+
+    def __init__(self, decoder: Decoder, stand_ins: Sequence[nn.Module], first: int) -> None:
+        self.decoder = decoder
+        self.stand_ins = stand_ins
+        self.first = first
+        self.stop = first + len(stand_ins)
+
+    @torch.no_grad()
+    def prefix(self, input_ids_BL: Tensor) -> LayerInputs:
+        """The hidden states that enter the first middle layer: the same for every mix."""
+        start = self.decoder.begin(input_ids_BL)
+        hidden_BLD = self.decoder.run_layers(start.hidden_BLD, start.calls, 0, self.first)
+        return LayerInputs(hidden_BLD, start.calls)
+
+    def _step(self, i: int, hidden_BLD: Tensor, inputs: LayerInputs, replaced: bool) -> Tensor:
+        layer = self.stand_ins[i - self.first] if replaced else None
+        if isinstance(layer, nn.Identity):
+            return hidden_BLD
+        return self.decoder.run_layer(i, hidden_BLD, inputs.calls[i], layer)
+
+    def loss(self, inputs: LayerInputs, mix: frozenset[int], input_ids_BL: Tensor) -> Tensor:
+        """Cross-entropy of one mix, with gradients to the stand-ins in it."""
+        hidden_BLD = inputs.hidden_BLD
+        for i in range(self.first, self.stop):
+            hidden_BLD = self._step(i, hidden_BLD, inputs, i - self.first in mix)
+        return self._tail(hidden_BLD, inputs, input_ids_BL)
+
+    @torch.no_grad()
+    def losses(
+        self, inputs: LayerInputs, mixes: Sequence[frozenset[int]], input_ids_BL: Tensor
+    ) -> list[float]:
+        """Cross-entropies of several mixes on one batch.
+
+        Mixes that agree on all layers so far share their hidden states: a layer runs once per
+        distinct prefix. Depth first, so at most one state a mix is alive.
+        """
+        found: dict[frozenset[int], float] = {}
+
+        def descend(i: int, hidden_BLD: Tensor, alive: list[frozenset[int]]) -> None:
+            while i < self.stop:
+                out = [mix for mix in alive if i - self.first in mix]
+                if out and len(out) < len(alive):
+                    descend(i + 1, self._step(i, hidden_BLD, inputs, True), out)
+                    alive = [mix for mix in alive if i - self.first not in mix]
+                    out = []
+                hidden_BLD = self._step(i, hidden_BLD, inputs, bool(out))
+                i += 1
+            loss = float(self._tail(hidden_BLD, inputs, input_ids_BL))
+            found.update(dict.fromkeys(alive, loss))
+
+        descend(self.first, inputs.hidden_BLD, list(dict.fromkeys(mixes)))
+        return [found[mix] for mix in mixes]
+
+    def _tail(self, hidden_BLD: Tensor, inputs: LayerInputs, input_ids_BL: Tensor) -> Tensor:
+        last = self.decoder.layer_count
+        hidden_BLD = self.decoder.run_layers(hidden_BLD, inputs.calls, self.stop, last)
+        logits_BLV = self.decoder.logits(hidden_BLD[:, :-1])
+        return F.cross_entropy(logits_BLV.flatten(0, 1).float(), input_ids_BL[:, 1:].flatten())
+
+
+@torch.no_grad()
+def measured_damage(
+    network: MixedNetwork,
+    windows_NL: Tensor,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> Tensor:
+    """How much the loss rises when each middle layer alone is replaced, in nats a token.
+
+    The slow but direct answer that the learned scores try to predict; the layers below the replaced
+    one are computed once for all (half of the work of one full pass a layer).
+
+    Returns:
+        Damage of every middle layer [M], float64; negative where the stand-in does better.
+    """
+    singles = [frozenset[int](), *(frozenset({i}) for i in range(len(network.stand_ins)))]
+    total = torch.zeros(len(singles), dtype=torch.float64)
+    for batch_BL in windows_NL.split(batch_size):
+        losses = network.losses(network.prefix(batch_BL), singles, batch_BL)
+        total += torch.tensor(losses, dtype=torch.float64) * len(batch_BL)
+        if on_batch is not None:
+            on_batch(len(batch_BL))
+    mean = total / len(windows_NL)
+    return mean[1:] - mean[0]
+
+
+@dataclass(kw_only=True)
+class DynamicState:
+    """All that Dynamic LayerReplace needs to go on after an interruption."""
+
+    scores_M: Tensor
+    stand_ins: nn.ModuleList
+    optimizer: torch.optim.Optimizer | None
+    generator: torch.Generator
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class DynamicStep:
+    """What one alternation did."""
+
+    step: int
+    learning_loss: float
+    candidate_losses: tuple[float, ...]
+
+
+def start_dynamic(
+    scores_M: Tensor, stand_ins: nn.ModuleList, config: DynamicConfig, seed: int
+) -> DynamicState:
+    """A fresh state; stand-ins without parameters (LayerDrop) have no optimizer."""
+    parameters = list(stand_ins.parameters())
+    return DynamicState(
+        scores_M=scores_M.clone(),
+        stand_ins=stand_ins,
+        optimizer=torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+        if parameters
+        else None,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def run_dynamic(
+    state: DynamicState,
+    network: MixedNetwork,
+    train_NL: Tensor,
+    validation_NL: Tensor,
+    config: DynamicConfig,
+) -> Iterator[DynamicStep]:
+    """Alternate learning and score steps from `state.step` to `config.steps`, in place.
+
+    Every random draw comes from `state.generator`, so a saved state continues exactly.
+    """
+    groups = layer_groups(len(network.stand_ins), config)
+    while state.step < config.steps:
+        learning_loss = float("nan")
+        if state.optimizer is not None:
+            batch_BL = _draw(train_NL, config.batch_size, state.generator)
+            mix = sample_mix(state.scores_M, groups, state.generator)
+            loss = network.loss(network.prefix(batch_BL), mix, batch_BL)
+            loss.backward()
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            learning_loss = float(loss)
+        batch_BL = _draw(validation_NL, config.batch_size, state.generator)
+        mixes = [
+            sample_mix(state.scores_M, groups, state.generator) for _ in range(config.candidates)
+        ]
+        losses = network.losses(network.prefix(batch_BL), mixes, batch_BL)
+        state.scores_M = update_scores(state.scores_M, mixes, losses, config)
+        state.step += 1
+        yield DynamicStep(state.step, learning_loss, tuple(losses))
+
+
+def _draw(windows_NL: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    return windows_NL[torch.randint(len(windows_NL), (count,), generator=generator)]
