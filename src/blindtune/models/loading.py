@@ -64,8 +64,14 @@ def load_model(
     if absent:
         raise ModelError(
             f"expected every weight of the model in {source}, got a checkpoint without "
-            f"{len(absent)} of them ({', '.join(absent[:3])}{', ...' if absent[3:] else ''}); "
-            "get the complete checkpoint"
+            f"{len(absent)} of them ({_some(absent)}); get the complete checkpoint"
+        )
+    # Old checkpoints carry buffers that are computed now; a weight too many is another model.
+    surplus = sorted(key for key in info["unexpected_keys"] if key.endswith(".weight"))
+    if surplus:
+        raise ModelError(
+            f"expected only weights that the config in {source} describes, got {len(surplus)} more "
+            f"({_some(surplus)}); config.json and the weights are not of one model"
         )
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
@@ -138,6 +144,10 @@ def _load_config(source: str) -> Any:
                 "needs `hf auth login`"
             )
         raise ModelError(f"expected {what}, got: {_first_line(error)}; {advice}") from error
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if names[3:] else "")
 
 
 def _first_line(error: BaseException) -> str:
