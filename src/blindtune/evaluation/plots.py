@@ -42,7 +42,7 @@ STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": "DejaVu Sans",
-    "font.size": 10.5,
+    "font.size": 9,
     "text.color": INK,
     "axes.edgecolor": MID,
     "axes.labelcolor": MUTED,
@@ -83,19 +83,21 @@ def five_rows(board: Scoreboard, *, caption: str = "") -> Plot:
             if row.deviation:
                 ends = [scale(max(0.0, row.mean + s * row.deviation)) for s in (-1, 1)]
                 axes.plot(ends, [place, place], color=colour, linewidth=2.2, alpha=0.5)
-            axes.plot([value], [place], "o", color=colour, markersize=7.5)
+            axes.plot([value], [place], "o", color=colour, markersize=6.5)
             weight = "bold" if name == PLUG_IN else "normal"
             axes.annotate(
                 f"{value:,.1f}",
                 (value, place),
-                xytext=(0, 7),
+                xytext=(0, 6),
                 textcoords="offset points",
                 ha="center",
                 color=colour,
                 weight=weight,
             )
         if ZS in board.rows:
-            axes.axvline(scale(board.spread(ZS).mean), color=MID, linewidth=0.8, dashes=(2, 3))
+            start = scale(board.spread(ZS).mean)
+            ends_at = [names.index(ZS), len(names) - 0.4]
+            axes.plot([start] * 2, ends_at, color=MID, linewidth=0.8, dashes=(2, 3), zorder=0.5)
         low, high = min(values), max(values)
         room = (high / low) ** 0.12 if nats else 0.12 * (high - low)
         room = max(room, 1.08) if nats else max(room, 1.0)
@@ -111,7 +113,9 @@ def five_rows(board: Scoreboard, *, caption: str = "") -> Plot:
         )
 
     summary = ", ".join(f"{name} {scale(board.spread(name).mean):.1f}" for name in names)
-    return Plot(svg=_svg(draw, size=(5.6, 0.8 + 0.46 * len(names)), title=summary), caption=caption)
+    return Plot(
+        svg=_svg(draw, size=(5.2, 0.75 + 0.42 * len(names)), title=summary), caption=caption
+    )
 
 
 def curves(
@@ -131,7 +135,7 @@ def curves(
             if name == stressed:
                 axes.plot(xs, ys, color=ACCENT, linewidth=2, label=name, zorder=3)
                 best = min(range(len(ys)), key=ys.__getitem__)
-                axes.plot(xs[best], ys[best], "o", color=ACCENT, markersize=6.5, zorder=4)
+                axes.plot(xs[best], ys[best], "o", color=ACCENT, markersize=5.5, zorder=4)
                 axes.annotate(
                     f"{ys[best]:.2f}",
                     (xs[best], ys[best]),
@@ -140,11 +144,12 @@ def curves(
                     ha="center",
                     color=ACCENT,
                     weight="bold",
+                    bbox={"facecolor": PAPER, "linewidth": 0, "pad": 1.5, "alpha": 0.85},
                 )
             else:
                 style = next(dashes, "solid")
-                axes.plot(xs, ys, color=MUTED, linewidth=1.1, linestyle=style, label=name)
-        axes.margins(y=0.14)
+                axes.plot(xs, ys, color=MUTED, linewidth=0.9, linestyle=style, label=name)
+        axes.margins(x=0.02, y=0.14)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         _whole_ticks(axes)
@@ -152,7 +157,7 @@ def curves(
         axes.legend(frameon=False, loc="upper right", labelcolor=INK)
 
     title = f"{ylabel} over {xlabel}: {', '.join(lines)}"
-    return Plot(svg=_svg(draw, size=(5.6, 3.1), title=title), caption=caption)
+    return Plot(svg=_svg(draw, size=(5.2, 2.8), title=title), caption=caption)
 
 
 def importance(
@@ -186,7 +191,7 @@ def importance(
         axes.tick_params(axis="x", length=0)
 
     title = f"importance scores of {len(scores)} layers"
-    return Plot(svg=_svg(draw, size=(5.6, 2.5), title=title), caption=caption)
+    return Plot(svg=_svg(draw, size=(5.2, 2.2), title=title), caption=caption)
 
 
 def grid(
@@ -213,7 +218,7 @@ def grid(
     return Plot(
         svg=_svg(
             draw_all,
-            size=(6.2, 1.2 + 0.5 * len(betas)),
+            size=(5.2, 0.95 + 0.4 * len(betas)),
             title=f"{unit} over alpha and beta: {', '.join(panels)}",
             columns=len(panels),
         ),
@@ -247,7 +252,7 @@ def _heat_map(
     axes.set_xlabel("alpha")
     if left:
         axes.set_ylabel("beta")
-    axes.set_title(name, loc="left", fontsize=10.5, color=INK, pad=8)
+    axes.set_title(name, loc="left", fontsize=9, color=INK, pad=8)
     for spine in axes.spines.values():
         spine.set_visible(False)
 
@@ -284,22 +289,22 @@ def _svg(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("plots need matplotlib: pip install 'blindtune[report]'") from error
-    salt = hashlib.sha256(title.encode()).hexdigest()[:8]
     out = io.StringIO()
-    style: AbstractContextManager[Any] = mpl.rc_context({**STYLE, "svg.hashsalt": salt})
+    style: AbstractContextManager[Any] = mpl.rc_context({**STYLE, "svg.hashsalt": "blindtune"})
     with style, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(*figure.subplots(1, columns, squeeze=False)[0])
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return _adapt(out.getvalue(), title, salt)
+    return _adapt(out.getvalue(), title)
 
 
-def _adapt(svg: str, title: str, prefix: str) -> str:
+def _adapt(svg: str, title: str) -> str:
     """Inline SVG: page colours and font, unique ids, a text alternative, no namespaces."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    prefix = hashlib.sha256(svg.encode()).hexdigest()[:8]
     view_box = re.search(r'viewBox="([^"]*)"', svg)
     assert view_box is not None, "matplotlib writes a view box"
     label = escape(title, quote=True)

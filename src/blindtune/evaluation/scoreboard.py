@@ -37,9 +37,9 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True):
     runs: int
 
     def __format__(self, spec: str) -> str:
-        """``mean ± deviation``, each in the given format."""
+        """``mean ± deviation``, each in the given format; the mean alone if runs do not differ."""
         mean = format(self.mean, spec)
-        return mean if self.deviation is None else f"{mean} ± {format(self.deviation, spec)}"
+        return mean if not self.deviation else f"{mean} ± {format(self.deviation, spec)}"
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -104,7 +104,8 @@ def _gain(board: Scoreboard, name: str) -> str:
         return ""
     pairs = zip(board.scores(name), board.scores(ZS), strict=True)
     mean = statistics.fmean(score - start for score, start in pairs)
-    return f"{mean:+.3f}" if board.measure == "nats" else f"{100 * mean:+.1f}"
+    text = f"{mean:+.3f}" if board.measure == "nats" else f"{100 * mean:+.1f}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _count(value: int) -> str:
