@@ -34,7 +34,7 @@ def emulator_manifest():
         layers=[
             AdapterLayer(),
             RawLayer(),
-            CompressedLayer(ranks={"self_attn.q_proj": 2}),
+            CompressedLayer(ranks={"self_attn.q_proj": (2,), "self_attn.qkv": (2, 1, 1)}),
             HarmonizerLayer(rank=3),
             AdapterLayer(),
         ],

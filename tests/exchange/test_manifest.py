@@ -73,9 +73,11 @@ def change(path, value):
         (change("layers", [{"kind": "raw"}] * 5000), "length <= 4096"),
         (change("layers/1/kind", "adapter"), "adapter layers"),
         (change("layers/1/kind", "secret"), "secret"),
-        (change("layers/2/ranks", {}), "length >= 1"),
-        (change("layers/2/ranks", {"q_proj": 10**6}), "<= 65536"),
-        (change("layers/2/ranks", {"../q": 1}), "regex"),
+        (change("layers/2/ranks", {"q_proj": []}), "length >= 1"),
+        (change("layers/2/ranks", {"q_proj": 2}), "array"),
+        (change("layers/2/ranks", {"q_proj": [0]}), ">= 1"),
+        (change("layers/2/ranks", {"q_proj": [10**6]}), "<= 65536"),
+        (change("layers/2/ranks", {"../q": [1]}), "regex"),
         (change("full_model/layers", 4), "no more layers"),
         (change("dtype", "int8"), "int8"),
         (change("model_type", "a/b"), "regex"),
@@ -219,7 +221,9 @@ def test_the_id_is_the_hash_of_the_file(emulator_manifest):
     assert len({first, other}) == 2
 
 
-json_text = st.text(st.characters(categories=["L", "N", "P", "S"]), max_size=8)
+json_text = st.text(st.characters(categories=["L", "N", "P", "S"]), max_size=8).filter(
+    lambda text: text not in m.FORBIDDEN_CONFIG_KEYS
+)
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -232,19 +236,19 @@ json_values = st.recursive(
 EMULATOR = b"""{"adapter_layers":1,"config":{"eps":1e-05,"n":[1,{"a":null}]},\
 "created_by":"blindtune 0.1.0","dtype":"float32","files":{},"format":"blindtune-emulator",\
 "full_model":{"bytes":8,"layers":3,"parameters":2},"layers":[{"kind":"adapter"},\
-{"kind":"harmonizer","rank":3},{"kind":"adapter"}],"max_length":null,"model_type":"llama",\
+{"kind":"compressed","ranks":{"q":[2]}},{"kind":"adapter"}],"max_length":null,"model_type":"llama",\
 "version":1}"""
 
 
 @given(st.dictionaries(json_text, json_values, max_size=4))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_plain_config_survives(config):
     manifest = replace(m.decode_manifest(EMULATOR), config=config)
     assert m.decode_manifest(m.encode_manifest(manifest)) == manifest
 
 
 @given(st.binary(max_size=200) | st.text(max_size=60).map(str.encode) | json_values.map(encode))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_noise_is_refused(data):
     with pytest.raises(PackageError):
         m.decode_manifest(data)
@@ -255,7 +259,7 @@ def test_noise_is_refused(data):
     st.integers(0, 6),
     st.binary(max_size=4) | st.sampled_from([b"0", b".0", b" ", b"\\u0041", b'"', b"}", b",{}"]),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_an_edited_manifest_is_refused_or_canonical(begin, length, patch):
     data = EMULATOR[:begin] + patch + EMULATOR[begin + length :]
     try:

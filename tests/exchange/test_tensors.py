@@ -283,7 +283,7 @@ def headers(draw):
 
 @given(headers())
 @settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_accepts_exactly_what_the_oracle_accepts(safetensors_file, case):
     header, data_bytes = case
@@ -301,7 +301,7 @@ def test_accepts_exactly_what_the_oracle_accepts(safetensors_file, case):
 
 @given(st.binary(max_size=120) | st.recursive(st.none() | st.text(), st.lists).map(json.dumps))
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_noise_is_refused(safetensors_file, raw):
     raw = raw if isinstance(raw, bytes) else raw.encode()

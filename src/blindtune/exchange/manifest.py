@@ -36,6 +36,7 @@ FORBIDDEN_CONFIG_KEYS = frozenset({"auto_map", "custom_pipelines", "_name_or_pat
 Count = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
 Positive = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
 Rank = Annotated[int, Meta(ge=1, le=MAX_RANK)]
+Ranks = Annotated[tuple[Rank, ...], Meta(min_length=1, max_length=8)]
 LayerCount = Annotated[int, Meta(ge=1, le=MAX_LAYERS)]
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 PackageId = Annotated[str, Meta(pattern=r"\Asha256:[0-9a-f]{64}\Z")]
@@ -72,9 +73,13 @@ class CompressedLayer(
     tag_field="kind",
     tag="compressed",
 ):
-    """A frozen layer; the named projections are cut to the given ranks."""
+    """A frozen layer of reduced rank.
 
-    ranks: Annotated[dict[ModuleName, Rank], Meta(min_length=1, max_length=64)]
+    `ranks` names the projections that are stored as factors, by path inside the layer, with one
+    rank for every part of a fused projection (query, key, value) and one for a plain one.
+    """
+
+    ranks: Annotated[dict[ModuleName, Ranks], Meta(max_length=64)]
 
 
 class HarmonizerLayer(
