@@ -11,7 +11,7 @@ ITEMS = [
     Item(question="What falls?", choices=("a stone", "light", "a very long thought"), label=0),
     Item(question="What rises?", choices=("smoke", "lead"), label=0),
     Item(question="Which one?", choices=("this", "that", "both", "neither"), label=3),
-    Item(question="What falls?", choices=("rain", "é"), label=1),
+    Item(question="What falls?", choices=("rain", "a bird"), label=1),
     Item(question="Why does a river find the sea?", choices=("x", "y"), label=1),
 ]
 
@@ -25,11 +25,11 @@ def oracle(model, tokenizer, question, choice):
     return sum(float(log_probs[t - 1, ids[t]]) for t in range(len(prompt), len(ids)))
 
 
-def test_matches_the_oracle_in_every_family(any_model, byte_tokenizer):
-    result = multiple_choice(any_model, byte_tokenizer, ITEMS, batch_size=2)
+def test_matches_the_oracle_in_every_family(any_model, tokenizer):
+    result = multiple_choice(any_model, tokenizer, ITEMS, batch_size=2)
     right = normalised = 0
     for item, answer in zip(ITEMS, result.answers, strict=True):
-        scores = [oracle(any_model, byte_tokenizer, item.question, c) for c in item.choices]
+        scores = [oracle(any_model, tokenizer, item.question, c) for c in item.choices]
         assert answer.log_likelihoods == pytest.approx(scores, rel=1e-4)
         right += scores.index(max(scores)) == item.label
         per_character = [s / len(c) for s, c in zip(scores, item.choices, strict=True)]
@@ -39,19 +39,19 @@ def test_matches_the_oracle_in_every_family(any_model, byte_tokenizer):
     assert result.standard_error == pytest.approx(math.sqrt(p * (1 - p) / 4))
 
 
-def test_batch_size_changes_nothing(llama, byte_tokenizer):
-    one = multiple_choice(llama, byte_tokenizer, ITEMS, batch_size=1)
-    many = multiple_choice(llama, byte_tokenizer, ITEMS, batch_size=50)
+def test_batch_size_changes_nothing(llama, tokenizer):
+    one = multiple_choice(llama, tokenizer, ITEMS, batch_size=1)
+    many = multiple_choice(llama, tokenizer, ITEMS, batch_size=50)
     for a, b in zip(one.answers, many.answers, strict=True):
         assert a.log_likelihoods == pytest.approx(b.log_likelihoods, rel=1e-5)
 
 
-def test_the_prompt_runs_once(llama, byte_tokenizer):
+def test_the_prompt_runs_once(llama, tokenizer):
     tokens = []
     llama.model.embed_tokens.register_forward_hook(
         lambda module, inputs, out: tokens.append(inputs[0].numel())
     )
-    multiple_choice(llama, byte_tokenizer, ITEMS[:1])
+    multiple_choice(llama, tokenizer, ITEMS[:1])
     assert tokens[0] == len("Question: What falls?\nAnswer:")
     assert tokens[1:] == [3 * (len(" a very long thought") - 1)]
 
@@ -66,11 +66,11 @@ def test_single_token_continuations(llama):
     assert log_likelihoods(llama, pairs) == pytest.approx(expected, rel=1e-5)
 
 
-def test_long_prompts_lose_their_beginning(llama, byte_tokenizer):
+def test_long_prompts_lose_their_beginning(llama, tokenizer):
     item = Item(question="w" * 200, choices=("ab", "a longer one"), label=0)
-    answer = multiple_choice(llama, byte_tokenizer, [item]).answers[0]
+    answer = multiple_choice(llama, tokenizer, [item]).answers[0]
     for choice, score in zip(item.choices, answer.log_likelihoods, strict=True):
-        ids = byte_tokenizer.encode(f"Question: {item.question}\nAnswer: {choice}")[-129:]
+        ids = tokenizer.encode(f"Question: {item.question}\nAnswer: {choice}")[-129:]
         with torch.no_grad():
             log_probs = llama(input_ids=torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
         length = len(choice) + 1
@@ -78,12 +78,12 @@ def test_long_prompts_lose_their_beginning(llama, byte_tokenizer):
         assert score == pytest.approx(expected, rel=1e-4)
     too_long = Item(question="?", choices=("c" * 200, "d"), label=0)
     with pytest.raises(DataError, match="choice of 1 to 127 tokens"):
-        multiple_choice(llama, byte_tokenizer, [too_long])
+        multiple_choice(llama, tokenizer, [too_long])
 
 
-def test_no_items(llama, byte_tokenizer):
+def test_no_items(llama, tokenizer):
     with pytest.raises(DataError, match="at least one"):
-        multiple_choice(llama, byte_tokenizer, [])
+        multiple_choice(llama, tokenizer, [])
 
 
 def test_read_items_in_every_shape(tmp_path):

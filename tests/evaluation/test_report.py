@@ -221,5 +221,5 @@ def test_small_reports_need_no_matplotlib(monkeypatch):
 def test_write(tmp_path, html):
     report.write(full_report(), tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == html
-    with pytest.raises(OutputError, match="cannot be written"):
-        report.write(full_report(), tmp_path / "no" / "page.html")
+    with pytest.raises(OutputError, match="cannot be"):
+        report.write(full_report(), tmp_path)

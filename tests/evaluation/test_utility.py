@@ -9,7 +9,7 @@ from blindtune.evaluation.utility import loss_on_targets, perplexity
 
 
 def windows(rows=5, length=12, seed=1):
-    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def oracle_row(model, ids, labels):
@@ -33,21 +33,21 @@ def test_perplexity_matches_the_models_own_logits_in_every_family(any_model):
 def test_uniform_model_has_the_vocabulary_as_perplexity(llama):
     torch.nn.init.zeros_(llama.get_output_embeddings().weight)
     result = perplexity(llama, windows())
-    assert result.perplexity == pytest.approx(257, rel=1e-5)
+    assert result.perplexity == pytest.approx(128, rel=1e-5)
     assert result.standard_error == pytest.approx(0, abs=1e-6)
 
 
 def test_known_distribution(llama):
     """A head that ignores its input: token 7 has probability 1/2, the rest share the other."""
-    head = torch.nn.Linear(32, 257)
+    head = torch.nn.Linear(32, 128)
     torch.nn.init.zeros_(head.weight)
     with torch.no_grad():
-        head.bias.fill_(math.log(0.5 / 256))
+        head.bias.fill_(math.log(0.5 / 127))
         head.bias[7] = math.log(0.5)
     llama.set_output_embeddings(head)
     ids = torch.tensor([[3, 7, 7, 9]])
     result = perplexity(llama, ids)
-    expected = (2 * math.log(2) + math.log(512)) / 3
+    expected = (2 * math.log(2) + math.log(254)) / 3
     assert result.nats_per_token == pytest.approx(expected, rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
     assert result.standard_error is None
@@ -56,19 +56,19 @@ def test_known_distribution(llama):
 def test_first_token_only_conditions(llama):
     ids = windows(rows=1)
     other = ids.clone()
-    other[0, 0] = (other[0, 0] + 1) % 256
+    other[0, 0] = (other[0, 0] + 1) % 128
     assert perplexity(llama, ids).tokens == 11
     assert perplexity(llama, ids).nats_per_token != perplexity(llama, other).nats_per_token
 
 
 def test_slices_and_batches_change_nothing(llama, monkeypatch):
     whole = perplexity(llama, windows())
-    monkeypatch.setattr(utility, "LOGITS_AT_ONCE", 257 * 3)
+    monkeypatch.setattr(utility, "LOGITS_AT_ONCE", 128 * 3)
     sizes = []
     llama.lm_head.register_forward_hook(lambda module, inputs, out: sizes.append(out.numel()))
     sliced = perplexity(llama, windows(), batch_size=3)
     assert sliced.nats_per_token == pytest.approx(whole.nats_per_token, rel=1e-6)
-    assert max(sizes) <= 257 * 3
+    assert max(sizes) <= 128 * 3
     assert len(sizes) > 10
 
 
@@ -76,7 +76,7 @@ def test_targets_of_examples_of_any_length(any_model):
     generator = torch.Generator().manual_seed(3)
     examples, nats = [], []
     for length in (9, 4, 13, 6, 2):
-        ids = torch.randint(0, 256, (length,), generator=generator)
+        ids = torch.randint(0, 128, (length,), generator=generator)
         labels = ids.clone()
         labels[: length // 2] = -100
         examples.append({"input_ids": ids.tolist(), "labels": labels.tolist(), "more": 1})

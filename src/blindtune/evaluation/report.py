@@ -12,7 +12,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from blindtune.errors import OutputError
+from blindtune.atomic import atomic_file
 
 LAYER_KINDS = {
     "adapter": "adapter, trained",
@@ -86,15 +86,14 @@ class Report:
 
 
 def write(report: Report, path: str | Path) -> None:
-    """Render a report into a file.
+    """Render a report into a file, replacing what is there.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    try:
-        Path(path).write_text(render(report), encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise OutputError(f"the report cannot be written to {path}: {error}") from error
+    page = render(report)
+    with atomic_file(path) as partial:
+        partial.write_text(page, encoding="utf-8", newline="\n")
 
 
 def render(report: Report) -> str:

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from blindtune.errors import DataError, OutputError
+from blindtune.atomic import atomic_file
+from blindtune.errors import DataError
 
 ZS = "ZS"
 EMULATOR_ZS = "Emulator ZS"
@@ -205,15 +206,21 @@ def from_json(data: bytes, *, where: str = "the scoreboard") -> Scoreboard:
 
 
 def save(board: Scoreboard, path: str | Path) -> None:
-    """Write a scoreboard as JSON."""
-    try:
-        Path(path).write_bytes(to_json(board))
-    except OSError as error:
-        raise OutputError(f"the scoreboard cannot be written to {path}: {error}") from error
+    """Write a scoreboard as JSON, replacing what is there.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with atomic_file(path) as partial:
+        partial.write_bytes(to_json(board))
 
 
 def load(path: str | Path) -> Scoreboard:
-    """Read a scoreboard from JSON."""
+    """Read a scoreboard from JSON.
+
+    Raises:
+        DataError: the file cannot be read or is no scoreboard.
+    """
     try:
         data = Path(path).read_bytes()
     except OSError as error:

@@ -18,15 +18,13 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import DataError, ModelError
+from blindtune.training.dataset import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) after every batch."""
-
-IGNORED = -100
-"""The label of a position that is not scored, as in Hugging Face data sets."""
 
 LOGITS_AT_ONCE = 1 << 25
 """Largest number of logits held at one time (128 MiB in float32)."""
@@ -71,7 +69,7 @@ def perplexity(
             f"{tuple(windows_NL.shape)}; give more text or a shorter window"
         )
     labels_NL = windows_NL.clone()
-    labels_NL[:, 0] = IGNORED
+    labels_NL[:, 0] = IGNORED_LABEL
     batches = (
         (windows_NL[i : i + batch_size], labels_NL[i : i + batch_size], None)
         for i in range(0, len(windows_NL), batch_size)
@@ -103,7 +101,7 @@ def loss_on_targets(
         (torch.as_tensor(example["input_ids"]), torch.as_tensor(example["labels"]))
         for example in (dataset[i] for i in range(len(dataset)))
     ]
-    if not any((labels[1:] != IGNORED).any() for _, labels in examples):
+    if not any((labels[1:] != IGNORED_LABEL).any() for _, labels in examples):
         raise DataError(
             f"expected target tokens to score, found none in {len(examples)} examples; "
             "check the data's completion or assistant turns"
@@ -191,7 +189,7 @@ def _row_sums(
     hidden_BLD = model.get_decoder()(
         input_ids=ids_BL, attention_mask=mask_BL, use_cache=False
     ).last_hidden_state
-    rows_N, columns_N = (labels_BL[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    rows_N, columns_N = (labels_BL[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
     log_probs_N = target_log_probs(
         model, hidden_BLD[rows_N, columns_N], labels_BL[rows_N, columns_N + 1]
     ).double()
@@ -210,4 +208,4 @@ def _pad_right(examples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
 
     ids = [row for row, _ in examples]
     masks = [torch.ones_like(row) for row in ids]
-    return pad(ids, 0), pad([labels for _, labels in examples], IGNORED), pad(masks, 0)
+    return pad(ids, 0), pad([labels for _, labels in examples], IGNORED_LABEL), pad(masks, 0)
