@@ -59,7 +59,8 @@ def token_windows(ids: Tensor | Sequence[int], length: int) -> Tensor:
     count = len(stream) // length
     if count == 0:
         raise DataError(
-            f"one window needs {length} tokens, got {len(stream)}: give more text or a smaller length"
+            f"one window needs {length} tokens, got {len(stream)}: "
+            "give more text or a smaller length"
         )
     return stream[: count * length].view(count, length)
 

@@ -84,8 +84,6 @@ def save_checkpoint(
         (partial / "trainer_state.json").write_text(state_json)
 
     final = folder / f"checkpoint-{step}"
-    if final.exists():  # the same step of the same run, written before an interruption
-        shutil.rmtree(final)
     _atomically(final, write)
     for old in _checkpoints(folder):
         if old != final:
@@ -181,6 +179,8 @@ def _atomically(final: Path, write: Callable[[Path], object]) -> None:
         for path in sorted(partial.iterdir()) if partial.is_dir() else [partial]:
             with path.open("rb") as written:
                 os.fsync(written.fileno())
+        if final.is_dir():
+            shutil.rmtree(final)
         partial.replace(final)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError, disk full
         shutil.rmtree(partial, ignore_errors=True)

@@ -3,12 +3,14 @@
 The loop is `transformers.Trainer`; what differs from its defaults: the head runs only at labelled
 positions, the loss is the mean over all target tokens of the effective batch (see `batches`),
 checkpoints hold no frozen weight, and an interrupted run goes on to the same result.
-It starts as one process, or as several under `accelerate launch` or `torchrun`.
+It starts as one process, or as several under `torchrun` or `accelerate launch --multi_gpu` (that
+is the flag on CPUs too: `accelerate launch --cpu` starts one process whatever its number says).
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -171,7 +173,14 @@ def _arguments(
         remove_unused_columns=False,
         logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False,
+        use_cpu=not torch.accelerator.is_available(),  # said plainly, else no group is made on CPUs
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
+        raise ConfigError(
+            f"expected the {launched} launched processes to train together, {args.world_size} "
+            "joined: launch with torchrun, or accelerate launch --multi_gpu (on CPUs too)"
+        )
     effective_batch = (
         args.world_size * config.per_device_train_batch_size * config.gradient_accumulation_steps
     )
