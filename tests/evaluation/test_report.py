@@ -200,7 +200,7 @@ def test_headline_leaves_out_what_cannot_be_had():
     assert sections.headline(board()) == [
         ("69 %", "of full fine-tuning's gain recovered"),
         ("29.4", "plug-in perplexity (47.5 before)"),
-        ("0.39", "nats that the plug-in is better than the tuned emulator"),
+        ("0.39", "nats better than the tuned emulator"),
     ]
     assert sections.headline(board({"Plug-in": 0.5}, "accuracy")) == [
         ("50.0 %", "plug-in accuracy")

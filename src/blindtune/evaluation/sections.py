@@ -28,7 +28,7 @@ def headline(board: Scoreboard) -> list[tuple[str, str]]:
         numbers.append((show(PLUG_IN), measure + before))
     if delta is not None:
         size, unit = (f"{delta.mean:.2f}", "nats") if nats else (f"{delta.mean:.1f}", "points")
-        numbers.append((size, f"{unit} that the plug-in is better than the tuned emulator"))
+        numbers.append((size, f"{unit} better than the tuned emulator"))
     return numbers
 
 
