@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ FAMILY_NAMES: tuple[str, ...] = tuple(_CONFIGS)
 def tiny_config(name: str) -> Any:
     """The config of a tiny model, by a name of FAMILY_NAMES."""
     model_type, values = _CONFIGS[name]
-    return AutoConfig.for_model(model_type, **values)
+    return AutoConfig.for_model(model_type, **copy.deepcopy(values))
 
 
 def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
@@ -96,14 +97,12 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
 
     Biases and norms are random too, so that a mixed-up one shows.
     """
-    state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(name))
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(name))
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    torch.random.set_rng_state(state)
     return model.eval()
 
 

@@ -1,1 +1,1 @@
-"""."""
+"""Hugging Face decoders seen without their classes: loading, families, blocks and surgery."""

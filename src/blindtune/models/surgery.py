@@ -27,7 +27,8 @@ from blindtune.models.families import family_of
 def replace_layer(model: PreTrainedModel, i: int, module: nn.Module) -> None:
     """Put `module` (a harmonizer, or another layer of the family) into slot `i`, in place.
 
-    The number of slots, and with it every other layer's cache index, stays.
+    The number of slots, and with it every other layer's cache index, stays. transformers records
+    `output_hidden_states` by layer class: a slot with a harmonizer has no entry there.
 
     Raises:
         ModelError: there is no slot `i`, or a module without attention would become layer 0.
