@@ -49,7 +49,8 @@ def fit(
     """Train the parameters that require a gradient, in place.
 
     The model ends in evaluation mode, with the weights of the lowest validation loss (of the last
-    step without validation). Files go to `out_dir`/checkpoints; only the first process writes.
+    step without validation). Files go to `out_dir`/checkpoints; only the first process writes. The
+    global random states are seeded.
 
     Args:
         model: a causal language model with transformers' calling convention.

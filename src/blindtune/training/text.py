@@ -200,7 +200,7 @@ def _rows(source: str, config: DataConfig) -> Iterator[Row]:
         return iter([(source, {config.text_column: _decode(path.read_bytes(), source)})])
     if extension in (".jsonl", ".json"):
         return _json_rows(path)
-    return _table_rows(path, extension[1:])
+    return _table_rows(path, config)
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -241,12 +241,14 @@ def _parse(text: str, where: str, kind: type) -> Any:
     return value
 
 
-def _table_rows(path: Path, kind: str) -> Iterator[Row]:
-    """Rows of a .csv or .parquet file; the library's cache lives for the reading only."""
+def _table_rows(path: Path, config: DataConfig) -> Iterator[Row]:
+    """Rows of a .csv or .parquet file; the library's copy of it is gone before this returns."""
+    kind = path.suffix.lower()[1:]
     with tempfile.TemporaryDirectory(prefix="blindtune-data-") as cache:
         table = _load(str(path), kind, data_files=str(path), split="train", cache_dir=cache)
-        for index, record in enumerate(table):
-            yield f"{path}, row {index + 1}", record
+        records = list(islice(table, config.max_samples))
+        del table  # it maps the files that are about to go
+    return ((f"{path}, row {index + 1}", record) for index, record in enumerate(records))
 
 
 def _hub_rows(name: str, config: DataConfig) -> Iterator[Row]:

@@ -1,0 +1,273 @@
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from blindtune.errors import ConfigError, DataError
+from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file, show_sample
+
+WORDS = "the cat sat on the mat and the dog sat on the cat. " * 20
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def trained_text(data, tokenizer, index=0):
+    example = data[index]
+    return tokenizer.decode(example["input_ids"][example["labels"] != -100])
+
+
+def test_plain_text_is_cut_into_windows_without_a_gap(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text(WORDS)
+    data = load_dataset_file(path, tokenizer, DataConfig(max_length=16))
+    ids = tokenizer(WORDS)["input_ids"]
+    assert torch.cat(data.input_ids).tolist() == ids[: len(ids) // 16 * 16]
+    assert {len(row) for row in data.input_ids} == {16}
+    assert data.trained_share == 1.0
+    assert data.tokens == data.trained_tokens == len(data) * 16
+
+
+def test_texts_are_joined_by_the_end_of_text(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", {"text": "the cat"}, {"text": " "}, {"text": "the dog"})
+    joined = tokenizer("the cat<|end|>the dog")["input_ids"]
+    data = load_dataset_file(path, tokenizer, DataConfig(max_length=len(joined)))
+    assert data.input_ids[0].tolist() == joined
+    apart = load_dataset_file(path, tokenizer, DataConfig(max_length=9, pack=False))
+    assert tokenizer.batch_decode(apart.input_ids) == ["the cat<|end|>", "the dog<|end|>"]
+
+
+def test_completion_alone_is_trained(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", {"prompt": "the cat", "completion": " sat"})
+    data = load_dataset_file(path, tokenizer, DataConfig())
+    assert tokenizer.decode(data.input_ids[0]) == "the cat sat<|end|>"
+    assert trained_text(data, tokenizer) == " sat<|end|>"
+
+
+def test_a_long_prompt_loses_its_beginning_and_a_long_completion_its_end(tmp_path, tokenizer):
+    path = write(
+        tmp_path / "a.jsonl",
+        {"prompt": WORDS + " the dog", "completion": " sat"},
+        {"prompt": "the dog", "completion": WORDS},
+    )
+    data = load_dataset_file(path, tokenizer, DataConfig(max_length=8))
+    assert trained_text(data, tokenizer) == " sat<|end|>"
+    assert tokenizer.decode(data.input_ids[0]).endswith(" the dog sat<|end|>")
+    assert int((data.labels[1] != -100).sum()) == 7
+    assert {len(row) for row in data.input_ids} == {8}
+
+
+def test_multiple_choice_trains_the_right_choice(tmp_path, tokenizer):
+    record = {"question": "who sat?", "choices": ["the dog", "the cat"], "label": 1}
+    data = load_dataset_file(write(tmp_path / "a.jsonl", record), tokenizer, DataConfig())
+    assert tokenizer.decode(data.input_ids[0]) == "Question: who sat?\nAnswer: the cat<|end|>"
+    assert trained_text(data, tokenizer) == " the cat<|end|>"
+
+
+CONVERSATION = [
+    {"role": "user", "content": "who sat?"},
+    {"role": "assistant", "content": "the cat"},
+    {"role": "user", "content": "assistant"},
+    {"role": "assistant", "content": "the cat"},
+]
+
+
+def test_assistant_turns_alone_are_trained(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", {"messages": CONVERSATION})
+    data = load_dataset_file(path, tokenizer, DataConfig())
+    assert trained_text(data, tokenizer) == "the cat<|end|>the cat<|end|>"
+    rendered = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
+    assert tokenizer.decode(data.input_ids[0]) == rendered
+
+
+MARKED = (
+    "{% for m in messages %}{{ m['role'] }}:\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}\n{% endfor %}"
+)
+
+
+def test_the_templates_own_marks_are_used(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", {"messages": CONVERSATION})
+    data = load_dataset_file(path, tokenizer, DataConfig(chat_template=MARKED))
+    assert trained_text(data, tokenizer) == "the cat<|end|>the cat<|end|>"
+
+
+contents = st.text(alphabet="the cat\n <|>é", min_size=1, max_size=12)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@given(turns=st.lists(contents, min_size=2, max_size=6))
+def test_any_conversation_trains_just_what_the_assistant_says(tmp_path, tokenizer, turns):
+    """Bytes of the trained tokens against the conversation itself."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+    path = write(tmp_path / "a.jsonl", {"messages": messages})
+    data = load_dataset_file(path, tokenizer, DataConfig(max_length=10_000))
+    said = "".join(text + "<|end|>" for text in turns[1::2])
+    trained = trained_text(data, tokenizer)
+    # A token that begins in the prompt's last line break is not the assistant's.
+    assert trained.replace("\n", "") == said.replace("\n", "")
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path, tokenizer):
+    template = "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{% endfor %}"
+    path = write(tmp_path / "a.jsonl", {"messages": CONVERSATION})
+    with pytest.raises(DataError, match=r"a.jsonl:1: .*turn 2 differently"):
+        load_dataset_file(path, tokenizer, DataConfig(chat_template=template))
+
+
+def test_what_a_template_refuses_is_a_data_error(tmp_path, tokenizer):
+    template = "{{ raise_exception('no system role') }}"
+    path = write(tmp_path / "a.jsonl", {"messages": CONVERSATION})
+    with pytest.raises(DataError, match=r"a.jsonl:1: the chat template refuses.*no system role"):
+        load_dataset_file(path, tokenizer, DataConfig(chat_template=template))
+
+
+def test_csv_parquet_and_json_read_the_same(tmp_path, tokenizer):
+    import datasets
+
+    records = [{"prompt": f"the {n}", "completion": f" cat {n}"} for n in ("one", "two")]
+    table = datasets.Dataset.from_list(records)
+    datasets.disable_progress_bars()
+    table.to_csv(tmp_path / "a.csv")
+    table.to_parquet(tmp_path / "a.parquet")
+    datasets.enable_progress_bars()
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    write(tmp_path / "a.jsonl", *records)
+    wanted = {
+        load_dataset_file(tmp_path / f"a.{kind}", tokenizer, DataConfig()).fingerprint()
+        for kind in ("csv", "parquet", "json", "jsonl")
+    }
+    assert len(wanted) == 1
+
+
+def test_private_rows_are_not_left_in_a_cache(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "a.csv").write_text(f'text\n"{WORDS}"\n')
+    load_dataset_file(tmp_path / "a.csv", tokenizer, DataConfig(max_length=8))
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_a_hub_name_goes_to_the_library(monkeypatch, tokenizer):
+    import datasets
+
+    asked = []
+
+    def load(*args, **options):
+        asked.append((args, options))
+        return [{"text": WORDS}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    load_dataset_file("owner/name", tokenizer, DataConfig(max_length=8, split="test"))
+    assert asked == [(("owner/name",), {"name": None, "split": "test"})]
+
+
+BAD = {
+    "missing.jsonl": (None, "missing.jsonl: expected a data file, there is none"),
+    "dir/missing.xyz/a": (None, "expected a data file, there is none"),
+    "a.pdf": (b"x", "ending in .txt.*got .pdf"),
+    "empty.jsonl": (b"", "empty.jsonl: expected data, the file is empty"),
+    "blank.jsonl": (b"\n\n", "blank.jsonl: expected records, the file is empty"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', r"broken.jsonl:2: expected JSON, got"),
+    "list.jsonl": (b'{"text": "a"}\n[1]\n', r"list.jsonl:2: expected an object, got list"),
+    "deep.jsonl": (b"[" * 100_000, "deep.jsonl:1: expected JSON"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "latin.jsonl:2: expected UTF-8.*byte 11"),
+    "latin.txt": (b"caf\xe9", "latin.txt: expected UTF-8 text, byte 4"),
+    "columns.jsonl": (b'{"body": "a", "id": 1}\n', "columns.jsonl:1: .*`text`.*found body, id"),
+    "number.jsonl": (b'{"text": 5}\n', "number.jsonl:1: expected a string in `text`, got int"),
+    "other.jsonl": (
+        b'{"prompt": "a", "completion": "b"}\n{"text": "a"}\n',
+        "other.jsonl:2: .*columns of the first",
+    ),
+    "label.jsonl": (
+        b'{"question": "a", "choices": ["b"], "label": 1}\n',
+        "label.jsonl:1: expected `label` to be the index of one of 1 choices, got 1",
+    ),
+    "choices.jsonl": (b'{"question": "a", "choices": "b", "label": 0}\n', "list of strings"),
+    "messages.jsonl": (b'{"messages": [{"role": "user"}]}\n', "messages.jsonl:1: .*role, content"),
+    "nobody.jsonl": (
+        b'{"messages": [{"role": "user", "content": "a"}]}\n',
+        "nobody.jsonl: expected tokens to train on, but their share is 0 %",
+    ),
+    "short.txt": (b"the cat", r"short.txt: one window needs 512 tokens, the text has \d"),
+    "records.json": (b'[{"text": "a"}, 3]', "records.json, record 2: expected an object, got int"),
+    "broken.parquet": (b"PAR1 no", "broken.parquet: expected a data file"),
+    "rows.csv": (b"text,id\nthe cat,1\n,2\n", "rows.csv, row 2: expected a string in `text`"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_named_in_one_line(tmp_path, tokenizer, name):
+    content, message = BAD[name]
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        load_dataset_file(path, tokenizer, DataConfig())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_is_refused(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="got a directory"):
+        load_dataset_file(tmp_path, tokenizer, DataConfig())
+
+
+def test_limits(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", *[{"prompt": "the", "completion": " cat"}] * 9)
+    assert len(load_dataset_file(path, tokenizer, DataConfig(max_samples=4))) == 4
+    assert load_dataset_file(path, tokenizer, DataConfig(max_tokens=7)).tokens <= 7
+    text = tmp_path / "a.txt"
+    text.write_text(WORDS)
+    assert load_dataset_file(text, tokenizer, DataConfig(max_length=8, max_tokens=20)).tokens == 16
+
+
+@pytest.mark.parametrize("wrong", [{"max_length": 1}, {"validation_split": 1.0}, {"max_tokens": 0}])
+def test_config_out_of_range(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        DataConfig(**wrong)
+
+
+def rows(*lengths):
+    ids = [torch.arange(n) for n in lengths]
+    return TokenDataset(ids, ids)
+
+
+def test_split_is_seeded_and_complete():
+    data = rows(*range(2, 22))
+    train, validation = data.split(0.25, seed=1)
+    assert len(validation) == 5
+    lengths = sorted(len(row) for part in (train, validation) for row in part.input_ids)
+    assert lengths == list(range(2, 22))
+    assert data.split(0.25, seed=1)[0].fingerprint() == train.fingerprint()
+    assert data.split(0.25, seed=2)[0].fingerprint() != train.fingerprint()
+    assert [len(part) for part in rows(2, 3).split(0.01, seed=0)] == [1, 1]
+    with pytest.raises(DataError, match="needs 2 examples, got 1"):
+        rows(3).split(0.5, seed=0)
+
+
+def test_examples_without_a_target_are_left_out():
+    labels = [torch.tensor([5, -100]), torch.tensor([-100, 6])]
+    data = TokenDataset([torch.tensor([5, 6])] * 2, labels)
+    assert len(data) == 1
+
+
+def test_the_sample_marks_the_trained_tokens(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", {"prompt": "the [cat]", "completion": " sat é"})
+    data = load_dataset_file(path, tokenizer, DataConfig())
+    sample = show_sample(data, tokenizer)
+    assert sample.splitlines()[0] == "the [cat]« sat é<|end|>»"
+    share = f"{data.trained_tokens} of {data.tokens} ({data.trained_share:.1%}) in 1 examples"
+    assert sample.splitlines()[1] == f"trained tokens: {share}"
+    colours = show_sample(data, tokenizer, markup=True)
+    assert "the \\[cat][bold green] sat é<|end|>[/bold green]" in colours
+    long = write(tmp_path / "b.jsonl", {"prompt": WORDS, "completion": WORDS})
+    cut = show_sample(load_dataset_file(long, tokenizer, DataConfig()), tokenizer, max_tokens=20)
+    assert cut.startswith("… ")
+    assert "«" in cut
+    assert len(cut) < 300
