@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from blindtune.errors import OutputError
@@ -96,7 +96,8 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise output_error(final, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _flush_tree(root: Path) -> None:

@@ -1,0 +1,199 @@
+"""The adapter package, written by the data owner and read by the model owner.
+
+It holds the adapter layers' weights, or LoRA factors for them, and nothing else. Reading believes
+nothing: names, shapes and dtypes must be exactly those of the layers it is meant for.
+
+Shapes: O output features, I input features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from blindtune.errors import ConfigError, MismatchError
+from blindtune.exchange.manifest import AdapterManifest, LoraFacts
+from blindtune.exchange.package import Package, open_package, write_package
+from blindtune.exchange.tensors import Expected
+from blindtune.models.decoder import Decoder
+from blindtune.offsite.emulator import DTYPES, Emulator, adapter_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What of the adapter layers is trained."""
+
+    lora_rank: int = 0
+    """0: all weights of the adapter layers; otherwise LoRA of this rank in their linear maps."""
+    lora_alpha: float = 32.0
+    """LoRA's scale is lora_alpha / lora_rank."""
+    lora_dropout: float = 0.1
+    """Dropout before LoRA's first factor."""
+    lora_targets: tuple[str, ...] = ()
+    """Module paths inside a layer, such as self_attn.q_proj; empty: every linear map."""
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 0 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(
+                "expected lora_rank >= 0, lora_alpha > 0 and lora_dropout in [0, 1), got "
+                f"{self.lora_rank}, {self.lora_alpha}, {self.lora_dropout}"
+            )
+
+
+def write_adapter(
+    emulator: Emulator, config: AdapterConfig, out: str | Path, *, overwrite: bool = False
+) -> str:
+    """Write the tuned adapter of an emulator as a package and return its id."""
+    tensors = (
+        _lora_tensors(emulator.model, emulator.adapter_indices)
+        if config.lora_rank
+        else {
+            n: p.detach() for n, p in adapter_parameters(emulator.model, emulator.adapter_indices)
+        }
+    )
+    manifest = AdapterManifest(
+        emulator=emulator.id,
+        model=emulator.manifest.model,
+        kind="lora" if config.lora_rank else "full",
+        model_type=emulator.manifest.model_type,
+        dtype="float32",
+        adapter_layers=emulator.manifest.adapter_layers,
+        layers=len(emulator.manifest.layers),
+        lora=_lora_facts(tensors, config) if config.lora_rank else None,
+    )
+    return write_package(out, manifest, tensors, {}, overwrite=overwrite)
+
+
+def _lora_tensors(model: PreTrainedModel, indices: tuple[int, ...]) -> dict[str, Tensor]:
+    """LoRA factors as `layers.<i>.<module>.lora_A.weight` and `.lora_B.weight`."""
+    layers = Decoder(model).layers
+    found: dict[str, Tensor] = {}
+    for i in indices:
+        for name, parameter in layers[i].named_parameters():
+            if ".lora_" in name:
+                found[f"layers.{i}.{name.replace('.default', '')}"] = parameter.detach()
+    return found
+
+
+def _lora_facts(tensors: Mapping[str, Tensor], config: AdapterConfig) -> LoraFacts:
+    modules = {name.split(".", 2)[2].rsplit(".lora_", 1)[0] for name in tensors}
+    return LoraFacts(rank=config.lora_rank, alpha=config.lora_alpha, targets=sorted(modules))
+
+
+@torch.no_grad()
+def apply_adapter(
+    model: PreTrainedModel, package: Package[AdapterManifest], slots: Mapping[int, int]
+) -> dict[int, float]:
+    """Put an opened adapter into a model, in place.
+
+    Args:
+        model: a full model or an emulator.
+        package: the adapter.
+        slots: index in the emulator -> index in `model`, of every adapter layer.
+
+    Returns:
+        |W' - W| / |W| over all weights of each adapter layer, by index in `model`.
+
+    Raises:
+        MismatchError, PackageError: a tensor is missing, unknown, misshapen or not finite; the
+            model is unchanged then.
+    """
+    decoder = Decoder(model)
+    read = _read_lora if package.manifest.kind == "lora" else _read_full
+    change: dict[int, float] = {}
+    for i, updates in read(decoder, package, slots).items():
+        moved = before = 0.0
+        for name, parameter in decoder.layers[i].named_parameters():
+            before += float(parameter.float().pow(2).sum())
+            if name in updates:
+                moved += float((updates[name] - parameter.float()).pow(2).sum())
+                parameter.copy_(updates[name])
+        change[i] = (moved / max(before, 1e-30)) ** 0.5
+    return change
+
+
+def tuned_emulator(emulator: Emulator, adapter: str | Path) -> Emulator:
+    """The emulator with an adapter that was tuned on it, in place (Emulator FT).
+
+    Raises:
+        MismatchError: the adapter was tuned on another emulator.
+    """
+    package = open_package(adapter, "adapter")
+    if package.manifest.emulator != emulator.id:
+        raise MismatchError(
+            f"{adapter}: expected an adapter tuned on this emulator ({emulator.id[:19]}...), got "
+            f"one tuned on {package.manifest.emulator[:19]}...: give the emulator it belongs to"
+        )
+    apply_adapter(emulator.model, package, {i: i for i in emulator.adapter_indices})
+    return emulator
+
+
+Updates = dict[int, dict[str, Tensor]]
+"""New float32 values by layer index in the full model and parameter name."""
+
+
+def _read_full(
+    decoder: Decoder, package: Package[AdapterManifest], slots: Mapping[int, int]
+) -> Updates:
+    dtype = DTYPES[package.manifest.dtype]
+    expected: Expected = {
+        f"layers.{slot}.{name}": (tuple(parameter.shape), dtype)
+        for slot, i in slots.items()
+        for name, parameter in decoder.layers[i].named_parameters()
+    }
+    tensors = package.read_tensors(expected)
+    return {
+        i: {
+            name: tensors[f"layers.{slot}.{name}"].float()
+            for name, _ in decoder.layers[i].named_parameters()
+        }
+        for slot, i in slots.items()
+    }
+
+
+def _read_lora(
+    decoder: Decoder, package: Package[AdapterManifest], slots: Mapping[int, int]
+) -> Updates:
+    """W + (alpha / r) B A for every target."""
+    lora, dtype = package.manifest.lora, DTYPES[package.manifest.dtype]
+    assert lora is not None
+    expected: Expected = {}
+    for slot, i in slots.items():
+        for path, shape in _target_shapes(decoder, i, lora, package.path).items():
+            expected[f"layers.{slot}.{path}.lora_A.weight"] = ((lora.rank, shape[1]), dtype)
+            expected[f"layers.{slot}.{path}.lora_B.weight"] = ((shape[0], lora.rank), dtype)
+    tensors = package.read_tensors(expected)
+    updates: Updates = {}
+    for slot, i in slots.items():
+        updates[i] = {}
+        for path in lora.targets:
+            module = decoder.layers[i].get_submodule(path)
+            down_RI = tensors[f"layers.{slot}.{path}.lora_A.weight"].float()
+            up_OR = tensors[f"layers.{slot}.{path}.lora_B.weight"].float()
+            delta_OI = (lora.alpha / lora.rank) * (up_OR @ down_RI)
+            delta = delta_OI.T if isinstance(module, Conv1D) else delta_OI
+            updates[i][f"{path}.weight"] = module.get_parameter("weight").float() + delta
+    return updates
+
+
+def _target_shapes(
+    decoder: Decoder, i: int, lora: LoraFacts, path: Path
+) -> dict[str, tuple[int, int]]:
+    """(output, input) features of every LoRA target in layer i."""
+    known = {
+        p.path: (sum(p.sizes), p.in_features)
+        for p in (*decoder.projections(i), *decoder.feed_forward(i))
+    }
+    unknown = sorted(set(lora.targets) - set(known))
+    if unknown or lora.rank > max(max(shape) for shape in known.values()):
+        raise MismatchError(
+            f"{path}: expected LoRA of a possible rank in {', '.join(known)}, got rank {lora.rank} "
+            f"in {', '.join(lora.targets)[:200]}: ask for the adapter again"
+        )
+    return {target: known[target] for target in lora.targets}

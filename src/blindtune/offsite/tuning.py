@@ -1,0 +1,134 @@
+"""The data owner's act: tune the adapter of an emulator on private data.
+
+Only the adapter layers train (all their weights, or LoRA inside them); everything between them is
+frozen. The best step is chosen by the emulator's own validation loss, because the data owner cannot
+see the plug-in. Needs the emulator package and the data, nothing else.
+
+Source: offsite-tuning (arXiv 2302.04870), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from blindtune.atomic import check_free
+from blindtune.errors import ConfigError
+from blindtune.models.decoder import Decoder
+from blindtune.offsite.adapter import AdapterConfig, write_adapter
+from blindtune.offsite.emulator import Emulator, open_emulator
+from blindtune.training.loop import RunConfig, TrainingConfig, TrainingResult, fit
+from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file, show_sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """A finished tuning."""
+
+    adapter_id: str
+    """Package id of the adapter."""
+    path: Path
+    emulator: Emulator
+    """The tuned emulator, in memory."""
+    training: TrainingResult
+    trained_parameters: int
+    sample: str
+    """One decoded example with its trained tokens marked."""
+
+
+def tune(
+    emulator: str | Path,
+    data: str | Path,
+    out: str | Path,
+    adapter: AdapterConfig | None = None,
+    training: TrainingConfig | None = None,
+    *,
+    reading: DataConfig | None = None,
+    run: RunConfig | None = None,
+    validation: str | Path | None = None,
+    overwrite: bool = False,
+    on_sample: Callable[[str], None] | None = None,
+) -> Tuning:
+    """Tune the adapter of an emulator package on private data and write an adapter package.
+
+    Interrupted, the same call goes on from the last checkpoint (in `OUT.work`).
+
+    Args:
+        emulator: the package's directory.
+        data: private data, a file or a hub name.
+        out: directory of the adapter package.
+        adapter: what is trained.
+        training: how; what decides the result.
+        reading: how the data is cut into examples.
+        run: speed and bookkeeping.
+        validation: a file of its own; None: a share of `data` (`DataConfig.validation_split`).
+        overwrite: replace an earlier adapter.
+        on_sample: gets the marked sample before training starts.
+
+    Raises:
+        PackageError, DataError, ConfigError, OutputError: see errors.py.
+    """
+    adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
+    reading, out = reading or DataConfig(max_length=128), Path(out)
+    check_free(out, overwrite=overwrite)
+    opened = open_emulator(emulator, dtype=torch.float32)
+    train, held_out = _examples(opened, data, validation, reading)
+    sample = show_sample(train, opened.tokenizer)
+    if on_sample is not None:
+        on_sample(sample)
+    trained = add_lora(opened, adapter) if adapter.lora_rank else opened.model
+    work = out.absolute().parent / f"{out.absolute().name}.work"
+    result = fit(trained, train, held_out, training, work, run=run)
+    count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    adapter_id = write_adapter(opened, adapter, out, overwrite=overwrite)
+    return Tuning(
+        adapter_id=adapter_id,
+        path=out,
+        emulator=opened,
+        training=result,
+        trained_parameters=count,
+        sample=sample,
+    )
+
+
+def _examples(
+    emulator: Emulator, data: str | Path, validation: str | Path | None, reading: DataConfig
+) -> tuple[TokenDataset, TokenDataset | None]:
+    train = load_dataset_file(data, emulator.tokenizer, reading)
+    if validation is not None:
+        return train, load_dataset_file(validation, emulator.tokenizer, reading)
+    if reading.validation_split == 0:
+        return train, None
+    return train.split(reading.validation_split, reading.seed)
+
+
+def add_lora(emulator: Emulator, config: AdapterConfig) -> torch.nn.Module:
+    """Put LoRA into the adapter layers, by PEFT; returns the wrapped model.
+
+    Raises:
+        ConfigError: a target is not a linear map of the family's layers.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    decoder = Decoder(emulator.model)
+    projections = (*decoder.projections(0), *decoder.feed_forward(0))
+    known = [projection.path for projection in projections]
+    unknown = sorted(set(config.lora_targets) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"expected lora_targets among {', '.join(known)}, got {', '.join(unknown)}"
+        )
+    targets = config.lora_targets or known
+    prefix = decoder.family.layers
+    names = [f"{prefix}.{i}.{path}" for i in emulator.adapter_indices for path in targets]
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=names,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(emulator.model, lora)
