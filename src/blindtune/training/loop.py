@@ -86,56 +86,31 @@ def _run(
 ) -> TrainingResult:
     from transformers.trainer_callback import TrainerState
 
-    from blindtune.training.trainer import (
-        Reporter,
-        TokenTrainer,
-        best_of,
-        history,
-        out_of_patience,
-    )
+    from blindtune.training.trainer import Reporter, best_of, history, out_of_patience
 
-    optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
     args = _arguments(config, run, out_dir, len(train), validation is not None)
-    scheduler = build_scheduler(
-        optimizer, config.lr_scheduler_type, config.warmup_steps, args.max_steps
-    )
+    trainer = _make_trainer(model, train, validation, config, run, args)
     start = _prepare_folder(model, train, validation, config, run, args)
-    trainer = TokenTrainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=validation,
-        optimizers=(optimizer, scheduler),
-        patience=config.early_stopping_patience,
-        keep_best=config.load_best_model_at_end,
-        eval_batch_size=run.per_device_eval_batch_size,
+    state = TrainerState()
+    if start is not None:
+        state = TrainerState.load_from_json(str(start / "trainer_state.json"))
+    before = state.num_input_tokens_seen
+    finished = state.global_step >= args.max_steps or out_of_patience(
+        history(state.log_history, "eval_loss"), config.early_stopping_patience
     )
-    state = TrainerState.load_from_json(str(start / "trainer_state.json")) if start else None
-    before = state.num_input_tokens_seen if state else 0
     reset_peak_memory()
     watch = Stopwatch()
-    with progress_bar(args.max_steps, run.silent or args.process_index > 0) as show:
-        listeners = [show] + ([on_progress] if on_progress else [])
-        trainer.add_callback(Reporter(listeners))
-        if run.tensorboard and args.process_index == 0:
-            trainer.add_callback(_tensorboard(out_dir))
-        if (
-            start is not None
-            and state is not None
-            and (
-                state.global_step >= args.max_steps
-                or out_of_patience(
-                    history(state.log_history, "eval_loss"), config.early_stopping_patience
-                )
-            )
-        ):
-            checkpoint.load_weights(start / checkpoint.WEIGHTS_NAME, model)  # nothing left to do
-        else:
+    if start is not None and finished:
+        checkpoint.load_weights(start / checkpoint.WEIGHTS_NAME, model)
+    else:
+        with progress_bar(args.max_steps, run.silent or args.process_index > 0) as show:
+            trainer.add_callback(Reporter([show, on_progress] if on_progress else [show]))
+            if run.tensorboard and args.process_index == 0:
+                trainer.add_callback(_tensorboard(out_dir))
             trainer.train(resume_from_checkpoint=str(start) if start else None)
-            state = trainer.state
-    evaluations = history(state.log_history, "eval_loss")
-    best = best_of(evaluations)
+        state = trainer.state
     trainer.accelerator.wait_for_everyone()
+    best = best_of(history(state.log_history, "eval_loss"))
     if best is not None and config.load_best_model_at_end and best[0] != state.global_step:
         checkpoint.load_weights(checkpoint.best_path(Path(args.output_dir), best[0]), model)
     seconds = watch.seconds
@@ -146,9 +121,35 @@ def _run(
         tokens_per_second=(state.num_input_tokens_seen - before) / seconds,
         peak_memory_bytes=peak_memory_bytes(),
         train_loss=tuple(history(state.log_history, "loss")),
-        validation_loss=tuple(evaluations),
+        validation_loss=tuple(history(state.log_history, "eval_loss")),
         best_step=best[0] if best else None,
         resumed_from=int(start.name.partition("-")[2]) if start else None,
+    )
+
+
+def _make_trainer(
+    model: nn.Module,
+    train: TokenDataset,
+    validation: TokenDataset | None,
+    config: TrainingConfig,
+    run: RunConfig,
+    args: Any,
+) -> Any:
+    from blindtune.training.trainer import TokenTrainer
+
+    optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
+    scheduler = build_scheduler(
+        optimizer, config.lr_scheduler_type, config.warmup_steps, args.max_steps
+    )
+    return TokenTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation,
+        optimizers=(optimizer, scheduler),
+        patience=config.early_stopping_patience,
+        keep_best=config.load_best_model_at_end,
+        eval_batch_size=run.per_device_eval_batch_size,
     )
 
 

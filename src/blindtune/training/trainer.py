@@ -247,18 +247,21 @@ class Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untype
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report; losses are the newest logged ones."""
-        losses, validation = (history(state.log_history, k) for k in ("loss", "eval_loss"))
         tokens = state.num_input_tokens_seen - self._tokens_before
         report = StepReport(
             step=state.global_step,
             max_steps=state.max_steps,
             tokens=state.num_input_tokens_seen,
             tokens_per_second=tokens / max(self._watch.seconds, 1e-9),
-            train_loss=losses[-1][1] if losses else None,
-            validation_loss=validation[-1][1] if validation else None,
+            train_loss=_newest(state.log_history, "loss"),
+            validation_loss=_newest(state.log_history, "eval_loss"),
         )
         for listener in self._listeners:
             listener(report)
+
+
+def _newest(log: list[dict[str, Any]], key: str) -> float | None:
+    return next((entry[key] for entry in reversed(log) if key in entry), None)
 
 
 def _mask(batch: Mapping[str, Tensor]) -> Tensor:
