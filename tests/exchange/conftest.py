@@ -23,6 +23,7 @@ from blindtune.exchange.package import write_package
 @pytest.fixture
 def emulator_manifest():
     return EmulatorManifest(
+        model="5f" * 32,
         model_type="llama",
         config={
             "hidden_size": 8,
@@ -48,6 +49,7 @@ def adapter_manifest():
     return AdapterManifest(
         emulator="sha256:" + "0a" * 32,
         kind="lora",
+        model="5f" * 32,
         model_type="llama",
         dtype="bfloat16",
         adapter_layers=1,

@@ -236,7 +236,9 @@ json_values = st.recursive(
 EMULATOR = b"""{"adapter_layers":1,"config":{"eps":1e-05,"n":[1,{"a":null}]},\
 "created_by":"blindtune 0.1.0","dtype":"float32","files":{},"format":"blindtune-emulator",\
 "full_model":{"bytes":8,"layers":3,"parameters":2},"layers":[{"kind":"adapter"},\
-{"kind":"compressed","ranks":{"q":[2]}},{"kind":"adapter"}],"max_length":null,"model_type":"llama",\
+{"kind":"compressed","ranks":{"q":[2]}},{"kind":"adapter"}],"max_length":null,\
+"model":"5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f",\
+"model_type":"llama",\
 "version":1}"""
 
 

@@ -526,8 +526,8 @@ def test_the_examples_in_the_spec_are_manifests():
 @pytest.mark.parametrize(
     ("name", "identity"),
     [
-        ("v1-emulator", "sha256:17f1e80fa7a17723ddf05f253f2635ea954c3930e9fcd038de924334e72fd466"),
-        ("v1-adapter", "sha256:2858c72fecafc734822cdb4a45e65924eb08d48cf9de4467b7c786a9c85dcfcf"),
+        ("v1-emulator", "sha256:3baebff21434241f8c4420efebbcb2340e84bc47e2c7b7dbe777e9f26c7013b2"),
+        ("v1-adapter", "sha256:9e46ccbf0ad0961bbacb15a6dea15c1361bbc118339d069e85d91c7bfbd769ba"),
     ],
 )
 def test_packages_of_every_released_version_open(name, identity):

@@ -118,6 +118,7 @@ class EmulatorManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Model owner to data owner: what the emulator is made of.
 
     Attributes:
+        model: fingerprint of the full model: hex sha256 over its config and weights.
         model_type, config: the Hugging Face model type and its configuration as plain JSON,
             bounded here and judged by whoever builds the model.
         adapter_layers: N_a, the number of adapter layers at each end.
@@ -130,6 +131,7 @@ class EmulatorManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     version: Literal[1] = 1
     created_by: Creator = CREATED_BY
     files: dict[str, FileEntry] = {}
+    model: Sha256
     model_type: ModelType
     config: dict[str, Any]
     dtype: Dtype
@@ -159,6 +161,7 @@ class AdapterManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     Attributes:
         emulator: package id of the emulator that the adapter was tuned on.
+        model: fingerprint of the full model, copied from that emulator.
         kind: "full" (the adapter layers' weights) or "lora" (low-rank updates of them).
         adapter_layers, layers: N_a and the layer count of that emulator.
         lora: LoRA settings; present exactly when kind is "lora".
@@ -170,6 +173,7 @@ class AdapterManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     created_by: Creator = CREATED_BY
     files: dict[str, FileEntry] = {}
     emulator: PackageId
+    model: Sha256
     kind: Literal["full", "lora"]
     model_type: ModelType
     dtype: Dtype

@@ -163,7 +163,7 @@ def _read_lora(
     """W + (alpha / r) B A for every target."""
     lora, dtype = package.manifest.lora, DTYPES[package.manifest.dtype]
     assert lora is not None
-    expected: Expected = {}
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for slot, i in slots.items():
         for path, shape in _target_shapes(decoder, i, lora, package.path).items():
             expected[f"layers.{slot}.{path}.lora_A.weight"] = ((lora.rank, shape[1]), dtype)

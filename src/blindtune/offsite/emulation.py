@@ -210,11 +210,7 @@ def reshape(
                 second_moments=_moments(study, i, config),
                 feed_forward=config.feed_forward,
             )
-            layers.append(
-                CompressedLayer(ranks={path: list(r) for path, r in ranks.items()})
-                if ranks
-                else RawLayer()
-            )
+            layers.append(CompressedLayer(ranks=ranks) if ranks else RawLayer())
         else:
             layers.append(RawLayer())
     if len(layers) < decoder.layer_count:

@@ -9,6 +9,7 @@ This module also runs at the data owner and knows nothing of how an emulator is 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from blindtune.errors import ModelError, PackageError
 from blindtune.exchange.manifest import (
     CompressedLayer,
+    Dtype,
     EmulatorManifest,
     FullModelFacts,
     HarmonizerLayer,
@@ -84,7 +86,7 @@ def write_emulator(
     model_fingerprint: str,
     adapter_layers: int,
     full_model: FullModelFacts,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     max_length: int | None = None,
     overwrite: bool = False,
 ) -> str:
@@ -98,7 +100,8 @@ def write_emulator(
         dtype: of the weights in the package.
         max_length: longest sequence the emulator is meant for; None: the config's limit.
     """
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _PRIVATE_KEYS}
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config = {k: v for k, v in config.items() if k not in _PRIVATE_KEYS}
     manifest = EmulatorManifest(
         model=model_fingerprint,
         model_type=model.config.model_type,

@@ -131,4 +131,5 @@ def add_lora(emulator: Emulator, config: AdapterConfig) -> torch.nn.Module:
         target_modules=names,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(emulator.model, lora)
+    wrapped: torch.nn.Module = get_peft_model(emulator.model, lora)
+    return wrapped

@@ -95,7 +95,7 @@ class TokenTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._pad_token_id = pad if isinstance(pad, int) and pad >= 0 else 0
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """This process's share of every step's examples; draws nothing from global randomness."""
+        """This process's share of every step's examples."""
         order = BatchOrder(
             examples=len(self.train_dataset),
             batch_size=self.args.per_device_train_batch_size,
@@ -109,7 +109,6 @@ class TokenTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             self.train_dataset,
             batch_sampler=order,
             collate_fn=partial(collate, pad_token_id=self._pad_token_id),
-            generator=torch.Generator(),
         )
 
     def get_batch_samples(

@@ -1,0 +1,128 @@
+"""Floors and walls: imports go down only, rooms of one floor do not know each other."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "blindtune"
+FLOORS = {
+    "errors": 0,
+    "atomic": 0.5,  # raises errors
+    "models": 1,
+    "privacy": 1,
+    "exchange": 1,
+    "training": 1,
+    "offsite": 2,
+    "split": 2,
+    "attacks": 2,
+    "evaluation": 3,
+    "cli": 4,
+}
+# Who may not reach whom, even through other modules.
+WALLS = {
+    "blindtune.split.vendor": ("blindtune.privacy", "blindtune.split.customer"),
+    "blindtune.split.customer": ("blindtune.split.vendor",),
+    "blindtune.offsite.tuning": (
+        "blindtune.offsite.importance",
+        "blindtune.offsite.calibration",
+        "blindtune.offsite.compression",
+        "blindtune.offsite.emulation",
+        "blindtune.offsite.study",
+        "blindtune.offsite.plugin",
+    ),
+    "blindtune.attacks": ("blindtune.offsite", "blindtune.split"),
+}
+DRAWERS = {"utils", "util", "common", "helpers", "misc", "base"}
+
+
+def module_name(path: Path) -> str:
+    parts = ("blindtune", *path.relative_to(SOURCE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """Modules of the project that a module names in any import, lazy ones included."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return frozenset(name for name in found if name in FILES and name != module)
+
+
+def reachable(module: str) -> set[str]:
+    seen, stack = set(), [module]
+    while stack:
+        for name in imports(stack.pop()) - seen:
+            seen.add(name)
+            stack.append(name)
+    return seen
+
+
+def room(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else None
+
+
+def test_every_room_has_a_floor():
+    assert {room(m) for m in FILES} - {None} <= set(FLOORS)
+
+
+@pytest.mark.parametrize("module", [m for m in FILES if room(m)])
+def test_imports_go_down(module):
+    own = room(module)
+    for name in imports(module):
+        other = room(name)
+        if other not in (None, own):
+            assert FLOORS[other] < FLOORS[own], f"{module} (floor {FLOORS[own]}) imports {name}"
+
+
+@pytest.mark.parametrize(("inside", "forbidden"), WALLS.items())
+def test_walls(inside, forbidden):
+    for module in (m for m in FILES if m == inside or m.startswith(inside + ".")):
+        crossed = {
+            name
+            for name in reachable(module)
+            if any(name == wall or name.startswith(wall + ".") for wall in forbidden)
+        }
+        assert not crossed, f"{module} reaches {sorted(crossed)}"
+
+
+def test_no_module_cycles():
+    for module in FILES:
+        if module == "blindtune":
+            continue  # the package exports lazily what imports it
+        assert module not in reachable(module), f"{module} imports itself through others"
+
+
+def test_no_drawers_and_no_long_modules():
+    for module, path in FILES.items():
+        assert not DRAWERS & {part.strip("_") for part in module.split(".")}, module
+        assert len(path.read_text().splitlines()) <= 500, module
+
+
+def test_functions_fit_a_screen():
+    for module, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 75, f"{module}.{node.name}: {length} lines"
+
+
+def test_nothing_unpickles_or_runs_code():
+    forbidden = ("import pickle", "trust_remote_code=True", "eval(", "exec(", "weights_only=False")
+    for module, path in FILES.items():
+        text = path.read_text()
+        for word in forbidden:
+            position = text.find(word)
+            while position >= 0:
+                assert text[position - 1] in "._abcdefghijklmnopqrstuvwxyz", f"{module}: {word}"
+                position = text.find(word, position + 1)
