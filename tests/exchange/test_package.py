@@ -472,8 +472,8 @@ def test_a_killed_writer_leaves_nothing_under_the_name(tmp_path):
         from blindtune.exchange.package import write_package
         os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
         manifest = AdapterManifest(
-            emulator="sha256:" + "0" * 64, kind="full", model_type="x", dtype="float32",
-            adapter_layers=1, layers=2, lora=None,
+            emulator="sha256:" + "0" * 64, model="5f" * 32, kind="full", model_type="x",
+            dtype="float32", adapter_layers=1, layers=2, lora=None,
         )
         write_package(sys.argv[1], manifest, {"a": torch.ones(3)}, {})
     """

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from blindtune.models.blocks import LowRankLinear
 from blindtune.models.decoder import Decoder, Projection
@@ -133,4 +134,4 @@ def _write_dense(projection: Projection, module: LowRankLinear) -> None:
     """Overwrite a projection's weight by the product of its factors."""
     weight = projection.module.get_parameter("weight")
     product_OI = module.dense_weight()
-    weight.copy_(product_OI if weight.shape == product_OI.shape else product_OI.T)
+    weight.copy_(product_OI.T if isinstance(projection.module, Conv1D) else product_OI)

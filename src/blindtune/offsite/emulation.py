@@ -210,7 +210,7 @@ def reshape(
                 second_moments=_moments(study, i, config),
                 feed_forward=config.feed_forward,
             )
-            layers.append(CompressedLayer(ranks=ranks) if ranks else RawLayer())
+            layers.append(CompressedLayer(ranks=ranks))
         else:
             layers.append(RawLayer())
     if len(layers) < decoder.layer_count:

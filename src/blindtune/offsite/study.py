@@ -45,8 +45,9 @@ class StudyConfig:
     """R. The paper: 64 for models of about 1B parameters, 256 for larger ones."""
     warm_start: Literal["regression", "none"] = "regression"
     """regression: harmonizers in closed form; none: the paper's start, from identity."""
-    initial_scores: Literal["measured", "zero"] = "measured"
-    """measured: from the damage of replacing each layer alone; zero: the paper's start."""
+    initial_scores: Literal["greedy", "measured", "zero"] = "greedy"
+    """greedy: from the damage each layer does in the company of those replaced before it; measured:
+    from the damage of replacing it alone; zero: the paper's start."""
     min_adapter_layers: int = 1
     """The smallest N_a an emulator of this study may have; layers within are not studied."""
     max_length: int = 128
@@ -71,7 +72,7 @@ class StudyConfig:
         choices = {
             "stand_in": ("harmonizer", "identity"),
             "warm_start": ("regression", "none"),
-            "initial_scores": ("measured", "zero"),
+            "initial_scores": ("greedy", "measured", "zero"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:

@@ -27,6 +27,7 @@ from blindtune.offsite.calibration import Calibration, calibrate
 from blindtune.offsite.importance import (
     DynamicConfig,
     MixedNetwork,
+    greedy_damage,
     measured_damage,
     run_dynamic,
     start_dynamic,
@@ -181,7 +182,7 @@ def _measure(
     work: WorkDirectory,
     on_stage: OnStage | None,
 ) -> None:
-    if study.config.initial_scores != "measured" or work.load(study, "measured"):
+    if study.config.initial_scores == "zero" or work.load(study, "measured"):
         return
     start = time.perf_counter()
     _, validation_NL = _split(study, windows_NL)
@@ -194,10 +195,16 @@ def _measure(
         report(done - 1)
 
     network = MixedNetwork(decoder, list(study.stand_ins), study.first)
-    study.damage_M = measured_damage(network, windows, study.config.batch_size, on_batch)
-    study.scores_M = standard_scores(study.damage_M)
+    batch_size = study.config.batch_size
+    cost_M = study.damage_M = measured_damage(network, windows, batch_size, on_batch)
+    if study.config.initial_scores == "greedy":
+        count = len(study.stand_ins) // 2
+        report = _report(on_stage, "order layers (choices)", count)
+        cost_M = greedy_damage(
+            network, windows, batch_size, cost_M, count, lambda chosen: report(chosen - 1)
+        )
+    study.scores_M = standard_scores(cost_M)
     study.seconds["measure"] = time.perf_counter() - start
-    study.tokens["measure"] = windows.numel() * (len(study.stand_ins) // 2 + 1)
     work.save(study, "measured")
 
 
