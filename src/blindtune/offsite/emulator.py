@@ -101,7 +101,7 @@ def write_emulator(
         max_length: longest sequence the emulator is meant for; None: the config's limit.
     """
     config = json.loads(model.config.to_json_string(use_diff=False))
-    config = {k: v for k, v in config.items() if k not in _PRIVATE_KEYS}
+    config = {k: v for k, v in config.items() if k in _known_keys(type(model.config))}
     manifest = EmulatorManifest(
         model=model_fingerprint,
         model_type=model.config.model_type,
@@ -172,11 +172,9 @@ def read_config(manifest: EmulatorManifest) -> Any:
     """The Hugging Face config of a package; unknown keys and other layer counts are refused."""
     try:
         kind = type(AutoConfig.for_model(manifest.model_type))
-        unknown = set(manifest.config) - set(kind().to_dict()) - _EXTRA_KEYS
-        if unknown or _PRIVATE_KEYS & set(manifest.config):
-            raise ValueError(
-                f"unknown keys {sorted(unknown | _PRIVATE_KEYS & set(manifest.config))}"
-            )
+        unknown = sorted(set(manifest.config) - _known_keys(kind))
+        if unknown:
+            raise ValueError(f"unknown keys {', '.join(unknown)}")
         config = kind.from_dict(manifest.config)
     except Exception as error:  # a config class may raise anything on a stranger's values
         raise PackageError(
@@ -189,6 +187,11 @@ def read_config(manifest: EmulatorManifest) -> Any:
             f"{config.num_hidden_layers}: ask for the package again"
         )
     return config
+
+
+def _known_keys(kind: type) -> set[str]:
+    """What a config in a package may hold: the keys that its class knows, no private ones."""
+    return (set(kind().to_dict()) | _EXTRA_KEYS) - _PRIVATE_KEYS
 
 
 def assemble(model: PreTrainedModel, layers: Sequence[LayerEntry]) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from blindtune.atomic import check_free
 from blindtune.errors import ConfigError
@@ -129,6 +130,7 @@ def add_lora(emulator: Emulator, config: AdapterConfig) -> torch.nn.Module:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=names,
+        fan_in_fan_out=isinstance(projections[0].module, Conv1D),
         task_type="CAUSAL_LM",
     )
     wrapped: torch.nn.Module = get_peft_model(emulator.model, lora)
