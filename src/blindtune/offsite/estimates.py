@@ -320,17 +320,18 @@ def _activation_bytes(
     decoder: Decoder, tokens: int, checkpointing: bool, trained_share: float
 ) -> float:
     """Roughly: what a layer keeps for its backward pass, and the logits with their gradient."""
-    inner = max(p.in_features for p in decoder.feed_forward(0))
+    inner, vocabulary = (
+        max(p.in_features for p in decoder.feed_forward(0)),
+        int(decoder.config.vocab_size),
+    )
     layer = tokens * (12 * decoder.hidden_size + 4 * inner)
     layers = decoder.layer_count * tokens * decoder.hidden_size + layer
     if not checkpointing:
         layers = decoder.layer_count * layer
-    return FLOAT * (layers + 3 * trained_share * tokens * decoder.config.vocab_size)
+    return FLOAT * (layers + 3 * trained_share * tokens * vocabulary)
 
 
-def estimate_plug_in(
-    model: str | Path, adapter: str | Path, *, dtype: str = "float32"
-) -> Estimate:
+def estimate_plug_in(model: str | Path, adapter: str | Path, *, dtype: str = "float32") -> Estimate:
     """Estimate `plug_in`: reading, hashing and writing the full model.
 
     Raises:
@@ -367,12 +368,10 @@ def estimate_evaluate(
         package = open_package(model, "emulator")
         names = [name for name in FILE_NAMES if name in package.manifest.files]
         tokenizer = tokenizer_from_files({name: package.read_file(name) for name in names})
-        shape: nn.Module = assemble(
-            meta_model(read_config(package.manifest)), package.manifest.layers
-        )
+        shape = assemble(meta_model(read_config(package.manifest)), package.manifest.layers)
     else:
         tokenizer, shape = load_tokenizer(model), sketch(model)
-    decoder = Decoder(shape)  # type: ignore[arg-type]
+    decoder = Decoder(shape)
     tokens = 0
     if data is not None:
         tokens = load_dataset_file(data, tokenizer, DataConfig(max_length=max_length)).tokens
@@ -387,9 +386,7 @@ def estimate_evaluate(
         "score": rate.seconds(tokens * cost.forward, calls),
     }
     batch = batch_size * max_length
-    memory = _bytes(shape) + FLOAT * batch * (
-        16 * decoder.hidden_size + decoder.config.vocab_size
-    )
+    memory = _bytes(shape) + FLOAT * batch * (16 * decoder.hidden_size + decoder.config.vocab_size)
     return _estimate(parts, rate, memory=memory, written=0, tokens=tokens)
 
 

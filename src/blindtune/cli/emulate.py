@@ -1,0 +1,102 @@
+"""`blindtune emulate`: the model owner's second act."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from blindtune.cli.options import Group
+from blindtune.cli.printing import duration, print_pairs, size
+from blindtune.cli.verb import Facts, Settings, Verb
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from blindtune.offsite.estimates import Estimate
+
+HELP = """Make an emulator from a study, without training.
+
+Run by the model owner, as often as needed. Three numbers decide: N_a adapter layers at each end
+stay as they are, the share ALPHA of the middle layers becomes harmonizers, the other middle layers
+lose the share BETA of the rank of their attention weights. Larger alpha and beta protect the model
+better and serve the data owner less.
+
+\b
+Needs:   STUDY, from `blindtune study`, and the studied model where it was then.
+Writes:  the emulator package, which goes to the data owner; NAME.options.yaml beside it, which
+         does not. Look at it first: blindtune inspect EMULATOR.
+
+\b
+Example:
+  blindtune emulate study/ --adapter-layers 2 --alpha 0.25 --beta 0.8 --out emulator/
+"""
+
+
+def act(settings: Settings) -> Facts:
+    """Call the act."""
+    from collections import Counter
+    from pathlib import Path
+
+    from blindtune.offsite.emulation import EmulatorConfig, emulate
+    from blindtune.offsite.inspection import InspectedEmulator, inspect
+
+    made = emulate(
+        settings["study"],
+        settings["out"],
+        settings.of(EmulatorConfig),
+        overwrite=settings.overwrite,
+    )
+    inspected = inspect(made.path)
+    assert isinstance(inspected, InspectedEmulator)
+    return {
+        "path": str(Path(settings["out"])),
+        "id": made.id,
+        "layers": dict(Counter(layer.kind for layer in inspected.layers)),
+        "full_layers": inspected.full_layers,
+        "parameters": inspected.parameters,
+        "full_parameters": inspected.full_parameters,
+        "bytes": inspected.bytes,
+        "full_bytes": inspected.full_bytes,
+        "seconds": made.seconds,
+    }
+
+
+def show(facts: Facts, console: Console) -> None:
+    """Print what was made."""
+    share = facts["parameters"] / facts["full_parameters"]
+    layers = ", ".join(f"{count} {kind}" for kind, count in facts["layers"].items())
+    pairs = [
+        ("layers", f"{layers} (full model: {facts['full_layers']})"),
+        ("parameters", f"{facts['parameters']:,} ({share:.1%} of the full model's)"),
+        ("bytes", f"{size(facts['bytes'])} (full model: {size(facts['full_bytes'])})"),
+        ("time", duration(facts["seconds"])),
+        ("package id", facts["id"]),
+        ("emulator", facts["path"]),
+        ("options", facts["options"]),
+    ]
+    print_pairs(console, "Emulator written", pairs)
+
+
+def estimate(settings: Settings) -> Estimate:
+    """Estimate the act."""
+    from blindtune.offsite.emulation import EmulatorConfig
+    from blindtune.offsite.estimates import estimate_emulate
+
+    return estimate_emulate(settings["study"], settings.of(EmulatorConfig))
+
+
+VERB = Verb(
+    name="emulate",
+    help=HELP,
+    parameters=(
+        click.Argument(["study"], metavar="STUDY"),
+        click.Option(["--out"], required=True, metavar="DIR", help="Directory of the package."),
+    ),
+    groups=(
+        Group(heading="Emulator", module="blindtune.offsite.emulation", name="EmulatorConfig"),
+    ),
+    act=act,
+    show=show,
+    estimate=estimate,
+)

@@ -1,0 +1,113 @@
+"""`blindtune evaluate`: scores, for either party."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from blindtune.cli.options import Group
+from blindtune.cli.printing import duration, print_columns, stages
+from blindtune.cli.verb import Facts, Settings, Verb
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from blindtune.offsite.estimates import Estimate
+
+HELP = """Score a model, an emulator, or either of them with an adapter.
+
+Run by either party. Text gives perplexity; records with targets give the loss on the targets;
+multiple-choice records (question, choices, label) give accuracy; tasks of lm-evaluation-harness
+are run by name, where their data can be had.
+
+\b
+Needs:   MODEL, a directory, a hub name, smollm2-135m, or an emulator package; at least one of
+         --data, --choices, --tasks.
+Writes:  nothing.
+
+\b
+Example:
+  blindtune evaluate emulator/ --adapter adapter/ --data test.txt --json
+"""
+
+
+def act(settings: Settings) -> Facts:
+    """Call the act."""
+    from blindtune.evaluation.evaluating import EvaluationConfig, evaluate
+
+    with stages() as show:
+        found = evaluate(
+            settings["model"],
+            adapter=settings["adapter"],
+            data=settings["data"],
+            choices=settings["choices"],
+            config=settings.of(EvaluationConfig),
+            on_progress=lambda done, total: show(f"score ({total:,})", done, total),
+        )
+    return found.facts()
+
+
+def show(facts: Facts, console: Console) -> None:
+    """Print the scores."""
+    rows = []
+    text, choices = facts["perplexity"], facts["choices"]
+    if text is not None:
+        on = f"{text['tokens']:,} tokens"
+        rows.append(("perplexity", f"{text['perplexity']:.3f}", "", on))
+        rows.append(
+            ("nats a token", f"{text['nats_per_token']:.4f}", _error(text["standard_error"]), on)
+        )
+    if choices is not None:
+        on, error = f"{choices['items']:,} items", _error(choices["standard_error"])
+        rows.append(("accuracy", f"{choices['accuracy']:.4f}", error, on))
+        rows.append(("accuracy, normalised", f"{choices['accuracy_normalised']:.4f}", "", on))
+    for task in facts["tasks"]:
+        on = "" if task["items"] is None else f"{task['items']:,} items"
+        for metric, value in task["metrics"].items():
+            error = _error(task["standard_errors"].get(metric))
+            rows.append((f"{task['task']} {metric}", f"{value:.4f}", error, on))
+    console.print(f"[bold]{facts['model']}[/bold], {duration(facts['seconds'])}")
+    print_columns(console, ("measure", "value", "standard error", "on"), rows)
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def estimate(settings: Settings) -> Estimate:
+    """Estimate the act, harness tasks left out."""
+    from blindtune.evaluation.evaluating import EvaluationConfig
+    from blindtune.offsite.estimates import estimate_evaluate
+
+    config = settings.of(EvaluationConfig)
+    return estimate_evaluate(
+        settings["model"],
+        settings["data"],
+        settings["choices"],
+        max_length=config.max_length,
+        max_tokens=config.max_tokens,
+        batch_size=config.batch_size,
+    )
+
+
+VERB = Verb(
+    name="evaluate",
+    help=HELP,
+    parameters=(
+        click.Argument(["model"], metavar="MODEL"),
+        click.Option(["--adapter"], metavar="DIR", help="Adapter package to put in first."),
+        click.Option(["--data"], metavar="FILE", help="Text or records, a file or a hub name."),
+        click.Option(["--choices"], metavar="FILE", help="Multiple-choice records (.jsonl)."),
+    ),
+    groups=(
+        Group(
+            heading="Evaluation",
+            module="blindtune.evaluation.evaluating",
+            name="EvaluationConfig",
+        ),
+    ),
+    act=act,
+    show=show,
+    estimate=estimate,
+)

@@ -1,0 +1,126 @@
+"""`blindtune inspect`: what a package holds and reveals."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from blindtune.cli.printing import print_columns, print_pairs, size
+from blindtune.cli.verb import Facts, Settings, Verb
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HELP = """Tell what a package holds and what it reveals.
+
+Run by either party, on an emulator or an adapter: before sending it, and before trusting it. Every
+byte is checked against the package's manifest; the model is not built. Compare the package id with
+its maker over another channel, because a hash tells that a package is whole, not who made it.
+
+\b
+Needs:   PACKAGE, the directory of an emulator or an adapter.
+Writes:  nothing.
+
+\b
+Example:
+  blindtune inspect emulator/
+"""
+_LETTERS = {"adapter": "A", "raw": "R", "compressed": "c", "replaced": "h"}
+_COLOURS = {"adapter": "bold green", "raw": "yellow", "compressed": "cyan", "replaced": "dim"}
+
+
+def act(settings: Settings) -> Facts:
+    """Call the act."""
+    from dataclasses import asdict
+
+    from blindtune.offsite.inspection import inspect
+
+    facts = asdict(inspect(settings["package"]))
+    facts["path"] = str(facts["path"])
+    return facts
+
+
+def show(facts: Facts, console: Console) -> None:
+    """Print an emulator or an adapter."""
+    if facts["kind"] == "emulator":
+        _show_emulator(facts, console)
+    else:
+        _show_adapter(facts, console)
+    console.print("[bold]It reveals[/bold]")
+    for line in facts["reveals"]:
+        console.print(f"  - {line}", markup=False)
+
+
+def _show_emulator(facts: Facts, console: Console) -> None:
+    pairs = [
+        ("package id", facts["id"]),
+        ("model", f"{facts['model_type']}, fingerprint {facts['model'][:16]}..."),
+        ("weights", facts["dtype"]),
+        ("tokenizer", facts["tokenizer"]),
+        ("max length", f"{facts['max_length']:,} tokens" if facts["max_length"] else "not stated"),
+        ("parameters", _of(facts, "parameters", "{:,}".format)),
+        ("bytes", _of(facts, "bytes", size)),
+        ("made by", facts["created_by"]),
+    ]
+    print_pairs(console, f"Emulator {facts['path']}", pairs)
+    strip = "".join(
+        f"[{_COLOURS[layer['kind']]}]{_LETTERS[layer['kind']]}[/]" for layer in facts["layers"]
+    )
+    legend = ", ".join(f"{letter} {kind}" for kind, letter in _LETTERS.items())
+    console.print(f"[bold]Layers[/bold] {strip}   ({legend})")
+    rows = [
+        (
+            str(layer["index"]),
+            layer["kind"],
+            _ranks(layer["ranks"]),
+            f"{layer['parameters']:,}",
+            size(layer["bytes"]),
+        )
+        for layer in facts["layers"]
+    ]
+    print_columns(console, ("layer", "kind", "rank", "parameters", "bytes"), rows)
+
+
+def _show_adapter(facts: Facts, console: Console) -> None:
+    kind = "all weights of the adapter layers"
+    if facts["training"] == "lora":
+        targets = ", ".join(facts["lora_targets"])
+        kind = f"LoRA, rank {facts['lora_rank']}, alpha {facts['lora_alpha']:g}, in {targets}"
+    pairs = [
+        ("package id", facts["id"]),
+        ("tuned on", facts["emulator"]),
+        ("model", f"{facts['model_type']}, fingerprint {facts['model'][:16]}..."),
+        ("kind", kind),
+        ("weights", facts["dtype"]),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("bytes", size(facts["bytes"])),
+        ("made by", facts["created_by"]),
+    ]
+    print_pairs(console, f"Adapter {facts['path']}", pairs)
+    rows = [
+        (str(layer["index"]), f"{layer['parameters']:,}", f"{layer['norm']:.4g}")
+        for layer in facts["layers"]
+    ]
+    norm = "norm of the update" if facts["training"] == "lora" else "norm"
+    print_columns(console, ("layer", "parameters", norm), rows)
+
+
+def _of(facts: Facts, name: str, show_number: object) -> str:
+    assert callable(show_number)
+    own, full = facts[name], facts[f"full_{name}"]
+    return f"{show_number(own)}, {own / full:.1%} of the full model's {show_number(full)}"
+
+
+def _ranks(ranks: dict[str, tuple[int, ...]]) -> str:
+    shown = [f"{path.rpartition('.')[2]} {'+'.join(map(str, r))}" for path, r in ranks.items()]
+    return ", ".join(shown) or "full"
+
+
+VERB = Verb(
+    name="inspect",
+    help=HELP,
+    parameters=(click.Argument(["package"], metavar="PACKAGE"),),
+    act=act,
+    show=show,
+)

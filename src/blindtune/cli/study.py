@@ -1,0 +1,136 @@
+"""`blindtune study`: the model owner's first act."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from blindtune.cli.options import Group
+from blindtune.cli.printing import duration, print_columns, print_pairs, stages
+from blindtune.cli.verb import Facts, Settings, Verb
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from blindtune.offsite.estimates import Estimate
+
+HELP = """Study a model on public text, once a model.
+
+Run by the model owner. For every middle layer the study finds a small stand-in, the harmonizer,
+and how much the model loses when the harmonizer replaces the layer. From these, `blindtune
+emulate` makes any number of emulators without training. The study is the owner's alone: it never
+leaves the house.
+
+\b
+Needs:   MODEL, a local directory, a hub name, or smollm2-135m; public text (.txt, .jsonl, .csv,
+         .parquet or a hub data set).
+Writes:  a directory with study.json and study.safetensors; study.options.yaml beside it. While
+         it works, NAME.work beside it holds finished stages, from which the same command goes on.
+
+\b
+Example:
+  blindtune study smollm2-135m --data public.txt --out study/
+"""
+
+
+def act(settings: Settings) -> Facts:
+    """Call the act."""
+    from blindtune.offsite.importance import DynamicConfig
+    from blindtune.offsite.study import StudyConfig
+    from blindtune.offsite.studying import study
+
+    with stages() as show:
+        found = study(
+            settings["model"],
+            settings["data"],
+            settings["out"],
+            settings.of(StudyConfig),
+            settings.of(DynamicConfig),
+            resume=settings["resume"],
+            overwrite=settings.overwrite,
+            on_stage=show,
+        )
+    return {
+        "path": settings["out"],
+        "model": found.model,
+        "fingerprint": found.fingerprint,
+        "layers": found.layer_count,
+        "middle": list(found.middle),
+        "scores": found.scores_M.tolist(),
+        "damage": None if found.damage_M is None else found.damage_M.tolist(),
+        "explained": list(found.explained) or None,
+        "tokens": found.tokens,
+        "seconds": found.seconds,
+        "history": found.history,
+    }
+
+
+def show(facts: Facts, console: Console) -> None:
+    """Print what was found."""
+    count = len(facts["middle"])
+    columns = ("layer", "score", "damage (nats/token)", "explained")
+    rows = [
+        (
+            str(facts["middle"][k]),
+            f"{facts['scores'][k]:.3f}",
+            "-" if facts["damage"] is None else f"{facts['damage'][k]:.4f}",
+            "-" if facts["explained"] is None else f"{facts['explained'][k]:.0%}",
+        )
+        for k in sorted(range(count), key=lambda k: facts["scores"][k])
+    ]
+    console.print(f"[bold]Studied {count} of {facts['layers']} layers[/bold], least needed first")
+    print_columns(console, columns, rows)
+    pairs = [
+        (stage, f"{duration(seconds)}, {facts['tokens'].get(stage, 0):,} tokens")
+        for stage, seconds in facts["seconds"].items()
+    ]
+    pairs += [("study", facts["path"]), ("options", facts["options"])]
+    print_pairs(console, "Written", pairs)
+
+
+def estimate(settings: Settings) -> Estimate:
+    """Estimate the act."""
+    from blindtune.offsite.estimates import estimate_study
+    from blindtune.offsite.importance import DynamicConfig
+    from blindtune.offsite.study import StudyConfig
+
+    return estimate_study(
+        settings["model"],
+        settings["data"],
+        settings.of(StudyConfig),
+        settings.of(DynamicConfig),
+    )
+
+
+VERB = Verb(
+    name="study",
+    help=HELP,
+    parameters=(
+        click.Argument(["model"], metavar="MODEL"),
+        click.Option(
+            ["--data"], required=True, metavar="FILE", help="Public text, a file or a hub name."
+        ),
+        click.Option(["--out"], required=True, metavar="DIR", help="Directory of the study."),
+        click.Option(
+            ["--resume"],
+            type=click.Choice(["auto", "never"]),
+            default="auto",
+            show_default=True,
+            help="auto goes on with an interrupted study; never starts anew.",
+        ),
+    ),
+    groups=(
+        Group(heading="Study", module="blindtune.offsite.study", name="StudyConfig"),
+        Group(
+            heading="Dynamic LayerReplace",
+            module="blindtune.offsite.importance",
+            name="DynamicConfig",
+            prefix="dynamic_",
+        ),
+    ),
+    act=act,
+    show=show,
+    estimate=estimate,
+    interrupted="finished stages are kept: the same command goes on from there",
+)

@@ -1,0 +1,157 @@
+"""`blindtune tune`: the data owner's act."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from blindtune.cli.options import Group
+from blindtune.cli.printing import duration, print_pairs, size
+from blindtune.cli.verb import Facts, Settings, Verb, process_rank
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from blindtune.offsite.estimates import Estimate
+
+HELP = """Tune an emulator's adapter on private data.
+
+Run by the data owner; needs neither the full model nor the study, and no network. Only the adapter
+layers are trained, all their weights or LoRA inside them. The best step is chosen by the
+emulator's own loss on validation data, because the full model is out of sight. The data stays
+here; the adapter goes back to the model owner.
+
+\b
+Needs:   EMULATOR, a package from the model owner; private data: .txt, .jsonl (`text`; `prompt` and
+         `completion`; `messages`), .csv, .parquet or a hub data set.
+Writes:  the adapter package; NAME.options.yaml and NAME.work (checkpoints, logs) beside it, which
+         stay here. Interrupted, the same command goes on from the last checkpoint.
+
+\b
+Example:
+  blindtune tune emulator/ --data private.jsonl --out adapter/
+  accelerate launch --multi_gpu --num_processes 2 $(which blindtune) tune emulator/ ...
+"""
+
+
+def act(settings: Settings) -> Facts:
+    """Call the act."""
+    from dataclasses import asdict
+
+    from blindtune.offsite.adapter import AdapterConfig
+    from blindtune.offsite.tuning import tune
+    from blindtune.training.config import RunConfig, TrainingConfig
+    from blindtune.training.text import DataConfig
+
+    def on_sample(sample: str) -> None:
+        if process_rank() == 0:
+            click.echo(f"One example, «trained tokens» marked:\n{sample}\n", err=True)
+
+    tuned = tune(
+        settings["emulator"],
+        settings["data"],
+        settings["out"],
+        settings.of(AdapterConfig),
+        settings.of(TrainingConfig),
+        reading=settings.of(DataConfig),
+        run=settings.of(RunConfig),
+        validation=settings["validation"],
+        overwrite=settings.overwrite,
+        on_sample=on_sample,
+    )
+    return {
+        "path": str(tuned.path),
+        "id": tuned.adapter_id,
+        "emulator": tuned.emulator.id,
+        "trained_parameters": tuned.trained_parameters,
+        **asdict(tuned.training),
+    }
+
+
+def show(facts: Facts, console: Console) -> None:
+    """Print how the tuning went."""
+    pairs = [
+        ("trained", f"{facts['trained_parameters']:,} parameters"),
+        ("steps", f"{facts['steps']:,}"),
+        ("tokens", f"{facts['tokens']:,} ({facts['tokens_per_second']:,.0f} a second)"),
+        ("time", duration(facts["seconds"])),
+        ("peak memory", size(facts["peak_memory_bytes"])),
+    ]
+    if facts["resumed_from"] is not None:
+        pairs.insert(1, ("resumed from step", f"{facts['resumed_from']:,}"))
+    if facts["train_loss"]:
+        pairs.append(("training loss", _ends(facts["train_loss"])))
+    if facts["validation_loss"]:
+        best = min(loss for _, loss in facts["validation_loss"])
+        pairs.append(
+            ("validation loss", f"{_ends(facts['validation_loss'])}, best {best:.4f} at step "
+             f"{facts['best_step']:,}")
+        )  # fmt: skip
+    pairs += [
+        ("package id", facts["id"]),
+        ("adapter", facts["path"]),
+        ("options", facts["options"]),
+    ]
+    print_pairs(console, "Adapter written", pairs)
+
+
+def _ends(points: list[tuple[int, float]]) -> str:
+    return f"{points[0][1]:.4f} -> {points[-1][1]:.4f} nats/token"
+
+
+def estimate(settings: Settings) -> Estimate:
+    """Estimate the act."""
+    from blindtune.offsite.adapter import AdapterConfig
+    from blindtune.offsite.estimates import estimate_tune
+    from blindtune.training.config import RunConfig, TrainingConfig
+    from blindtune.training.text import DataConfig
+
+    return estimate_tune(
+        settings["emulator"],
+        settings["data"],
+        settings.of(AdapterConfig),
+        settings.of(TrainingConfig),
+        reading=settings.of(DataConfig),
+        run=settings.of(RunConfig),
+        validation=settings["validation"],
+    )
+
+
+VERB = Verb(
+    name="tune",
+    help=HELP,
+    parameters=(
+        click.Argument(["emulator"], metavar="EMULATOR"),
+        click.Option(
+            ["--data"], required=True, metavar="FILE", help="Private data, a file or a hub name."
+        ),
+        click.Option(["--out"], required=True, metavar="DIR", help="Directory of the adapter."),
+        click.Option(
+            ["--validation"],
+            metavar="FILE",
+            help="Validation data; without it, a share of the data is set aside.",
+        ),
+    ),
+    groups=(
+        Group(heading="Adapter", module="blindtune.offsite.adapter", name="AdapterConfig"),
+        Group(heading="Training", module="blindtune.training.config", name="TrainingConfig"),
+        Group(
+            heading="Reading the data",
+            module="blindtune.training.text",
+            name="DataConfig",
+            renamed={"seed": "split_seed"},
+            defaults={"max_length": 128},
+        ),
+        Group(
+            heading="Speed and bookkeeping",
+            module="blindtune.training.config",
+            name="RunConfig",
+            left_out=frozenset({"threads", "silent"}),
+        ),
+    ),
+    act=act,
+    show=show,
+    estimate=estimate,
+    interrupted="the same command goes on from the last checkpoint",
+)

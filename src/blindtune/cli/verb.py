@@ -1,0 +1,238 @@
+"""What every verb shares: its options, its help, and the way it runs.
+
+A verb module gives the parameters, the configs whose fields become options, and three functions:
+`act` (calls the act, returns plain facts), `show` (prints them for people) and, where there is
+something to estimate, `estimate`. Import nothing heavy at its top: help must answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from blindtune.cli.configfile import read_config, write_config
+from blindtune.cli.options import Field, Group
+from blindtune.cli.printing import print_estimate, print_json, stdout_console
+from blindtune.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from blindtune.offsite.estimates import Estimate
+
+ConfigT = TypeVar("ConfigT")
+Facts = dict[str, Any]
+"""What an act returned, as plain JSON values."""
+_FLAGS = ("config", "dry_run", "json", "debug", "overwrite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The resolved options of one run."""
+
+    values: Mapping[str, Any]
+    """By option name."""
+    groups: Sequence[Group]
+    overwrite: bool = False
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def of(self, config: type[ConfigT]) -> ConfigT:
+        """The config of this class, from its options."""
+        group = next(group for group in self.groups if group.name == config.__name__)
+        return config(**group.values(self.values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """A command of the command line."""
+
+    name: str
+    help: str
+    parameters: Sequence[click.Parameter]
+    """Arguments and options that are no config's; `out` is where the output goes."""
+    groups: Sequence[Group] = ()
+    act: Callable[[Settings], Facts]
+    show: Callable[[Facts, Console], None]
+    estimate: Callable[[Settings], Estimate] | None = None
+    interrupted: str = "nothing was left behind: run the same command again"
+    """What to do after Ctrl-C."""
+    sections: list[tuple[str, list[click.Parameter]]] = field(default_factory=list)
+
+    @property
+    def writes(self) -> bool:
+        """Whether there is an output directory."""
+        return any(parameter.name == "out" for parameter in self.parameters)
+
+    def command(self) -> click.Command:
+        """The verb as a click command."""
+        sections: list[tuple[str, list[click.Parameter]]] = [("Input and output", [])]
+        sections[0][1].extend(self.parameters)
+        sections += [(group.heading, list(group.click_options())) for group in self.groups]
+        sections.append(("Every verb", self._general_options()))
+        return _VerbCommand(
+            name=self.name,
+            help=self.help,
+            params=[parameter for _, some in sections for parameter in some],
+            callback=lambda **values: _run(self, values),
+            sections=sections,
+        )
+
+    def _general_options(self) -> list[click.Parameter]:
+        options: list[click.Parameter] = [
+            click.Option(
+                ["--config"],
+                type=click.Path(path_type=Path),
+                is_eager=True,
+                expose_value=False,
+                callback=lambda ctx, _, path: _use_config(ctx, path, self.known()),
+                help="YAML file of options, by the names here; the command line beats it.",
+            ),
+            click.Option(
+                ["--threads"],
+                type=click.IntRange(min=1),
+                help="CPU threads of torch; default: as many as the machine has cores.",
+            ),
+            click.Option(["--json"], is_flag=True, help="One JSON object on stdout instead."),
+            click.Option(["--debug"], is_flag=True, help="Tracebacks and warnings."),
+        ]
+        if self.writes:
+            again = "Replace an earlier output."
+            options.insert(1, click.Option(["--overwrite"], is_flag=True, help=again))
+        if self.estimate is not None:
+            dry = "Estimate memory, bytes and time; write nothing."
+            options.insert(1, click.Option(["--dry-run"], is_flag=True, help=dry))
+        return options
+
+    def known(self) -> dict[str, Field]:
+        """Every option that a file may set."""
+        known = {"threads": Field(name="threads", kind=int, default=None, help="", optional=True)}
+        for parameter in self.parameters:
+            assert parameter.name is not None
+            known[parameter.name] = Field(
+                name=parameter.name,
+                kind=str,
+                default=None,
+                help="",
+                choices=tuple(getattr(parameter.type, "choices", ())),
+                optional=not parameter.required,
+            )
+        for group in self.groups:
+            known |= group.options()
+        return known
+
+
+class _VerbCommand(click.Command):  # type: ignore[misc]  # click is untyped here
+    """A command whose help groups the options under headings."""
+
+    def __init__(
+        self, *, sections: list[tuple[str, list[click.Parameter]]], **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self._sections = sections
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section a heading."""
+        for heading, parameters in self._sections:
+            rows = [row for p in parameters if (row := p.get_help_record(ctx)) is not None]
+            if rows:
+                with formatter.section(heading):
+                    formatter.write_dl(rows)
+
+
+def _use_config(ctx: click.Context, path: Path | None, known: Mapping[str, Field]) -> None:
+    if path is not None:
+        ctx.default_map = read_config(path, known)
+
+
+def process_rank() -> int:
+    """Which of several launched processes this is; 0 alone prints and writes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _run(verb: Verb, values: dict[str, Any]) -> None:
+    flags = {name: values.pop(name, False) for name in _FLAGS}
+    resolved: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+    }
+    settings = Settings(values=resolved, groups=verb.groups, overwrite=flags["overwrite"])
+    start = time.perf_counter()
+    try:
+        with _calm(flags["debug"]):
+            if resolved.get("threads") is not None:
+                import torch
+
+                torch.set_num_threads(resolved["threads"])
+            if flags["dry_run"]:
+                assert verb.estimate is not None
+                found, facts = verb.estimate(settings), None
+            else:
+                if verb.writes:
+                    _check_place(Path(resolved["out"]))
+                facts = verb.act(settings)
+                if verb.writes and process_rank() == 0:
+                    saved = write_config(verb.name, Path(resolved["out"]), resolved)
+                    facts["options"] = str(saved)
+    except KeyboardInterrupt:
+        click.echo(f"interrupted; {verb.interrupted}", err=True)
+        raise click.exceptions.Exit(130) from None
+    if process_rank() != 0:
+        return
+    if facts is None:
+        print_estimate(verb.name, found, as_json=flags["json"])
+    elif flags["json"]:
+        facts["wall_seconds"] = round(time.perf_counter() - start, 3)
+        print_json({"verb": verb.name, **facts})
+    else:
+        verb.show(facts, stdout_console())
+
+
+def _check_place(out: Path) -> None:
+    """Refuse at once an output directory that could not be made in the end."""
+    place = out.absolute().parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise OutputError(f"{out}: cannot be made, {place} is a file: choose another --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"{out}: cannot be made, {place} is not yours to write: choose another")
+    if out.name in ("", "..") or out.absolute() == Path.cwd():
+        raise ConfigError(f"--out {out}: expected a directory of its own, name a new one")
+
+
+@contextlib.contextmanager
+def _calm(debug: bool) -> Iterator[None]:
+    """Keep libraries' talk off the terminal; what they print goes to stderr."""
+    quiet = {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        from transformers.utils import logging as chatter
+
+        chatter.disable_progress_bar()
+        if not debug:
+            warnings.simplefilter("ignore")
+            chatter.set_verbosity_error()
+            logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)

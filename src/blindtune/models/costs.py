@@ -1,0 +1,153 @@
+"""What a decoder costs: FLOPs a token, and how many of them this machine does a second.
+
+A multiply-add counts as two FLOPs. Linear maps and attention are counted; norms, activations and
+the embedding lookup are not. Models on the meta device will do: only shapes are read.
+
+Shapes: L length, D hidden.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from blindtune.models.decoder import Decoder
+from blindtune.models.loading import _load_config, _resolve
+from blindtune.models.surgery import meta_model
+
+EFFICIENCY = 0.7
+"""Share of the matrix product's rate that small decoders reached in training on CPUs (measured
+0.85 forward, 0.73 forward and backward)."""
+LAYER_CALL_SECONDS = 3e-4
+"""What calling one layer costs on top of its arithmetic; it matters for tiny models only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """FLOPs of a part of a decoder for one token, in one forward pass."""
+
+    linear: float = 0.0
+    """Linear maps: two a weight."""
+    attention: float = 0.0
+    """Products of queries, keys and values at a given length, causal."""
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(linear=self.linear + other.linear, attention=self.attention + other.attention)
+
+    @property
+    def forward(self) -> float:
+        """One forward pass."""
+        return self.linear + self.attention
+
+    @property
+    def backward(self) -> float:
+        """Gradients of the activations alone, as in a frozen layer that a gradient passes."""
+        return self.linear + 2 * self.attention
+
+    @property
+    def weights(self) -> float:
+        """Gradients of the weights."""
+        return self.linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderCost:
+    """The parts of a decoder at one sequence length."""
+
+    layers: tuple[Cost, ...]
+    head: Cost
+
+    def stack(self, start: int = 0, stop: int | None = None) -> Cost:
+        """The layers start .. stop-1 together."""
+        return sum(self.layers[start:stop], Cost())
+
+    @property
+    def forward(self) -> float:
+        """FLOPs a token of a forward pass, head included."""
+        return (self.stack() + self.head).forward
+
+    @property
+    def training(self) -> float:
+        """FLOPs a token of forward and backward passes with all layers trained, head frozen."""
+        stack = self.stack()
+        return self.forward + stack.backward + stack.weights + self.head.backward
+
+
+def decoder_cost(decoder: Decoder, length: int) -> DecoderCost:
+    """Count a decoder, emulators included (harmonizers, low-rank factors).
+
+    Args:
+        decoder: may be on the meta device.
+        length: L, tokens of a sequence: a token attends to L / 2 others on average.
+    """
+    layers = tuple(_layer_cost(decoder, i, length) for i in range(decoder.layer_count))
+    between = decoder.family.after_norm
+    after = None if between is None else _module(decoder.model, between)
+    head = _matrices(decoder.head) + (0 if after is None else _matrices(after))
+    return DecoderCost(layers=layers, head=Cost(linear=2.0 * head))
+
+
+def _layer_cost(decoder: Decoder, i: int, length: int) -> Cost:
+    linear = 2.0 * _matrices(decoder.layers[i])
+    if not decoder.is_raw(i):
+        return Cost(linear=linear)
+    width = next(
+        size
+        for projection in decoder.projections(i)
+        for part, size in zip(projection.parts, projection.sizes, strict=True)
+        if part == "query"
+    )
+    return Cost(linear=linear, attention=2.0 * length * width)
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    parent, _, name = path.rpartition(".")
+    found = getattr(model.get_submodule(parent), name, None)
+    return found if isinstance(found, nn.Module) else None
+
+
+def sketch(name: str | Path) -> PreTrainedModel:
+    """A model's shape without its weights, from its config alone (on the meta device).
+
+    Args:
+        name: as for `load_model`.
+
+    Raises:
+        ModelError: as for `load_model`.
+    """
+    return meta_model(_load_config(_resolve(name)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """How fast this machine multiplies matrices in float32."""
+
+    flops_per_second: float
+    threads: int
+
+    def seconds(self, flops: float, layer_calls: float = 0.0) -> float:
+        """How long a decoder takes for that many FLOPs in that many calls of layers."""
+        return flops / (EFFICIENCY * self.flops_per_second) + layer_calls * LAYER_CALL_SECONDS
+
+
+def matmul_rate(width: int = 1024, *, seconds: float = 0.3) -> Rate:
+    """Measure the rate of [512, width] @ [width, width] products, at torch's thread count."""
+    x, weight = torch.rand(512, width), torch.rand(width, width)
+    out = x @ weight
+    count, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        torch.matmul(x, weight, out=out)
+        count += 1
+    return Rate(
+        flops_per_second=count * 2.0 * out.numel() * width / elapsed,
+        threads=torch.get_num_threads(),
+    )
