@@ -17,6 +17,7 @@ from blindtune.offsite.importance import (
     greedy_damage,
     layer_groups,
     measured_damage,
+    ordered_mix,
     run_dynamic,
     sample_mix,
     start_dynamic,
@@ -154,10 +155,19 @@ def test_greedy_order_is_the_order_of_an_exhaustive_greedy_search(network):
     assert sorted(order) == list(range(count))
 
 
-def test_dynamic_steps_train_stand_ins_and_not_the_model(network):
+@pytest.mark.parametrize(("practice", "objective"), [("half", "lm"), ("ordered", "distill")])
+def test_dynamic_steps_train_stand_ins_and_not_the_model(network, practice, objective):
     before = {n: p.clone() for n, p in network.decoder.model.named_parameters()}
     start = [p.clone() for p in network.stand_ins.parameters()]
-    config = DynamicConfig(steps=6, learning_rate=1e-2, batch_size=2, groups=1)
+    config = DynamicConfig(
+        steps=6,
+        learning_rate=1e-2,
+        batch_size=2,
+        groups=1,
+        candidates=3,
+        practice=practice,
+        objective=objective,
+    )
     state = start_dynamic(torch.zeros(len(network.stand_ins)), network.stand_ins, config, seed=0)
     steps = list(run_dynamic(state, network, ids(8), ids(4, seed=1), config))
     assert [s.step for s in steps] == list(range(1, 7))
@@ -167,11 +177,32 @@ def test_dynamic_steps_train_stand_ins_and_not_the_model(network):
     assert float(state.scores_M.abs().sum()) > 0
 
 
+def test_distillation_is_the_divergence_from_the_full_model(network):
+    batch, mix = ids(3), frozenset({1, 3})
+    full = network.decoder.model(batch).logits[:, 1:].log_softmax(-1)
+    hidden, inputs = network.prefix(batch).hidden_BLD, network.prefix(batch)
+    for i in range(network.first, network.decoder.layer_count):
+        stand_in = network.stand_ins[i - network.first] if i - network.first in mix else None
+        hidden = network.decoder.run_layer(i, hidden, inputs.calls[i], stand_in)
+    mixed = network.decoder.logits(hidden)[:, 1:].log_softmax(-1)
+    oracle = (full.exp() * (full - mixed)).sum(-1).mean()
+    found = network.loss(inputs, mix, batch, "distill")
+    assert found.item() == pytest.approx(oracle.item(), rel=1e-4)
+    assert network.loss(inputs, frozenset(), batch, "distill").item() == pytest.approx(0, abs=1e-6)
+
+
+def test_practice_mixes_are_those_of_emulators():
+    scores, generator = torch.randn(11).double(), torch.Generator().manual_seed(0)
+    order = scores.argsort().tolist()
+    mixes = {ordered_mix(scores, generator) for _ in range(100)}
+    assert mixes == {frozenset(order[:n]) for n in range(1, 6)}
+
+
 def test_layer_drop_is_the_same_game_with_identities():
     decoder = Decoder(tiny_model("llama"))
     stand_ins = nn.ModuleList([nn.Identity() for _ in range(decoder.layer_count - 2)])
     network = MixedNetwork(decoder, stand_ins, 1)
-    config = DynamicConfig(steps=2, batch_size=2)
+    config = DynamicConfig(steps=2, batch_size=2, candidates=2)
     state = start_dynamic(torch.zeros(len(stand_ins)), stand_ins, config, seed=0)
     assert state.optimizer is None
     steps = list(run_dynamic(state, network, ids(4), ids(4), config))
@@ -187,7 +218,7 @@ def test_scores_find_a_planted_important_layer():
     nn.init.constant_(bad.up.bias, 30.0)
     stand_ins[3] = bad.requires_grad_(False)
     network = MixedNetwork(decoder, stand_ins, 1)
-    config = DynamicConfig(steps=40, batch_size=4, groups=1)
+    config = DynamicConfig(steps=40, batch_size=4, groups=1, candidates=3)
     state = start_dynamic(torch.zeros(count).double(), nn.ModuleList(), config, seed=0)
     windows = ids(40, seed=5)
     with torch.no_grad():  # make the text likely under the model, so that damage shows

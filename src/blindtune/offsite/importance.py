@@ -27,6 +27,8 @@ from blindtune.models.decoder import Decoder, LayerInputs
 
 Reward = Literal["paper", "scale-free"]
 Grouping = Literal["count", "size"]
+Objective = Literal["lm", "distill"]
+Practice = Literal["half", "ordered"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,20 +41,28 @@ class DynamicConfig:
     """N_g: contiguous groups, in each of which half of the layers is replaced (see `grouping`)."""
     grouping: Grouping = "count"
     """"count": N_g groups; "size": groups of N_g layers. The paper allows both readings."""
-    candidates: int = 3
-    """N_c: mixes compared on one validation batch."""
+    candidates: int = 0
+    """N_c: mixes compared on one validation batch (the paper: 3); 0: no score steps, the initial
+    scores stay."""
     reward: Reward = "scale-free"
     """"paper": exp(-L_c) minus its mean; "scale-free": (mean L - L_c) / std L, which also works
     where half a network leaves losses so high that exp(-L) vanishes (ours)."""
     score_rate: float | None = None
     """eta_rl. None: 10 for the paper's reward (IST), 0.5 for the scale-free one."""
-    learning_rate: float = 1e-4
-    """Of the harmonizers (AdamW)."""
+    objective: Objective = "distill"
+    """Learning steps minimise "lm": the cross-entropy of the text, as in the paper; "distill": the
+    divergence from the full model's predictions, which says more per token (ours)."""
+    practice: Practice = "ordered"
+    """Mixes of the learning steps. "half": sampled like the candidates, as in the paper; "ordered":
+    the layers of the lowest scores, a random number of them up to half, which are the mixes that
+    emulators of this study will have (ours)."""
+    learning_rate: float = 1e-3
+    """Of the harmonizers (AdamW), falling linearly to 0."""
     batch_size: int = 4
     """Windows a step."""
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 0), ("groups", 1), ("candidates", 2), ("batch_size", 1)):
+        for name, low in (("steps", 0), ("groups", 1), ("candidates", 0), ("batch_size", 1)):
             if getattr(self, name) < low:
                 raise ConfigError(f"expected {name} >= {low}, got {getattr(self, name)}")
         if self.learning_rate <= 0 or (self.score_rate is not None and self.score_rate <= 0):
@@ -60,11 +70,15 @@ class DynamicConfig:
                 f"expected positive rates, got learning_rate={self.learning_rate}, "
                 f"score_rate={self.score_rate}"
             )
-        if self.reward not in ("paper", "scale-free") or self.grouping not in ("count", "size"):
-            raise ConfigError(
-                "expected reward paper or scale-free and grouping count or size, "
-                f"got {self.reward}, {self.grouping}"
-            )
+        if self.candidates == 1:
+            raise ConfigError("expected candidates 0 (no score steps) or at least 2, got 1")
+        known = {"objective": ("lm", "distill"), "practice": ("half", "ordered")}
+        known |= {"reward": ("paper", "scale-free"), "grouping": ("count", "size")}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ConfigError(
+                    f"expected {name} {' or '.join(values)}, got {getattr(self, name)!r}"
+                )
 
     @property
     def rate(self) -> float:
@@ -97,6 +111,13 @@ def sample_mix(
         ranked = sorted(group, key=lambda i: float(draws_M[i]))
         replaced.update(ranked[: len(group) // 2])
     return frozenset(replaced)
+
+
+def ordered_mix(scores_M: Tensor, generator: torch.Generator) -> frozenset[int]:
+    """The middle layers of the lowest scores, a random number of them from one to half."""
+    most = max(1, len(scores_M) // 2)
+    count = int(torch.randint(1, most + 1, (1,), generator=generator))
+    return frozenset(scores_M.argsort()[:count].tolist())
 
 
 def advantages(losses: Sequence[float], reward: Reward) -> list[float]:
@@ -156,12 +177,40 @@ class MixedNetwork:
             return hidden_BLD
         return self.decoder.run_layer(i, hidden_BLD, inputs.calls[i], layer)
 
-    def loss(self, inputs: LayerInputs, mix: frozenset[int], input_ids_BL: Tensor) -> Tensor:
-        """Cross-entropy of one mix, with gradients to the stand-ins in it."""
-        hidden_BLD = inputs.hidden_BLD
-        for i in range(self.first, self.stop):
-            hidden_BLD = self._step(i, hidden_BLD, inputs, i - self.first in mix)
-        return self._tail(hidden_BLD, inputs, input_ids_BL)
+    def loss(
+        self,
+        inputs: LayerInputs,
+        mix: frozenset[int],
+        input_ids_BL: Tensor,
+        objective: Objective = "lm",
+    ) -> Tensor:
+        """Loss of one mix in nats a token, with gradients to the stand-ins in it.
+
+        Args:
+            inputs: from `prefix`.
+            mix: the middle layers to replace.
+            input_ids_BL: the batch.
+            objective: "lm": cross-entropy of the next token; "distill": KL(full model || mix) of
+                the next token's distribution. What both have below the first replaced layer is
+                computed once.
+        """
+        first = self.first + min(mix, default=0)
+        with torch.no_grad():
+            hidden_BLD = self.decoder.run_layers(inputs.hidden_BLD, inputs.calls, self.first, first)
+        mixed_BLD = hidden_BLD
+        for i in range(first, self.stop):
+            mixed_BLD = self._step(i, mixed_BLD, inputs, i - self.first in mix)
+        if objective == "lm":
+            return self._tail(mixed_BLD, inputs, input_ids_BL)
+        last = self.decoder.layer_count
+        with torch.no_grad():
+            full_BLD = self.decoder.run_layers(hidden_BLD, inputs.calls, first, last)
+            full_BLV = self.decoder.logits(full_BLD[:, 1:]).float().log_softmax(-1)
+        mixed_BLD = self.decoder.run_layers(mixed_BLD, inputs.calls, self.stop, last)
+        mixed_BLV = self.decoder.logits(mixed_BLD[:, 1:]).float().log_softmax(-1)
+        return F.kl_div(
+            mixed_BLV.flatten(0, 1), full_BLV.flatten(0, 1), reduction="batchmean", log_target=True
+        )
 
     @torch.no_grad()
     def losses(
@@ -324,23 +373,42 @@ def run_dynamic(
     """
     groups = layer_groups(len(network.stand_ins), config)
     while state.step < config.steps:
-        learning_loss = float("nan")
+        learning_loss, losses = float("nan"), list[float]()
         if state.optimizer is not None:
-            batch_BL = _draw(train_NL, config.batch_size, state.generator)
-            mix = sample_mix(state.scores_M, groups, state.generator)
-            loss = network.loss(network.prefix(batch_BL), mix, batch_BL)
-            loss.backward()
-            state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
-            learning_loss = loss.item()
-        batch_BL = _draw(validation_NL, config.batch_size, state.generator)
-        mixes = [
-            sample_mix(state.scores_M, groups, state.generator) for _ in range(config.candidates)
-        ]
-        losses = network.losses(network.prefix(batch_BL), mixes, batch_BL)
-        state.scores_M = update_scores(state.scores_M, mixes, losses, config)
+            learning_loss = _learning_step(state, network, train_NL, groups, config)
+        if config.candidates:
+            batch_BL = _draw(validation_NL, config.batch_size, state.generator)
+            mixes = [
+                sample_mix(state.scores_M, groups, state.generator)
+                for _ in range(config.candidates)
+            ]
+            losses = network.losses(network.prefix(batch_BL), mixes, batch_BL)
+            state.scores_M = update_scores(state.scores_M, mixes, losses, config)
         state.step += 1
         yield DynamicStep(state.step, learning_loss, tuple(losses))
+
+
+def _learning_step(
+    state: DynamicState,
+    network: MixedNetwork,
+    train_NL: Tensor,
+    groups: Sequence[range],
+    config: DynamicConfig,
+) -> float:
+    """One step of the optimizer on one mix; returns the loss before it."""
+    assert state.optimizer is not None
+    batch_BL = _draw(train_NL, config.batch_size, state.generator)
+    if config.practice == "half":
+        mix = sample_mix(state.scores_M, groups, state.generator)
+    else:
+        mix = ordered_mix(state.scores_M, state.generator)
+    for group in state.optimizer.param_groups:
+        group["lr"] = config.learning_rate * (1 - state.step / config.steps)
+    loss = network.loss(network.prefix(batch_BL), mix, batch_BL, config.objective)
+    loss.backward()
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return loss.item()
 
 
 def _draw(windows_NL: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -238,7 +238,7 @@ def _learn(
         study.scores_M = state.scores_M
         study.history.append(asdict(step))
         study.seconds["learn"] = before + time.perf_counter() - start
-        study.tokens["learn"] = state.step * dynamic.batch_size * train_NL.shape[1] * 4
+        study.tokens["learn"] = state.step * dynamic.batch_size * train_NL.shape[1]
         report(step.step - 1)
         if step.step % SAVE_EVERY == 0:
             work.save_dynamic(study, state)
