@@ -23,13 +23,14 @@ lose the share BETA of the rank of their attention weights. Larger alpha and bet
 better and serve the data owner less.
 
 \b
-Needs:   STUDY, from `blindtune study`, and the studied model where it was then.
-Writes:  the emulator package, which goes to the data owner; NAME.options.yaml beside it, which
-         does not. Look at it first: blindtune inspect EMULATOR.
+Needs:   STUDY, from `blindtune study`, and the model where it was then.
+Writes:  the emulator package, which goes to the data owner (look at it
+         first: blindtune inspect); NAME.options.yaml beside it, which does
+         not.
 
 \b
 Example:
-  blindtune emulate study/ --adapter-layers 2 --alpha 0.25 --beta 0.8 --out emulator/
+  blindtune emulate study/ --adapter-layers 2 --alpha 0.25 --out emulator/
 """
 
 

@@ -22,8 +22,8 @@ multiple-choice records (question, choices, label) give accuracy; tasks of lm-ev
 are run by name, where their data can be had.
 
 \b
-Needs:   MODEL, a directory, a hub name, smollm2-135m, or an emulator package; at least one of
-         --data, --choices, --tasks.
+Needs:   MODEL, a directory, a hub name, smollm2-135m, or an emulator
+         package; at least one of --data, --choices, --tasks.
 Writes:  nothing.
 
 \b

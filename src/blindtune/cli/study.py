@@ -23,10 +23,11 @@ emulate` makes any number of emulators without training. The study is the owner'
 leaves the house.
 
 \b
-Needs:   MODEL, a local directory, a hub name, or smollm2-135m; public text (.txt, .jsonl, .csv,
-         .parquet or a hub data set).
-Writes:  a directory with study.json and study.safetensors; study.options.yaml beside it. While
-         it works, NAME.work beside it holds finished stages, from which the same command goes on.
+Needs:   MODEL, a local directory, a hub name, or smollm2-135m; public
+         text (.txt, .jsonl, .csv, .parquet or a hub data set).
+Writes:  a directory with study.json and study.safetensors; beside it
+         NAME.options.yaml and, while it works, NAME.work with finished
+         stages, from which the same command goes on.
 
 \b
 Example:
@@ -82,11 +83,15 @@ def show(facts: Facts, console: Console) -> None:
     console.print(f"[bold]Studied {count} of {facts['layers']} layers[/bold], least needed first")
     print_columns(console, columns, rows)
     pairs = [
-        (stage, f"{duration(seconds)}, {facts['tokens'].get(stage, 0):,} tokens")
+        (stage, duration(seconds) + _tokens(facts["tokens"].get(stage)))
         for stage, seconds in facts["seconds"].items()
     ]
     pairs += [("study", facts["path"]), ("options", facts["options"])]
     print_pairs(console, "Written", pairs)
+
+
+def _tokens(count: int | None) -> str:
+    return "" if count is None else f", {count:,} tokens"
 
 
 def estimate(settings: Settings) -> Estimate:

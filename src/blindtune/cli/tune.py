@@ -23,15 +23,19 @@ emulator's own loss on validation data, because the full model is out of sight. 
 here; the adapter goes back to the model owner.
 
 \b
-Needs:   EMULATOR, a package from the model owner; private data: .txt, .jsonl (`text`; `prompt` and
-         `completion`; `messages`), .csv, .parquet or a hub data set.
-Writes:  the adapter package; NAME.options.yaml and NAME.work (checkpoints, logs) beside it, which
-         stay here. Interrupted, the same command goes on from the last checkpoint.
+Needs:   EMULATOR, a package from the model owner; private data: .txt,
+         .jsonl (`text`; `prompt` and `completion`; `messages`), .csv,
+         .parquet or a hub data set.
+Writes:  the adapter package; beside it NAME.options.yaml and NAME.work
+         (checkpoints, logs), which stay here. Interrupted, the same command
+         goes on from the last checkpoint.
 
 \b
 Example:
   blindtune tune emulator/ --data private.jsonl --out adapter/
-  accelerate launch --multi_gpu --num_processes 2 $(which blindtune) tune emulator/ ...
+On two GPUs (or two processes on CPUs, with the same flag):
+  accelerate launch --multi_gpu --num_processes 2 $(which blindtune) \\
+    tune emulator/ --data private.jsonl --out adapter/
 """
 
 
@@ -84,10 +88,8 @@ def show(facts: Facts, console: Console) -> None:
         pairs.append(("training loss", _ends(facts["train_loss"])))
     if facts["validation_loss"]:
         best = min(loss for _, loss in facts["validation_loss"])
-        pairs.append(
-            ("validation loss", f"{_ends(facts['validation_loss'])}, best {best:.4f} at step "
-             f"{facts['best_step']:,}")
-        )  # fmt: skip
+        ends = _ends(facts["validation_loss"])
+        pairs.append(("validation loss", f"{ends}, best {best:.4f} at step {facts['best_step']:,}"))
     pairs += [
         ("package id", facts["id"]),
         ("adapter", facts["path"]),

@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -68,7 +68,6 @@ class Verb:
     estimate: Callable[[Settings], Estimate] | None = None
     interrupted: str = "nothing was left behind: run the same command again"
     """What to do after Ctrl-C."""
-    sections: list[tuple[str, list[click.Parameter]]] = field(default_factory=list)
 
     @property
     def writes(self) -> bool:
@@ -117,7 +116,7 @@ class Verb:
 
     def known(self) -> dict[str, Field]:
         """Every option that a file may set."""
-        known = {"threads": Field(name="threads", kind=int, default=None, help="", optional=True)}
+        known: dict[str, Field] = {}
         for parameter in self.parameters:
             assert parameter.name is not None
             known[parameter.name] = Field(
@@ -130,7 +129,8 @@ class Verb:
             )
         for group in self.groups:
             known |= group.options()
-        return known
+        threads = Field(name="threads", kind=int, default=None, help="", optional=True)
+        return known | {"threads": threads}
 
 
 class _VerbCommand(click.Command):  # type: ignore[misc]  # click is untyped here
@@ -145,7 +145,8 @@ class _VerbCommand(click.Command):  # type: ignore[misc]  # click is untyped her
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section a heading."""
         for heading, parameters in self._sections:
-            rows = [row for p in parameters if (row := p.get_help_record(ctx)) is not None]
+            options = [p for p in parameters if isinstance(p, click.Option)]
+            rows = [row for option in options if (row := option.get_help_record(ctx))]
             if rows:
                 with formatter.section(heading):
                     formatter.write_dl(rows)
@@ -164,7 +165,8 @@ def process_rank() -> int:
 def _run(verb: Verb, values: dict[str, Any]) -> None:
     flags = {name: values.pop(name, False) for name in _FLAGS}
     resolved: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        name: tuple(values[name]) if isinstance(values[name], list) else values[name]
+        for name in verb.known()
     }
     settings = Settings(values=resolved, groups=verb.groups, overwrite=flags["overwrite"])
     start = time.perf_counter()

@@ -41,6 +41,8 @@ EIGH_FLOPS = 30.0
 """Eigenvectors of n x n in float64, as float32 FLOPs of a product over n^3 (measured 25 .. 47)."""
 SVD_FLOPS = 40.0
 """Singular vectors of n x n in float32, in the same unit (measured 34 .. 68)."""
+GREEDY_TRIES = 3
+"""Mixes that the greedy order scores for every layer that it chooses, more or less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,16 +116,21 @@ def estimate_study(
             calibration * work + fit, middle.stop * calibration / length / config.batch_size
         )
         tokens += calibration
-    if config.initial_scores == "measured":
+    if config.initial_scores != "zero":
         parts["measure"] = _damage_seconds(cost, middle, damage, length, config.batch_size, rate)
         tokens += damage * (len(middle) // 2 + 1)
+    if config.initial_scores == "greedy":
+        mixes, calls = GREEDY_TRIES * len(middle) // 2, GREEDY_TRIES * len(middle) ** 2 / 2
+        work = cost.stack(0, middle.start).forward + mixes * _mixed(cost, middle)
+        parts["order"] = rate.seconds(damage * work, calls * damage / length / config.batch_size)
+        tokens += damage * mixes
     if dynamic.steps:
         parts["learn"] = dynamic.steps * _alternation_seconds(cost, middle, dynamic, length, rate)
         tokens += dynamic.steps * dynamic.batch_size * length * (dynamic.candidates + 1)
     batch = max(config.batch_size, dynamic.batch_size) * length
     logits = 3 * batch * decoder.config.vocab_size * FLOAT
     hidden = calibration * decoder.hidden_size * FLOAT
-    stages = 1 + (config.initial_scores == "measured") + (dynamic.steps > 0)
+    stages = 1 + (config.initial_scores != "zero") + (dynamic.steps > 0)
     return _estimate(
         parts,
         rate,
@@ -151,11 +158,17 @@ def _alternation_seconds(
     """A learning step (forward, activations' gradients) and the candidates of a score step."""
     below = cost.stack(0, middle.start)
     half, above = cost.stack(middle.start, middle.stop), cost.stack(middle.stop)
-    mixed = half.forward / 2 + (above + cost.head).forward
+    mixed = _mixed(cost, middle)
     gradients = half.backward / 2 + (above + cost.head).backward
     work = 2 * below.forward + mixed + gradients + dynamic.candidates * mixed
     calls = (dynamic.candidates + 4) * len(cost.layers)
     return rate.seconds(dynamic.batch_size * length * work, calls)
+
+
+def _mixed(cost: DecoderCost, middle: range) -> float:
+    """FLOPs a token of one mix, half of it replaced, from the first middle layer to the loss."""
+    above = cost.stack(middle.stop) + cost.head
+    return cost.stack(middle.start, middle.stop).forward / 2 + above.forward
 
 
 def _moments(decoder: Decoder, layer: int, feed_forward: bool) -> tuple[float, float]:

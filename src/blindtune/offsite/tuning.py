@@ -17,7 +17,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from blindtune.atomic import check_free
-from blindtune.errors import ConfigError
+from blindtune.errors import BlindtuneError, ConfigError
 from blindtune.models.decoder import Decoder
 from blindtune.offsite.adapter import AdapterConfig, write_adapter
 from blindtune.offsite.emulator import Emulator, open_emulator
@@ -55,7 +55,8 @@ def tune(
 ) -> Tuning:
     """Tune the adapter of an emulator package on private data and write an adapter package.
 
-    Interrupted, the same call goes on from the last checkpoint (in `OUT.work`).
+    Interrupted, the same call goes on from the last checkpoint (in `OUT.work`). Launched as several
+    processes (torchrun, `accelerate launch`), they train together and the first one writes.
 
     Args:
         emulator: the package's directory.
@@ -80,11 +81,15 @@ def tune(
     sample = show_sample(train, opened.tokenizer)
     if on_sample is not None:
         on_sample(sample)
-    trained = add_lora(opened, adapter) if adapter.lora_rank else opened.model
+    trained: torch.nn.Module = opened.model
+    if adapter.lora_rank:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(training.seed)  # of LoRA's first factors
+            trained = add_lora(opened, adapter)
     work = out.absolute().parent / f"{out.absolute().name}.work"
     result = fit(trained, train, held_out, training, work, run=run)
     count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-    adapter_id = write_adapter(opened, adapter, out, overwrite=overwrite)
+    adapter_id = _write_once(opened, adapter, out, overwrite)
     return Tuning(
         adapter_id=adapter_id,
         path=out,
@@ -93,6 +98,22 @@ def tune(
         trained_parameters=count,
         sample=sample,
     )
+
+
+def _write_once(emulator: Emulator, config: AdapterConfig, out: Path, overwrite: bool) -> str:
+    """Write the package; of several launched processes, the first writes and tells the others."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return write_adapter(emulator, config, out, overwrite=overwrite)
+    outcome: list[str | BlindtuneError] = [""]
+    if torch.distributed.get_rank() == 0:
+        try:
+            outcome = [write_adapter(emulator, config, out, overwrite=overwrite)]
+        except BlindtuneError as error:
+            outcome = [error]
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], BlindtuneError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def _examples(

@@ -1,0 +1,143 @@
+"""Estimates against what the acts then took."""
+
+import time
+from dataclasses import replace
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from blindtune.errors import ConfigError, MismatchError
+from blindtune.offsite.adapter import AdapterConfig
+from blindtune.offsite.emulation import EmulatorConfig, emulate
+from blindtune.offsite.estimates import (
+    estimate_emulate,
+    estimate_evaluate,
+    estimate_plug_in,
+    estimate_study,
+    estimate_tune,
+)
+from blindtune.offsite.importance import DynamicConfig
+from blindtune.offsite.study import StudyConfig
+from blindtune.offsite.studying import study
+from blindtune.offsite.tuning import tune
+from blindtune.training.config import RunConfig, TrainingConfig
+from blindtune.training.text import DataConfig
+from tiny_models import tiny_tokenizer
+
+READING = DataConfig(max_length=32, max_tokens=2000)
+LOOSE = 6.0  # a busy machine, and a model so small that calls cost as much as arithmetic
+
+
+def folder_bytes(folder):
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model wide enough for its arithmetic to count, and text."""
+    place = tmp_path_factory.mktemp("wide")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}
+    config = LlamaConfig(vocab_size=128, num_attention_heads=4, **sizes)
+    LlamaForCausalLM(config).save_pretrained(place / "model")
+    tiny_tokenizer().save_pretrained(place / "model")
+    (place / "text.txt").write_text("the cat sat on the mat. " * 1200)
+    return place
+
+
+def assert_close(estimate, seconds):
+    assert estimate.seconds / LOOSE < seconds < estimate.seconds * LOOSE, estimate
+
+
+def test_all_acts_against_reality(wide):
+    """Each act is run right after it was estimated, so both see the same machine."""
+    model, text = wide / "model", wide / "text.txt"
+    config = StudyConfig(
+        max_length=64, calibration_tokens=8192, damage_tokens=1024, harmonizer_rank=16
+    )
+    dynamic = DynamicConfig(steps=3)
+    estimate = estimate_study(model, text, config, dynamic)
+    found = study(model, text, wide / "study", config, dynamic)
+    assert_close(estimate, sum(found.seconds.values()))
+    assert estimate.written_bytes == pytest.approx(folder_bytes(wide / "study"), rel=0.05)
+    assert estimate.parts.keys() >= {"calibrate", "measure", "order", "learn"}
+
+    for options in ({}, {"weighted": False, "dtype": "bfloat16"}, {"feed_forward": False}):
+        triplet = EmulatorConfig(adapter_layers=1, **options)
+        estimate = estimate_emulate(wide / "study", triplet)
+        made = emulate(wide / "study", wide / "emulator", triplet, overwrite=True)
+        size = folder_bytes(wide / "emulator")
+        assert estimate.written_bytes == pytest.approx(size, rel=0.02)
+    assert_close(estimate, made.seconds)
+
+    training = TrainingConfig(max_steps=6)
+    reading = DataConfig(max_length=64)
+    estimate = estimate_tune(wide / "emulator", text, training=training, reading=reading)
+    silent = RunConfig(silent=True)
+    tuned = tune(
+        wide / "emulator", text, wide / "adapter", training=training, reading=reading, run=silent
+    )
+    assert_close(estimate, tuned.training.seconds)
+    assert estimate.tokens == pytest.approx(tuned.training.tokens, rel=0.05)
+    assert estimate.written_bytes == pytest.approx(folder_bytes(wide / "adapter"), rel=0.02)
+
+    start = time.perf_counter()
+    evaluated = estimate_evaluate(wide / "emulator", text, max_tokens=500)
+    assert evaluated.tokens == 500
+    assert time.perf_counter() - start < 20
+    assert estimate_plug_in(model, wide / "adapter").written_bytes == pytest.approx(
+        (model / "model.safetensors").stat().st_size, rel=0.01
+    )
+
+
+def estimated(world, training=None, **options):
+    return estimate_tune(
+        world.path / "emulator",
+        world.path / "private.txt",
+        options.pop("adapter", None),
+        training or TrainingConfig(max_steps=4),
+        reading=READING,
+        **options,
+    )
+
+
+def test_tuning_takes_what_is_asked_for(world):
+    plain = estimated(world)
+    assert plain.tokens == 4 * 8 * 32
+    assert plain.written_bytes == 4 * world.full.trained_parameters
+    lora = estimated(world, adapter=AdapterConfig(lora_rank=4))
+    assert lora.written_bytes == 4 * world.lora.trained_parameters
+    epochs = estimated(world, TrainingConfig(num_train_epochs=2.0))
+    assert epochs.tokens == 14 * 8 * 32  # 56 examples left for training, twice
+    assert "validate" not in estimated_without_validation(world).parts
+    saving = estimated(world, run=RunConfig(gradient_checkpointing=True))
+    assert saving.memory_bytes <= plain.memory_bytes + (8 << 20)
+
+
+def estimated_without_validation(world):
+    return estimate_tune(
+        world.path / "emulator",
+        world.path / "private.txt",
+        training=TrainingConfig(max_steps=1),
+        reading=replace(READING, validation_split=0.0),
+    )
+
+
+def test_what_an_act_refuses_its_estimate_refuses(world):
+    with pytest.raises(ConfigError, match="kept middle layer"):
+        estimate_emulate(world.study, EmulatorConfig(alpha=1.0))
+    with pytest.raises(MismatchError, match="expected an adapter package"):
+        estimate_plug_in(world.path / "model", world.path / "emulator")
+
+
+def test_a_study_costs_more_with_more_in_it(world):
+    arguments = (world.path / "model", world.path / "public.txt")
+    config = StudyConfig(max_length=32, calibration_tokens=1024, damage_tokens=256)
+    bare = replace(config, warm_start="none", initial_scores="zero")
+    nothing = estimate_study(*arguments, bare)
+    assert set(nothing.parts) == {"load"}
+    assert nothing.tokens == 0
+    full = estimate_study(*arguments, config, DynamicConfig(steps=5))
+    assert full.written_bytes > nothing.written_bytes
+    assert full.tokens > 1024
+    identity = estimate_study(*arguments, replace(bare, stand_in="identity"))
+    assert identity.written_bytes == 0
