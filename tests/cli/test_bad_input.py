@@ -1,5 +1,6 @@
 """Every mistake is one line on stderr, with what to do and the right exit code."""
 
+import errno
 import json
 import shutil
 
@@ -144,16 +145,26 @@ def test_the_wrong_model_at_plug_in(made, blindtune, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_in_the_way(made, blindtune, study, tune, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").touch()
-    emulate = ("emulate", made / "study", "--out", tmp_path / "out")
-    plug_in = ("plug-in", made / "llama", made / "adapter", "--out", tmp_path / "out")
-    for done in (study(), tune(made / "private.jsonl"), blindtune(*emulate), blindtune(*plug_in)):
-        assert done.code == USAGE
-        assert "out" in done.err.splitlines()[-1]
-        assert "Traceback" not in done.err
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
+OUTPUTS = {"study": "study", "emulator": "emulate", "adapter": "tune", "tuned": "plug-in"}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_in_the_way(made, blindtune, tmp_path, name):
+    again = [OUTPUTS[name], "--config", made / f"{name}.options.yaml"]
+    done = blindtune(*again)
+    assert (done.code, done.out) == (USAGE, "")
+    assert str(made / name) in done.err.splitlines()[-1]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").touch()
+    done = blindtune(*again, "--out", mine, "--overwrite")
+    refused(done, USAGE, "expected a new directory, or an earlier output")
+    refused(blindtune(*again, "--out", mine / "thesis.txt", "--overwrite"), USAGE)
+    assert [p.name for p in mine.iterdir()] == ["thesis.txt"]
+    shutil.rmtree(mine)
+    shutil.copytree(made / name, mine)
+    assert blindtune(*again, "--out", mine).code == USAGE
+    assert blindtune(*again, "--out", mine, "--overwrite").code == 0
 
 
 def test_an_output_that_cannot_be_made(made, blindtune, tmp_path):
@@ -165,7 +176,17 @@ def test_an_output_that_cannot_be_made(made, blindtune, tmp_path):
 def test_the_working_directory_is_no_output(made, blindtune, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = blindtune("emulate", made / "study", "--out", ".", "--overwrite")
-    refused(done, USAGE, "expected a directory of its own")
+    refused(done, USAGE, "expected a new directory")
+
+
+def test_a_file_that_cannot_be_read(made, blindtune, monkeypatch):
+    import blindtune.offsite.inspection as inspection
+
+    def forbidden(package):
+        raise PermissionError(errno.EACCES, "Permission denied", str(package))
+
+    monkeypatch.setattr(inspection, "inspect", forbidden)
+    refused(blindtune("inspect", made / "emulator"), USAGE, "emulator: Permission denied")
 
 
 def test_nothing_to_score(made, blindtune):

@@ -100,4 +100,5 @@ VERB = Verb(
     act=act,
     show=show,
     estimate=estimate,
+    mark="manifest.json",
 )

@@ -98,15 +98,25 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         sys.stdout = None  # nobody reads any more
         return 1
-    except Exception as error:
+    except OSError as error:
+        if error.filename is None:
+            return _internal(error, debug)
         if debug:
             traceback.print_exc()
-        kind = type(error).__name__
-        return _fail(
-            f"internal error: {kind}: {str(error)[:300]}; this is a fault of blindtune, please "
-            "report it; run again with --debug for the traceback",
-            INTERNAL_ERROR,
-        )
+        return _fail(f"error: {error.filename}: {error.strerror}: check the path", 2)
+    except Exception as error:
+        return _internal(error, debug)
+
+
+def _internal(error: Exception, debug: bool) -> int:
+    """An exception that nobody foresaw."""
+    if debug:
+        traceback.print_exc()
+    return _fail(
+        f"internal error: {type(error).__name__}: {str(error)[:300]}; this is a fault of "
+        "blindtune, please report it; run again with --debug for the traceback",
+        INTERNAL_ERROR,
+    )
 
 
 def _fail(message: str, code: int) -> int:

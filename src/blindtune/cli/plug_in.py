@@ -88,4 +88,5 @@ VERB = Verb(
     act=act,
     show=show,
     estimate=estimate,
+    mark="config.json",
 )

@@ -137,5 +137,6 @@ VERB = Verb(
     act=act,
     show=show,
     estimate=estimate,
+    mark="study.json",
     interrupted="finished stages are kept: the same command goes on from there",
 )

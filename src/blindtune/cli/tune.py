@@ -155,5 +155,6 @@ VERB = Verb(
     act=act,
     show=show,
     estimate=estimate,
+    mark="manifest.json",
     interrupted="the same command goes on from the last checkpoint",
 )

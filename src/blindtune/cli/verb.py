@@ -23,7 +23,7 @@ import click
 from blindtune.cli.configfile import read_config, write_config
 from blindtune.cli.options import Field, Group
 from blindtune.cli.printing import print_estimate, print_json, stdout_console
-from blindtune.errors import ConfigError, OutputError
+from blindtune.errors import OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,6 +66,8 @@ class Verb:
     act: Callable[[Settings], Facts]
     show: Callable[[Facts, Console], None]
     estimate: Callable[[Settings], Estimate] | None = None
+    mark: str = ""
+    """A file that every output of the verb has; --overwrite replaces nothing else."""
     interrupted: str = "nothing was left behind: run the same command again"
     """What to do after Ctrl-C."""
 
@@ -181,7 +183,7 @@ def _run(verb: Verb, values: dict[str, Any]) -> None:
                 found, facts = verb.estimate(settings), None
             else:
                 if verb.writes:
-                    _check_place(Path(resolved["out"]))
+                    _check_place(verb, Path(resolved["out"]))
                 facts = verb.act(settings)
                 if verb.writes and process_rank() == 0:
                     saved = write_config(verb.name, Path(resolved["out"]), resolved)
@@ -200,8 +202,8 @@ def _run(verb: Verb, values: dict[str, Any]) -> None:
         verb.show(facts, stdout_console())
 
 
-def _check_place(out: Path) -> None:
-    """Refuse at once an output directory that could not be made in the end."""
+def _check_place(verb: Verb, out: Path) -> None:
+    """Refuse at once an output that could not be made in the end, or would bury something else."""
     place = out.absolute().parent
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -209,8 +211,14 @@ def _check_place(out: Path) -> None:
         raise OutputError(f"{out}: cannot be made, {place} is a file: choose another --out")
     if not os.access(place, os.W_OK | os.X_OK):
         raise OutputError(f"{out}: cannot be made, {place} is not yours to write: choose another")
-    if out.name in ("", "..") or out.absolute() == Path.cwd():
-        raise ConfigError(f"--out {out}: expected a directory of its own, name a new one")
+    foreign = out.is_file() or (
+        out.is_dir() and any(out.iterdir()) and not (out / verb.mark).is_file()
+    )
+    if foreign or out.resolve() == Path.cwd():
+        raise OutputError(
+            f"{out}: expected a new directory, or an earlier output of {verb.name} with "
+            "--overwrite, something else is there: choose another --out"
+        )
 
 
 @contextlib.contextmanager
@@ -224,6 +232,8 @@ def _calm(debug: bool) -> Iterator[None]:
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
+    if not sys.stderr.isatty():
+        quiet["TQDM_DISABLE"] = "1"
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):

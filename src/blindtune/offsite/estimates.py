@@ -128,7 +128,7 @@ def estimate_study(
         parts["learn"] = dynamic.steps * _alternation_seconds(cost, middle, dynamic, length, rate)
         tokens += dynamic.steps * dynamic.batch_size * length * (dynamic.candidates + 1)
     batch = max(config.batch_size, dynamic.batch_size) * length
-    logits = 3 * batch * decoder.config.vocab_size * FLOAT
+    logits = (6 if dynamic.steps else 3) * batch * decoder.config.vocab_size * FLOAT
     hidden = calibration * decoder.hidden_size * FLOAT
     stages = 1 + (config.initial_scores != "zero") + (dynamic.steps > 0)
     return _estimate(
@@ -156,11 +156,14 @@ def _alternation_seconds(
     cost: DecoderCost, middle: range, dynamic: DynamicConfig, length: int, rate: Rate
 ) -> float:
     """A learning step (forward, activations' gradients) and the candidates of a score step."""
-    below = cost.stack(0, middle.start)
-    half, above = cost.stack(middle.start, middle.stop), cost.stack(middle.stop)
-    mixed = _mixed(cost, middle)
-    gradients = half.backward / 2 + (above + cost.head).backward
-    work = 2 * below.forward + mixed + gradients + dynamic.candidates * mixed
+    below, mixed = cost.stack(0, middle.start).forward, _mixed(cost, middle)
+    half = cost.stack(middle.start, middle.stop)
+    above = cost.stack(middle.stop) + cost.head
+    work = below + mixed + half.backward / 2 + above.backward
+    if dynamic.objective == "distill":
+        work += half.forward + above.forward
+    if dynamic.candidates:
+        work += below + dynamic.candidates * mixed
     calls = (dynamic.candidates + 4) * len(cost.layers)
     return rate.seconds(dynamic.batch_size * length * work, calls)
 
