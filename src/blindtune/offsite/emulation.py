@@ -88,6 +88,7 @@ class Emulation:
     id: str
     """Package id."""
     path: Path
+    config: EmulatorConfig
     layers: tuple[LayerEntry, ...]
     parameters: int
     """Of the emulator."""
@@ -134,6 +135,7 @@ def emulate(
     return Emulation(
         id=package_id,
         path=Path(out),
+        config=config,
         layers=tuple(layers),
         parameters=model.num_parameters(),
         full_parameters=facts.parameters,
