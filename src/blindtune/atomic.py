@@ -34,29 +34,51 @@ def output_error(path: Path, error: OSError) -> OutputError:
     return OutputError(f"{path}: cannot be written ({error.strerror or error}): {remedy}")
 
 
-def check_free(target: Path, *, overwrite: bool) -> None:
-    """Refuse a target that exists and is not empty, unless it may be replaced.
+def check_free(target: Path, *, overwrite: bool, mark: str) -> None:
+    """Check, before any work is done, that a result directory can be written.
+
+    Args:
+        target: where it shall be.
+        overwrite: an earlier result may be replaced.
+        mark: name of a file that every result of this kind holds; only a directory that has it is
+            ever replaced.
 
     Raises:
-        OutputError: something is in the way.
+        OutputError: something is in the way, or the place cannot be written to.
     """
-    occupied = target.is_file() or (target.is_dir() and any(target.iterdir()))
-    if occupied and not overwrite:
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        if not overwrite:
+            raise OutputError(
+                f"{target}: expected a new or empty directory, something is there: choose another "
+                "place, or say that it may be overwritten"
+            )
+        if not (target / mark).is_file():
+            raise OutputError(
+                f"{target}: expected an earlier result to replace (with {mark}), something else is "
+                "there: choose another place"
+            )
+    parent = next(p for p in target.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(
-            f"{target}: expected a new or empty directory, something is there: choose another "
-            "--out, or give --overwrite to replace it"
+            f"{target}: expected a place to write, {parent} is no directory or not writable: "
+            "choose another place"
         )
 
 
 @contextmanager
-def atomic_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(
+    target: str | Path, *, overwrite: bool = False, mark: str = ""
+) -> Iterator[Path]:
     """A directory to fill, which becomes `target` when the block ends without an exception.
+
+    Args:
+        target, overwrite, mark: as for `check_free`.
 
     Raises:
         OutputError: something is in the way, or the disk refuses; nothing stays in either case.
     """
     final = Path(target).absolute()
-    check_free(final, overwrite=overwrite)
+    check_free(final, overwrite=overwrite, mark=mark)
     partial = final.parent / f".{final.name}.{secrets.token_hex(4)}.partial"
     try:
         for left_over in final.parent.glob(f".{final.name}.*.partial"):

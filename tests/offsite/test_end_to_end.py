@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from conftest import READING, owners_world, save_text, save_tiny, study_tiny, tune_tiny
 
 from blindtune.errors import ConfigError, MismatchError, PackageError
 from blindtune.evaluation.evaluating import EvaluationConfig, evaluate
@@ -19,6 +18,7 @@ from blindtune.offsite.emulator import adapter_parameters, open_emulator
 from blindtune.offsite.importance import DynamicConfig
 from blindtune.offsite.plugin import plug_in
 from blindtune.offsite.study import open_study
+from offsite_world import READING, owners_world, save_text, save_tiny, study_tiny, tune_tiny
 from tiny_models import FAMILY_NAMES, tiny_model
 
 

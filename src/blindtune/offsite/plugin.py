@@ -24,6 +24,8 @@ from blindtune.models.loading import load_model, load_tokenizer
 from blindtune.offsite.adapter import apply_adapter
 from blindtune.offsite.emulator import DTYPES, adapter_indices
 
+CONFIG_NAME = "config.json"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlugIn:
@@ -64,13 +66,13 @@ def plug_in(
     if dtype not in DTYPES:
         raise ConfigError(f"expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}")
     if out is not None:
-        check_free(Path(out), overwrite=overwrite)
+        check_free(Path(out), overwrite=overwrite, mark=CONFIG_NAME)
     package = open_package(adapter, "adapter")
     full = load_model(model)
     change = merge(full, package)
     if out is not None:
         tokenizer = load_tokenizer(model)
-        with atomic_directory(out, overwrite=overwrite) as directory:
+        with atomic_directory(out, overwrite=overwrite, mark=CONFIG_NAME) as directory:
             full.to(DTYPES[dtype]).save_pretrained(directory)
             tokenizer.save_pretrained(directory)
     return PlugIn(

@@ -107,7 +107,7 @@ class Study:
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of each stage."""
     tokens: dict[str, int] = field(default_factory=dict)
-    """Tokens that each stage sent through the model (a full forward pass each)."""
+    """Tokens of public text that each stage read."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry an alternation of Dynamic LayerReplace."""
 
@@ -236,7 +236,7 @@ class WorkDirectory:
 
     def save(self, study: Study, stage: str, state: dict[str, Tensor] | None = None) -> None:
         """Keep a finished stage, atomically."""
-        with atomic_directory(self.path / stage, overwrite=True) as directory:
+        with atomic_directory(self.path / stage, overwrite=True, mark=FACTS_NAME) as directory:
             save_study(study, directory)
             (directory / "run").write_text(self._identity)
             if state is not None:

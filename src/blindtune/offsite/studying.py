@@ -32,7 +32,13 @@ from blindtune.offsite.importance import (
     run_dynamic,
     start_dynamic,
 )
-from blindtune.offsite.study import Study, StudyConfig, WorkDirectory, save_study
+from blindtune.offsite.study import (
+    FACTS_NAME,
+    Study,
+    StudyConfig,
+    WorkDirectory,
+    save_study,
+)
 from blindtune.training.text import DataConfig, load_dataset_file
 
 OnStage = Callable[[str, int, int], None]
@@ -72,7 +78,7 @@ def study(
     """
     config, dynamic = config or StudyConfig(), dynamic or DynamicConfig()
     out = Path(out)
-    check_free(out, overwrite=overwrite)
+    check_free(out, overwrite=overwrite, mark=FACTS_NAME)
     network_model = load_model(model)
     network_model.requires_grad_(False)
     decoder = Decoder(network_model)
@@ -100,7 +106,7 @@ def study(
     _warm_up(partial, decoder, windows_NL, work, on_stage)
     _measure(partial, decoder, windows_NL, work, on_stage)
     _learn(partial, decoder, windows_NL, work, on_stage)
-    with atomic_directory(out, overwrite=overwrite) as directory:
+    with atomic_directory(out, overwrite=overwrite, mark=FACTS_NAME) as directory:
         save_study(partial, directory)
     work.remove()
     return partial
@@ -204,6 +210,7 @@ def _measure(
             network, windows, batch_size, cost_M, count, lambda chosen: report(chosen - 1)
         )
     study.scores_M = standard_scores(cost_M)
+    study.tokens["measure"] = windows.numel()
     study.seconds["measure"] = time.perf_counter() - start
     work.save(study, "measured")
 

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from blindtune.atomic import check_free
 from blindtune.errors import BlindtuneError, ConfigError
+from blindtune.exchange.manifest import MANIFEST_NAME
 from blindtune.models.decoder import Decoder
 from blindtune.offsite.adapter import AdapterConfig, write_adapter
 from blindtune.offsite.emulator import Emulator, open_emulator
@@ -75,7 +76,7 @@ def tune(
     """
     adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
     reading, out = reading or DataConfig(max_length=128), Path(out)
-    check_free(out, overwrite=overwrite)
+    check_free(out, overwrite=overwrite, mark=MANIFEST_NAME)
     opened = open_emulator(emulator, dtype=torch.float32)
     train, held_out = _examples(opened, data, validation, reading)
     sample = show_sample(train, opened.tokenizer)

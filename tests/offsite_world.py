@@ -1,0 +1,60 @@
+"""A tiny model on disk, public and private text, and the packages made from them."""
+
+import pydoc_data.topics
+from types import SimpleNamespace
+
+from blindtune.offsite.adapter import AdapterConfig
+from blindtune.offsite.emulation import EmulatorConfig, emulate
+from blindtune.offsite.importance import DynamicConfig
+from blindtune.offsite.study import StudyConfig
+from blindtune.offsite.studying import study
+from blindtune.offsite.tuning import tune
+from blindtune.training.loop import RunConfig, TrainingConfig
+from blindtune.training.text import DataConfig
+from tiny_models import tiny_model, tiny_tokenizer
+
+STUDY = StudyConfig(
+    harmonizer_rank=8, max_length=32, calibration_tokens=2048, damage_tokens=256, batch_size=4
+)
+READING = DataConfig(max_length=32, max_tokens=2000)
+SILENT = RunConfig(silent=True)
+
+
+def save_tiny(name, directory):
+    tiny_model(name).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def save_text(directory):
+    text = "\n".join(pydoc_data.topics.topics.values())
+    (directory / "public.txt").write_text(text[:6000])
+    (directory / "private.txt").write_text(text[6000:10000])
+
+
+def study_tiny(directory, dynamic=None):
+    return study(directory / "model", directory / "public.txt", directory / "study", STUDY, dynamic)
+
+
+def tune_tiny(directory, out="adapter", lora_rank=0, steps=3, **changes):
+    return tune(
+        directory / "emulator",
+        directory / "private.txt",
+        directory / out,
+        AdapterConfig(lora_rank=lora_rank),
+        TrainingConfig(max_steps=steps, learning_rate=1e-3, **changes),
+        reading=READING,
+        run=SILENT,
+    )
+
+
+def owners_world(directory, name, config=None):
+    """Everything up to a full and a LoRA adapter, for one family."""
+    save_tiny(name, directory / "model")
+    save_text(directory)
+    found = study_tiny(directory, DynamicConfig(steps=1, batch_size=2))
+    config = config or EmulatorConfig(adapter_layers=1, alpha=0.4, beta=0.8)
+    made = emulate(found, directory / "emulator", config)
+    full = tune_tiny(directory)
+    lora = tune_tiny(directory, "lora", lora_rank=4)
+    return SimpleNamespace(path=directory, study=found, emulation=made, full=full, lora=lora)
