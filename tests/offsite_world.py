@@ -17,6 +17,7 @@ STUDY = StudyConfig(
     harmonizer_rank=8, max_length=32, calibration_tokens=2048, damage_tokens=256, batch_size=4
 )
 READING = DataConfig(max_length=32, max_tokens=2000)
+TRIPLET = EmulatorConfig(adapter_layers=1, alpha=0.4, beta=0.8, reading="removed")
 SILENT = RunConfig(silent=True)
 
 
@@ -53,7 +54,7 @@ def owners_world(directory, name, config=None):
     save_tiny(name, directory / "model")
     save_text(directory)
     found = study_tiny(directory, DynamicConfig(steps=1, batch_size=2))
-    config = config or EmulatorConfig(adapter_layers=1, alpha=0.4, beta=0.8)
+    config = config or TRIPLET
     made = emulate(found, directory / "emulator", config)
     full = tune_tiny(directory)
     lora = tune_tiny(directory, "lora", lora_rank=4)

@@ -123,7 +123,7 @@ def test_the_command_line_beats_the_file(made, blindtune, tmp_path):
     assert blindtune("emulate", "--config", config, "--out", out, "--alpha", 0.5).code == 0
     options = yaml.safe_load((tmp_path / "e.options.yaml").read_text())
     assert (options["alpha"], options["beta"], options["adapter_layers"]) == (0.5, 0.5, 3)
-    assert options["reading"] == "removed"
+    assert options["reading"] == "kept"
 
 
 def test_an_unknown_key_in_a_file_is_refused(made, blindtune, tmp_path):

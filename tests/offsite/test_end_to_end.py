@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,15 @@ from blindtune.offsite.emulator import adapter_parameters, open_emulator
 from blindtune.offsite.importance import DynamicConfig
 from blindtune.offsite.plugin import plug_in
 from blindtune.offsite.study import open_study
-from offsite_world import READING, owners_world, save_text, save_tiny, study_tiny, tune_tiny
+from offsite_world import (
+    READING,
+    TRIPLET,
+    owners_world,
+    save_text,
+    save_tiny,
+    study_tiny,
+    tune_tiny,
+)
 from tiny_models import FAMILY_NAMES, tiny_model
 
 
@@ -47,7 +56,7 @@ def test_the_opened_emulator_is_the_one_that_was_made(world):
     from blindtune.offsite.emulation import reshape
 
     model = load_model(world.path / "model")
-    config = EmulatorConfig(adapter_layers=1, alpha=0.4, beta=0.8)
+    config = TRIPLET
     reshape(model, world.study, replaced_layers(world.study, config), config)
     opened = open_emulator(world.path / "emulator")
     assert torch.equal(logits(model), logits(opened.model))
@@ -155,7 +164,7 @@ def test_many_triplets_from_one_study(world, tmp_path):
     sizes = {}
     for alpha in (0.0, 0.4):
         for beta in (0.0, 0.9):
-            config = EmulatorConfig(adapter_layers=2, alpha=alpha, beta=beta)
+            config = replace(TRIPLET, adapter_layers=2, alpha=alpha, beta=beta)
             made = emulate(world.path / "study", tmp_path / f"{alpha}-{beta}", config)
             sizes[alpha, beta] = made.parameters
     assert sizes[0.4, 0.9] < sizes[0.4, 0.0] < sizes[0.0, 0.0] == world.emulation.full_parameters
@@ -177,7 +186,7 @@ def test_layer_drop_makes_a_shorter_plain_model(tmp_path):
     )  # fmt: skip
     for choice in ("scores", "uniform"):
         config = EmulatorConfig(
-            adapter_layers=1, alpha=0.5, beta=0.0, weighted=False, choice=choice
+            adapter_layers=1, alpha=0.5, beta=1.0, weighted=False, choice=choice
         )
         made = emulate(tmp_path / "study", tmp_path / choice, config)
         opened = open_emulator(tmp_path / choice)

@@ -39,7 +39,11 @@ def test_an_emulator(world):
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.8])
 def test_what_is_unchanged_is_counted(world, tmp_path, beta):
     """Against the values: every parameter of the package that the full model has too."""
-    emulate(world.study, tmp_path / "e", EmulatorConfig(adapter_layers=1, alpha=0.4, beta=beta))
+    emulate(
+        world.study,
+        tmp_path / "e",
+        EmulatorConfig(adapter_layers=1, alpha=0.4, beta=beta, reading="removed"),
+    )
     found = inspect(tmp_path / "e")
     full = package_tensors(tiny_model("llama"))
     emulator = package_tensors(open_emulator(tmp_path / "e").model)
@@ -54,7 +58,7 @@ def test_dropped_layers_are_told_by_number_only(world, tmp_path):
     study = dataclasses.replace(
         world.study, stand_ins=torch.nn.ModuleList([torch.nn.Identity() for _ in range(6)])
     )
-    emulate(study, tmp_path / "e", EmulatorConfig(adapter_layers=1, alpha=0.4, beta=0.0))
+    emulate(study, tmp_path / "e", EmulatorConfig(adapter_layers=1, alpha=0.4, beta=1.0))
     found = inspect(tmp_path / "e")
     assert len(found.layers) == 6
     assert any("2 dropped layers" in line for line in found.reveals)

@@ -26,7 +26,7 @@ Reading = Literal["removed", "kept"]
 def compressed_rank(shape: tuple[int, int], beta: float, reading: Reading) -> int:
     """The rank that beta leaves of an m x n weight, at least 1.
 
-    "removed" (reading A, the default): r = floor((1 - beta) min(m, n)); "kept" (reading B):
+    "removed" (reading A): r = floor((1 - beta) min(m, n)); "kept" (reading B, the default):
     r = floor(beta min(m, n)). The paper gives beta = 0.8 and leaves the direction open.
     """
     share = 1 - beta if reading == "removed" else beta

@@ -1,8 +1,10 @@
 """The model owner's second act: make emulators from a study, without training.
 
 A triplet (N_a, alpha, beta) decides: N_a adapter layers at each end stay raw, the share alpha of
-the middle layers with the lowest scores becomes harmonizers, the others lose rank beta in their
-attention weights. Source: ScaleOT (arXiv 2412.09812), section "Privacy-utility-scalable emulators".
+the middle layers with the lowest scores becomes harmonizers, the others lose rank in their
+attention weights as beta says.
+
+Source: ScaleOT (arXiv 2412.09812), section "Privacy-utility-scalable emulators".
 """
 
 from __future__ import annotations
@@ -44,10 +46,10 @@ class EmulatorConfig:
     alpha: float = 0.25
     """Share of the middle layers that harmonizers replace, 0..1 (rounded to whole layers)."""
     beta: float = 0.8
-    """Share of the rank that the attention weights of kept middle layers lose (see `reading`)."""
-    reading: Reading = "removed"
-    """removed: beta of the rank goes, 0 compresses nothing; kept: beta of it stays, 1 compresses
-    nothing. The paper allows both."""
+    """Share of the rank of kept layers' attention weights that stays (or goes: see `reading`)."""
+    reading: Reading = "kept"
+    """kept: beta of the rank stays, 1 compresses nothing; removed: beta of it goes, 0 compresses
+    nothing. The paper allows both; measured in docs/choosing.md."""
     weighted: bool = True
     """Truncate in the metric of the calibration inputs instead of plain SVD (ours)."""
     feed_forward: bool = False

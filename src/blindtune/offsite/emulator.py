@@ -203,7 +203,7 @@ def assemble(model: PreTrainedModel, layers: Sequence[LayerEntry]) -> PreTrained
             with torch.device(like.device):
                 harmonizer = Harmonizer(
                     decoder.hidden_size,
-                    min(entry.rank, decoder.hidden_size),
+                    entry.rank,
                     returns_tuple=decoder.family.returns_tuple,
                 )
             replace_layer(model, i, harmonizer.to(like.dtype))

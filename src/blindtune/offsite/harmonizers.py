@@ -1,10 +1,10 @@
 """Harmonizers in closed form: the best low-rank stand-in for a layer, by reduced-rank regression.
 
-A decoder layer adds a residual f(x) - x to the hidden state x. A harmonizer of rank R predicts that
-residual from norm(x). Without gradients, the best linear prediction of rank R follows from second
-moments alone, which one forward pass over calibration text collects. The ReLU of the harmonizer
-costs nothing here: |w . norm(x)| <= |w| sqrt(D) for every x, so a bias of that size keeps a unit
-active on all inputs, and R units carry a linear map of rank R exactly.
+A decoder layer adds a residual f(x) - x to the hidden state x. A harmonizer predicts that residual
+from norm(x). Without gradients, the best linear prediction of a given rank follows from second
+moments alone, which one forward pass over calibration text collects. Since a = ReLU(a) - ReLU(-a),
+two units of a harmonizer carry one linear direction exactly: R units carry a linear map of rank
+R/2, and further learning starts from there with all units alive.
 
 Shapes: N tokens, D hidden, R rank.
 """
@@ -45,15 +45,15 @@ class Moments:
 def fit_harmonizer(
     moments: Moments, rank: int, *, ridge: float = 1e-3, returns_tuple: bool = False
 ) -> tuple[Harmonizer, float]:
-    """The harmonizer of rank R whose residual is closest to the layer's, in closed form.
+    """The best linear harmonizer of R units (linear rank R/2, at least 1), in closed form.
 
     Reduced-rank regression: the ridge solution W = (C + ridge mean(diag C) I)^-1 K of the centred
-    moments C = cov(norm(x)), K = cov(norm(x), f(x) - x) is projected onto the R leading
+    moments C = cov(norm(x)), K = cov(norm(x), f(x) - x) is projected onto the leading
     eigenvectors of the covariance W^T C W of what it predicts (Izenman 1975).
 
     Args:
         moments: of at least one token.
-        rank: R; capped at D.
+        rank: R, the number of units; an odd one leaves a unit at zero. Capped at 2 D.
         ridge: regularisation relative to the mean variance of the features.
         returns_tuple: what the family's layers return.
 
@@ -63,7 +63,8 @@ def fit_harmonizer(
     """
     assert moments.tokens > 0, "no calibration tokens were added"
     size = moments.feature_sum_D.shape[0]
-    rank = min(rank, size)
+    rank = min(rank, 2 * size)
+    pairs = max(1, rank // 2)
     mean_in_D = moments.feature_sum_D / moments.tokens
     mean_out_D = moments.residual_sum_D / moments.tokens
     covariance_DD = moments.features_DD / moments.tokens - torch.outer(mean_in_D, mean_in_D)
@@ -73,7 +74,7 @@ def fit_harmonizer(
     damped_DD = covariance_DD + ridge * covariance_DD.diagonal().mean() * torch.eye(size).double()
     weight_DD = torch.linalg.solve(damped_DD, cross_DD)
     _, vectors_DD = torch.linalg.eigh(weight_DD.T @ covariance_DD @ weight_DD)
-    up_DR = vectors_DD[:, -rank:].flip(-1)
+    up_DR = vectors_DD[:, -pairs:].flip(-1)
     down_RD = (weight_DD @ up_DR).T
 
     predicted_DD = down_RD.T @ up_DR.T
@@ -83,27 +84,26 @@ def fit_harmonizer(
         + float((predicted_DD * (covariance_DD @ predicted_DD)).sum())
     )
     bias_out_D = mean_out_D - up_DR @ (down_RD @ mean_in_D)
-    harmonizer = _linear_harmonizer(down_RD, up_DR, bias_out_D, returns_tuple)
+    harmonizer = _paired_harmonizer(down_RD, up_DR, bias_out_D, max(rank, 2), returns_tuple)
     return harmonizer, 1 - error / max(variance, 1e-30)
 
 
-def _linear_harmonizer(
-    down_RD: Tensor, up_DR: Tensor, bias_D: Tensor, returns_tuple: bool
+def _paired_harmonizer(
+    down_PD: Tensor, up_DP: Tensor, bias_D: Tensor, rank: int, returns_tuple: bool
 ) -> Harmonizer:
-    """The harmonizer that computes x + up (down norm(x)) + bias on every input, ReLU and all.
+    """The harmonizer that computes x + up (down norm(x)) + bias, with two units a direction (P).
 
-    norm(x) has length at most sqrt(D), so a unit with bias |down_r| sqrt(D) is never cut off; the
-    output bias takes the constant away again. Units are scaled to equal length first, which keeps
-    the constants small.
+    A direction's two factors are scaled to equal length, so that learning treats them alike.
     """
-    rank, size = down_RD.shape
+    pairs, size = down_PD.shape
     harmonizer = Harmonizer(size, rank, returns_tuple=returns_tuple)
-    length_R = down_RD.norm(dim=1).clamp_min(1e-12)
-    scale_R = length_R.sqrt()
-    down_RD, up_DR = down_RD / scale_R[:, None], up_DR * scale_R
-    shift_R = down_RD.norm(dim=1) * size**0.5
-    harmonizer.down.weight.copy_(down_RD)
-    harmonizer.down.bias.copy_(shift_R)
-    harmonizer.up.weight.copy_(up_DR)
-    harmonizer.up.bias.copy_(bias_D - up_DR @ shift_R)
+    scale_P = (up_DP.norm(dim=0) / down_PD.norm(dim=1).clamp_min(1e-12)).sqrt()
+    down_PD, up_DP = down_PD * scale_P[:, None], up_DP / scale_P.clamp_min(1e-12)
+    for tensor in harmonizer.parameters():
+        tensor.zero_()
+    harmonizer.down.weight[:pairs] = down_PD
+    harmonizer.down.weight[pairs : 2 * pairs] = -down_PD
+    harmonizer.up.weight[:, :pairs] = up_DP
+    harmonizer.up.weight[:, pairs : 2 * pairs] = -up_DP
+    harmonizer.up.bias.copy_(bias_D)
     return harmonizer

@@ -56,7 +56,7 @@ class DynamicConfig:
     """Mixes of the learning steps. "half": sampled like the candidates, as in the paper; "ordered":
     the layers of the lowest scores, a random number of them up to half, which are the mixes that
     emulators of this study will have (ours)."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """Of the harmonizers (AdamW), falling linearly to 0."""
     batch_size: int = 4
     """Windows a step."""

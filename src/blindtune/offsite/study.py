@@ -41,8 +41,9 @@ class StudyConfig:
 
     stand_in: Literal["harmonizer", "identity"] = "harmonizer"
     """What replaces a layer: a harmonizer, or nothing at all (Dynamic LayerDrop)."""
-    harmonizer_rank: int = 64
-    """R. The paper: 64 for models of about 1B parameters, 256 for larger ones."""
+    harmonizer_rank: int = 128
+    """R, units of a harmonizer; the regression fills them in pairs, so its linear rank is R/2. The
+    paper: 64 for models of about 1B parameters, 256 for larger ones."""
     warm_start: Literal["regression", "none"] = "regression"
     """regression: harmonizers in closed form; none: the paper's start, from identity."""
     initial_scores: Literal["greedy", "measured", "zero"] = "greedy"
