@@ -1,0 +1,209 @@
+"""Write the tables of README.md and docs/choosing.md from benchmarks/results.
+
+python benchmarks/readme.py          # write
+python benchmarks/readme.py --check  # exit 1 if they differ from the results
+"""
+
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SEEDS = (0, 1, 2)
+
+
+def part(name):
+    return json.loads((RESULTS / f"offsite-{name}.json").read_text())
+
+
+def spread(values, digits):
+    """Mean and sample deviation, or the one value."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def wiki_rows(main):
+    """Name of the row -> nats of every seed."""
+    rows, rate = main["rows"], best_rate(main)
+    zero = rows["ZS"]["ZS"]
+
+    def seeds(prefix, key):
+        return [rows[f"{prefix}-{s}"][key] for s in SEEDS if f"{prefix}-{s}" in rows]
+
+    return {
+        "ZS": [zero],
+        "Emulator ZS": seeds("ScaleOT", "Emulator ZS"),
+        "Emulator FT": seeds("ScaleOT", "Emulator FT"),
+        "Plug-in": seeds("ScaleOT", "Plug-in"),
+        "Adapter tuned directly": seeds("direct", "Adapter tuned directly"),
+        "FT": seeds(f"FT-{rate}", "FT"),
+        "Uniform LayerDrop: emulator ZS": seeds("uniform", "Uniform ZS"),
+        "Uniform LayerDrop: emulator FT": seeds("uniform", "Uniform FT"),
+        "Uniform LayerDrop: plug-in": seeds("uniform", "Uniform plug-in"),
+    }
+
+
+def best_rate(main):
+    """The learning rate of full fine-tuning with the lowest test loss at seed 0."""
+    tried = {
+        rate: main["rows"][f"FT-{rate}-0"]["FT"]
+        for rate in main["rates"]["FT grid"]
+        if f"FT-{rate}-0" in main["rows"]
+    }
+    return min(tried, key=tried.get)
+
+
+def wiki_table(main):
+    rows = wiki_rows(main)
+    lines = ["| WikiText-2 | nats a token | perplexity |", "|---|---:|---:|"]
+    for name, nats in rows.items():
+        if nats:
+            shown = f"**{name}**" if name == "Plug-in" else name
+            lines.append(f"| {shown} | {spread(nats, 3)} | {math.exp(statistics.mean(nats)):.1f} |")
+    zero = rows["ZS"][0]
+
+    def recovery(of, against):
+        pairs = zip(rows[of], rows[against], strict=False)
+        return spread([(zero - a) / (zero - b) for a, b in pairs], 2)
+
+    delta = [f - p for f, p in zip(rows["Emulator FT"], rows["Plug-in"], strict=True)]
+    lines += [
+        "",
+        f"Recovery, the share of full fine-tuning's gain that the plug-in reaches: "
+        f"**{recovery('Plug-in', 'FT')}**; of the gain of tuning the same layers directly: "
+        f"**{recovery('Plug-in', 'Adapter tuned directly')}**. The plug-in is "
+        f"**{spread(delta, 2)}** nats better than the tuned emulator. Uniform LayerDrop of as many "
+        f"layers recovers {recovery('Uniform LayerDrop: plug-in', 'FT')}. {seeds_said(rows)}"
+        f"FT at its best learning rate, {best_rate(main):g}, of the grid "
+        f"{', '.join(f'{r:g}' for r in main['rates']['FT grid'] if f'FT-{r}-0' in main['rows'])}.",
+    ]
+    return lines
+
+
+def seeds_said(rows):
+    count = len(rows["Plug-in"])
+    return f"{count} seeds, mean ± deviation. " if count > 1 else "One seed. "
+
+
+def arc_table(arc):
+    rows = arc["rows"]
+    names = {
+        "ZS": ("ZS", "ZS"),
+        "Emulator ZS": ("ScaleOT-0", "Emulator ZS"),
+        "Emulator FT": ("ScaleOT-0", "Emulator FT"),
+        "**Plug-in**": ("ScaleOT-0", "Plug-in"),
+        "Adapter tuned directly": ("direct-0", "Adapter tuned directly"),
+        "FT": ("FT-0", "FT"),
+        "Uniform LayerDrop: emulator FT": ("uniform-0", "Emulator FT"),
+        "Uniform LayerDrop: plug-in": ("uniform-0", "Plug-in"),
+    }
+    lines = ["| ARC-Easy, 600 questions | accuracy | by characters |", "|---|---:|---:|"]
+    for shown, (row, key) in names.items():
+        score = rows.get(row, {}).get(key)
+        if score:
+            lines.append(
+                f"| {shown} | {100 * score['acc']:.1f} % | {100 * score['acc_norm']:.1f} % |"
+            )
+    return lines
+
+
+def grid_table(grid):
+    keys = [k for k, row in grid["rows"].items() if "Plug-in" in row]
+    alphas = sorted({k.split("-")[0] for k in keys}, key=float)
+    betas = sorted({k.split("-")[1] for k in keys}, key=float)
+    header = "| alpha \\ rank removed | " + " | ".join(betas) + " |"
+    lines = [header, "|---" * (len(betas) + 1) + "|"]
+    for alpha in alphas:
+        cells = []
+        for beta in betas:
+            row = grid["rows"].get(f"{alpha}-{beta}")
+            cells.append(
+                "" if row is None else " / ".join(
+                    f"{math.exp(row[k]):.1f}" for k in ("Plug-in", "Emulator FT", "Emulator ZS")
+                )
+            )  # fmt: skip
+        lines.append(f"| {alpha} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def ranking_table(ranking):
+    lines = [
+        "| study | rank correlation with the damage of each layer alone | emulator ZS, nats |",
+        "|---|---:|---:|",
+    ]
+    for name, row in ranking["rows"].items():
+        lines.append(
+            f"| {name} | {row['spearman_with_single_damage']:.2f} | {row['emulator_nats']:.3f} |"
+        )
+    return lines
+
+
+def cost_lines(cost):
+    row = cost["rows"]["cost"]
+    rates = {
+        kind: (
+            statistics.median(r["tokens_per_second"] for r in runs),
+            statistics.median(r["peak_memory_bytes"] for r in runs) / 2**30,
+        )
+        for kind, runs in row["tuning"].items()
+    }
+    base_rate, base_memory = rates["full fine-tuning"]
+    lines = ["| tuning, one thread | tokens/s | peak memory | against FT |", "|---|---:|---:|---:|"]
+    for kind, (rate, memory) in rates.items():
+        lines.append(
+            f"| {kind} | {rate:.0f} | {memory:.1f} GiB | {rate / base_rate:.2f}x the speed, "
+            f"{memory / base_memory:.2f}x the memory |"
+        )
+    lines += [
+        "",
+        f"The regression study takes {row['regression_over_forward']:.2f}x one forward pass over "
+        f"its tokens. A forward pass takes {row['forward_over_floor']:.2f}x its floor (2 x "
+        f"parameters x tokens FLOPs at the measured {row['matmul_gflops']:.0f} GFLOP/s).",
+    ]
+    return lines
+
+
+BLOCKS = {
+    "README.md": {"results": ("main", "arc", "cost")},
+    "docs/choosing.md": {"grid": ("grid",), "ranking": ("ranking",)},
+}
+TABLES = {
+    "main": wiki_table,
+    "arc": arc_table,
+    "grid": grid_table,
+    "ranking": ranking_table,
+    "cost": cost_lines,
+}
+
+
+def render(path):
+    """The file with its generated blocks filled in."""
+    text = (ROOT / path).read_text()
+    for block, parts in BLOCKS[path].items():
+        begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
+        tables = [
+            "\n".join(TABLES[name](part(name)))
+            for name in parts
+            if (RESULTS / f"offsite-{name}.json").exists()
+        ]
+        head, _, rest = text.partition(begin)
+        _, _, tail = rest.partition(end)
+        text = head + begin + "\n" + "\n\n".join(tables) + "\n" + end + tail
+    return text
+
+
+def main():
+    stale = [path for path in BLOCKS if render(path) != (ROOT / path).read_text()]
+    if "--check" in sys.argv:
+        if stale:
+            sys.exit(f"differ from benchmarks/results: {', '.join(stale)}")
+        return
+    for path in stale:
+        (ROOT / path).write_text(render(path))
+
+
+if __name__ == "__main__":
+    main()
