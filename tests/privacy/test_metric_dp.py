@@ -292,6 +292,12 @@ def test_system_uniforms_are_uniform_and_never_zero():
     assert system_uniforms(0, 5).shape == (0, 5)
 
 
+@pytest.mark.parametrize(("byte", "expected"), [(b"\x00", 2.0**-53), (b"\xff", 1.0)])
+def test_system_uniforms_at_their_ends(monkeypatch, byte, expected):
+    monkeypatch.setattr("os.urandom", lambda count: byte * count)
+    assert system_uniforms(2).tolist() == [expected] * 2
+
+
 def test_portions_change_nothing_but_memory(monkeypatch):
     given_BLD = torch.randn(3, 5, 4)
     monkeypatch.setattr("blindtune.privacy.metric_dp.NOISE_NUMBERS", 8)

@@ -41,7 +41,7 @@ def hard_case(seed, rows, width, offset, scale):
     equal = torch.rand(rows, generator=generator) < 0.3
     table_VD[equal] = table_VD[family][equal]
     picks = torch.randint(rows, (12,), generator=generator)
-    length = torch.tensor([0.0, 1e-6, 0.5, 1.0, 30.0, 1e6]).repeat(2)[:, None]
+    length = torch.tensor([0.0, 1e-6, 0.5, 30.0, 1e6, 1e13]).repeat(2)[:, None]
     return table_VD, table_VD[picks].double() + length * normal(12, width).double()
 
 

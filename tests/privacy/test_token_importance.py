@@ -64,6 +64,8 @@ def test_equal_scores_go_to_the_lowest_id_and_special_tokens_never_contribute():
     count_CV = counts([9, 9, 3, 3, 3, 0], [0, 0, 0, 0, 0, 5])
     chosen = ContributingTokens(count_CV, [CLS, PAD, 99], ImportanceConfig(fraction=0.4))
     assert chosen.of_class(0).tolist() == [2, 3]
+    many = ContributingTokens(torch.ones(2, 5000, dtype=torch.int64), [CLS])
+    assert torch.equal(many.of_class(1), torch.arange(1, 51))
 
 
 def test_factors_depend_on_the_label_and_texts_without_one_get_full_noise():

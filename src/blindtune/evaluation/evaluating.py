@@ -21,7 +21,7 @@ from blindtune.evaluation.harness import TaskResult, run_tasks
 from blindtune.evaluation.utility import Perplexity, Progress, loss_on_targets, perplexity
 from blindtune.exchange.manifest import MANIFEST_NAME
 from blindtune.exchange.package import open_package
-from blindtune.models.loading import load_model, load_tokenizer
+from blindtune.models.loading import load_model, load_tokenizer, preferred_device
 from blindtune.offsite.adapter import tuned_emulator
 from blindtune.offsite.emulator import open_emulator
 from blindtune.offsite.plugin import merge
@@ -97,6 +97,7 @@ def evaluate(
     if data is None and choices is None and not config.tasks:
         raise ConfigError("expected something to score: give --data, --choices or --tasks")
     loaded, tokenizer = open_any(model, adapter)
+    loaded.to(preferred_device())
     return Evaluation(
         model=str(model),
         perplexity=None

@@ -77,6 +77,11 @@ def load_model(
     return loaded
 
 
+def preferred_device() -> torch.device:
+    """Where heavy work runs: the first GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; it always has an end and a padding token.
 

@@ -93,7 +93,7 @@ def _embed(
     calls: dict[int, tuple[LayerCall, ...]] = {}
     hidden = []
     for batch_BL in windows_NL.split(batch_size):
-        start = decoder.begin(batch_BL)
+        start = decoder.begin(batch_BL.to(decoder.model.device))
         calls.setdefault(len(batch_BL), start.calls)
         hidden.append(start.hidden_BLD)
     return torch.cat(hidden), calls

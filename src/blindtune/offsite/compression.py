@@ -54,7 +54,7 @@ def low_rank_factors(
     if second_moment_II is not None:
         moment = second_moment_II.to(weight.device, torch.float64)
         damping = 1e-6 * moment.diagonal().mean()
-        moment = moment + damping * torch.eye(len(moment), dtype=torch.float64)
+        moment = moment + damping * torch.eye(len(moment)).to(moment)
         wide = weight.double()
         _, vectors = torch.linalg.eigh(wide @ moment @ wide.T)
         up = vectors[:, -rank:].flip(-1)

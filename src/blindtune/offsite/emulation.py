@@ -30,7 +30,7 @@ from blindtune.exchange.manifest import (
 from blindtune.models.blocks import Harmonizer
 from blindtune.models.decoder import Decoder
 from blindtune.models.fingerprint import fingerprint
-from blindtune.models.loading import load_model, load_tokenizer
+from blindtune.models.loading import load_model, load_tokenizer, preferred_device
 from blindtune.models.surgery import keep_layers, replace_layer
 from blindtune.offsite.compression import Reading, compress_layer
 from blindtune.offsite.emulator import write_emulator
@@ -115,7 +115,7 @@ def emulate(
     config, start = config or EmulatorConfig(), time.perf_counter()
     found = study if isinstance(study, Study) else open_study(study)
     replaced = replaced_layers(found, config)
-    model = load_model(found.model)
+    model = load_model(found.model, device=preferred_device())
     if fingerprint(model) != found.fingerprint:
         raise MismatchError(
             f"expected the model that was studied, got another one at {found.model}: study it "
@@ -203,7 +203,7 @@ def reshape(
         elif i in replaced:
             stand_in = study.stand_ins[i - study.first]
             if isinstance(stand_in, Harmonizer):
-                replace_layer(model, i, stand_in.to(model.dtype))
+                replace_layer(model, i, stand_in.to(model.device, model.dtype))
                 layers.append(HarmonizerLayer(rank=stand_in.down.out_features))
         elif config.compresses:
             ranks = compress_layer(

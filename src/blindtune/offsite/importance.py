@@ -167,7 +167,7 @@ class MixedNetwork:
     @torch.no_grad()
     def prefix(self, input_ids_BL: Tensor) -> LayerInputs:
         """The hidden states that enter the first middle layer: the same for every mix."""
-        start = self.decoder.begin(input_ids_BL)
+        start = self.decoder.begin(input_ids_BL.to(self.decoder.model.device))
         hidden_BLD = self.decoder.run_layers(start.hidden_BLD, start.calls, 0, self.first)
         return LayerInputs(hidden_BLD, start.calls)
 
@@ -242,7 +242,8 @@ class MixedNetwork:
         last = self.decoder.layer_count
         hidden_BLD = self.decoder.run_layers(hidden_BLD, inputs.calls, self.stop, last)
         logits_BLV = self.decoder.logits(hidden_BLD[:, :-1])
-        return F.cross_entropy(logits_BLV.flatten(0, 1).float(), input_ids_BL[:, 1:].flatten())
+        targets_N = input_ids_BL[:, 1:].flatten().to(logits_BLV.device)
+        return F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_N)
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ def save_study(study: Study, directory: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for i, stand_in in enumerate(study.stand_ins):
         for name, parameter in stand_in.state_dict().items():
-            tensors[f"stand_in.{i}.{name}"] = parameter.contiguous()
+            tensors[f"stand_in.{i}.{name}"] = parameter.cpu().contiguous()
     moment_keys = _moment_keys(study, tensors)
     facts = {name: getattr(study, name) for name in _PLAIN_FIELDS}
     facts |= {
@@ -147,7 +147,7 @@ def _moment_keys(study: Study, tensors: dict[str, Tensor]) -> list[dict[str, str
         seen: dict[int, str] = {}
         for path, moment in moments.items():
             key = seen.setdefault(id(moment), f"moment.{i}.{path}")
-            tensors[key] = moment
+            tensors[key] = moment.cpu()
         keys.append({path: seen[id(moment)] for path, moment in moments.items()})
     return keys
 

@@ -22,7 +22,7 @@ from blindtune.errors import ConfigError, DataError
 from blindtune.models.blocks import Harmonizer
 from blindtune.models.decoder import Decoder
 from blindtune.models.fingerprint import fingerprint
-from blindtune.models.loading import load_model, load_tokenizer
+from blindtune.models.loading import load_model, load_tokenizer, preferred_device
 from blindtune.offsite.calibration import Calibration, calibrate
 from blindtune.offsite.importance import (
     DynamicConfig,
@@ -79,7 +79,7 @@ def study(
     config, dynamic = config or StudyConfig(), dynamic or DynamicConfig()
     out = Path(out)
     check_free(out, overwrite=overwrite, mark=FACTS_NAME)
-    network_model = load_model(model)
+    network_model = load_model(model, device=preferred_device())
     network_model.requires_grad_(False)
     decoder = Decoder(network_model)
     windows_NL = _windows(model, data, config)
@@ -200,7 +200,7 @@ def _measure(
         done += count
         report(done - 1)
 
-    network = MixedNetwork(decoder, list(study.stand_ins), study.first)
+    network = _network(study, decoder)
     batch_size = study.config.batch_size
     cost_M = study.damage_M = measured_damage(network, windows, batch_size, on_batch)
     if study.config.initial_scores == "greedy":
@@ -213,6 +213,11 @@ def _measure(
     study.tokens["measure"] = windows.numel()
     study.seconds["measure"] = time.perf_counter() - start
     work.save(study, "measured")
+
+
+def _network(study: Study, decoder: Decoder) -> MixedNetwork:
+    study.stand_ins.to(decoder.model.device)
+    return MixedNetwork(decoder, list(study.stand_ins), study.first)
 
 
 def standard_scores(damage_M: Tensor) -> Tensor:
@@ -235,10 +240,10 @@ def _learn(
     dynamic = study.dynamic
     if dynamic.steps == 0:
         return
+    network = _network(study, decoder)
     state = start_dynamic(study.scores_M, study.stand_ins, dynamic, study.config.seed)
     work.load_dynamic(study, state)
     train_NL, validation_NL = _split(study, windows_NL)
-    network = MixedNetwork(decoder, list(study.stand_ins), study.first)
     report, start = _report(on_stage, "learn (alternations)", dynamic.steps), time.perf_counter()
     before = study.seconds.get("learn", 0.0)
     for step in run_dynamic(state, network, train_NL, validation_NL, dynamic):

@@ -93,11 +93,11 @@ def d_chi_noise(count: int, dimension: int, eta: float, uniforms: Uniforms) -> T
     """Noise of density proportional to exp(-eta ||z||): `count` independent vectors.
 
     The radius is the sum of D exponentials, which is Gamma(D); the direction a normalised Gaussian
-    (Box and Muller). Returns float64 [count, dimension].
+    (Box and Muller; its scale falls out). Returns float64 [count, dimension].
     """
     radius_N = uniforms(count, dimension).log_().sum(1).div_(-eta)
     half = (dimension + 1) // 2
-    length = uniforms(count, half).log_().mul_(-2).sqrt_()
+    length = uniforms(count, half).log_().neg_().sqrt_()
     angle = uniforms(count, half).mul_(2 * math.pi)
     gaussian_ND = torch.cat((length * angle.cos(), length * angle.sin()), 1)[:, :dimension]
     norm_N: Tensor = gaussian_ND.norm(dim=1).clamp_min(1e-300)

@@ -130,6 +130,7 @@ def _contenders(score_QT: Tensor, slack_Q: Tensor, best_Q: Tensor) -> tuple[Tens
     lowest_Q = score_QT.amin(1).double()
     hopeful = (lowest_Q <= best_Q + slack_Q).nonzero().squeeze(1)
     limit = torch.minimum(best_Q, lowest_Q + slack_Q)[hopeful] + slack_Q[hopeful]
+    limit = limit.float().nextafter(limit.new_tensor(torch.inf, dtype=torch.float32))
     pairs = (score_QT[hopeful] <= limit[:, None]).nonzero()
     return hopeful[pairs[:, 0]], pairs[:, 1]
 
