@@ -39,8 +39,9 @@ def test_shares_agree_with_fresh_noise_within_their_error():
     assert 0.1 < level.changed_share < 0.9
     assert abs(level.changed_share - (out != ids).double().mean()) < 4 * level.changed_share_error
     assert level.changed_share_error == pytest.approx(
-        math.sqrt(level.changed_share * (1 - level.changed_share) / 300)
+        math.sqrt(level.changed_share * (1 - level.changed_share) / 300), rel=0.05
     )
+    assert 0 < survey().at(1e6).changed_share_error < 0.01
 
 
 def test_neighbour_distance_is_the_median_to_another_word():

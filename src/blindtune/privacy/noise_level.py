@@ -2,9 +2,9 @@
 
 Two figures make eta readable: the mean norm of the noise, D / eta, beside the typical distance of a
 word to its nearest neighbour; and the share of tokens that token mode would change. In D
-dimensions a random direction is almost orthogonal to every neighbour, so the noise must be about
-sqrt(D) / 2 times the neighbour distance before anything changes, and then nearly all changes at
-once: the first figure alone misleads.
+dimensions a random direction is almost orthogonal to every neighbour, so the noise must be several
+times the neighbour distance before anything changes (about 6 times for half of the tokens of
+SmolLM2-135M, D = 576), and then nearly all changes soon: the first figure alone misleads.
 
 The cell of points nearest to a word is convex and holds the word. Along a drawn direction a word
 therefore changes at one radius and stays changed beyond it:
@@ -52,7 +52,7 @@ class NoiseLevel:
     changed_share: float
     """Share of tokens that token mode changes, estimated from `samples`."""
     changed_share_error: float
-    """Its standard error."""
+    """Its standard error, with one more sample of each outcome so that it is never 0."""
     samples: int
     """Tokens sampled."""
 
@@ -122,13 +122,14 @@ class NoiseSurvey:
         if not 0 < eta < math.inf:
             raise ConfigError(f"expected a positive, finite eta, got {eta}")
         samples = len(self.critical_eta_N)
-        share = (self.critical_eta_N > eta).double().mean().item()
+        changed = int((self.critical_eta_N > eta).sum())
+        smoothed = (changed + 1) / (samples + 2)
         return NoiseLevel(
             eta=eta,
             mean_norm=self.dimension / eta,
             neighbour_distance=self.neighbour_distance_N.median().item(),
-            changed_share=share,
-            changed_share_error=math.sqrt(share * (1 - share) / samples),
+            changed_share=changed / samples,
+            changed_share_error=math.sqrt(smoothed * (1 - smoothed) / samples),
             samples=samples,
         )
 
