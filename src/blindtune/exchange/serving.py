@@ -1,0 +1,315 @@
+"""The vendor's end of the network: many customers, bounded in every direction.
+
+Each stream has a reader, which puts messages together while the handler computes, and a queue of
+at most eight requests. Whoever sends more than that, or when the server's memory for requests is
+full, is told to come back later; whoever stalls is dropped. Other streams do not notice.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from blindtune.errors import ConfigError, VerificationError
+from blindtune.exchange.codec import FrameReader, MessageLimits, encode
+from blindtune.exchange.credentials import Customers, ServerCredentials
+from blindtune.exchange.files import printable
+from blindtune.exchange.messages import (
+    PROTOCOL_VERSION,
+    REQUESTS,
+    WINDOW,
+    Busy,
+    Message,
+    Refusal,
+)
+from blindtune.exchange.network import (
+    DEFAULT_PORT,
+    SERVICE,
+    Health,
+    channel_options,
+    import_grpc,
+)
+from blindtune.exchange.transport import BusyError, Handler, answer
+
+logger = logging.getLogger(__name__)
+
+Sessions = Callable[[str], AbstractContextManager[Handler]]
+"""Opens a handler for one stream of the named, authenticated customer; left when it ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What a server listens to, and how much of it."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 for every network of the machine."""
+    port: int = DEFAULT_PORT
+    """0: any free one."""
+    max_streams: int = 64
+    """Streams open at once."""
+    max_streams_per_customer: int = 4
+    """Of these, for one customer."""
+    max_payload_bytes: int = 64 << 20
+    """Tensors of one message."""
+    max_buffered_bytes: int = 1 << 30
+    """Requests that wait or are worked on, of all streams together."""
+    stall_timeout_seconds: float = 30.0
+    """Time for one frame, once a message has begun, in either direction."""
+    idle_timeout_seconds: float = 900.0
+    """Time without any request."""
+    retry_after_seconds: float = 1.0
+    """What those who are refused for lack of room are told to wait."""
+    keepalive_seconds: float = 30.0
+    """A silent connection is probed this often."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        least = min(
+            self.max_streams, self.max_streams_per_customer, self.stall_timeout_seconds,
+            self.idle_timeout_seconds, self.keepalive_seconds,
+        )  # fmt: skip
+        if least <= 0 or not 0 <= self.port <= 65535 or not 0 <= self.retry_after_seconds <= 86400:
+            raise ConfigError("a server's limits and times must be above 0, its port up to 65535")
+        if self.max_buffered_bytes < self.max_payload_bytes:
+            raise ConfigError("max_buffered_bytes must have room for one max_payload_bytes")
+
+
+class Server:
+    """Serves customers until it is closed; use it as a context manager.
+
+    Args:
+        sessions: opens the handler of a stream; handlers of different streams run at once.
+        customers: who may come in.
+        credentials: the certificate.
+        config: limits.
+
+    Raises:
+        ConfigError: the certificate cannot be used, or the address is taken.
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        customers: Customers,
+        credentials: ServerCredentials,
+        *,
+        config: ServerConfig | None = None,
+    ) -> None:
+        self.config = config or ServerConfig()
+        self._sessions = sessions
+        self._customers = customers
+        self._streams: set[_Stream] = set()
+        self._lock = threading.Lock()
+        self._buffered = 0
+        self._stopping = threading.Event()
+        grpc = import_grpc()
+        self._server, self.port = self._listen(grpc, credentials)
+        self._server.start()
+        threading.Thread(target=self._watch, name="blindtune-watch", daemon=True).start()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def close(self, grace_seconds: float = 10.0) -> None:
+        """Answer the requests that are worked on, tell all streams to come back, and stop."""
+        self._stopping.set()
+        with self._lock:
+            for stream in self._streams:
+                stream.wake()
+        self._server.stop(grace_seconds).wait()
+
+    def _listen(self, grpc: Any, credentials: ServerCredentials) -> tuple[Any, int]:
+        key, certificate, roots = credentials.read()
+        workers = self.config.max_streams + 8
+        server = grpc.server(
+            ThreadPoolExecutor(workers, thread_name_prefix="blindtune-serve"),
+            maximum_concurrent_rpcs=workers,
+            options=[
+                *channel_options(self.config.keepalive_seconds),
+                ("grpc.max_concurrent_streams", workers),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        handlers = {
+            "Stream": grpc.stream_stream_rpc_method_handler(self._serve),
+            "Health": grpc.unary_unary_rpc_method_handler(self._health),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        tls = grpc.ssl_server_credentials([(key, certificate)], roots, roots is not None)
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        try:
+            return server, server.add_secure_port(f"{host}:{self.config.port}", tls)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"cannot listen at {host}:{self.config.port}: it is taken, or not this machine's"
+            ) from error
+
+    def _serve(self, frames: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        given = dict(context.invocation_metadata()).get("authorization", "")
+        scheme, _, token = str(given).partition(" ")
+        customer = self._customers.who(token) if scheme == "Bearer" else None
+        if customer is None:
+            context.abort(import_grpc().StatusCode.UNAUTHENTICATED, "unknown token")
+        assert customer is not None
+        stream = _Stream(self, customer, context)
+        if not self._enter(stream):
+            yield from encode(Busy(retry_after_seconds=self.config.retry_after_seconds), 0)
+            return
+        try:
+            with self._sessions(customer) as handler:
+                yield from stream.run(frames, handler)
+        except GeneratorExit:
+            raise
+        except Exception as error:
+            logger.error("a stream of %s ended with %s", customer, type(error).__name__)
+            raise
+        finally:
+            with self._lock:
+                self._streams.discard(stream)
+                self._buffered -= sum(stream.sizes)
+
+    def _enter(self, stream: _Stream) -> bool:
+        with self._lock:
+            counts = Counter(other.customer for other in self._streams)
+            room = (
+                not self._stopping.is_set()
+                and len(self._streams) < self.config.max_streams
+                and counts[stream.customer] < self.config.max_streams_per_customer
+            )
+            if room:
+                self._streams.add(stream)
+            return room
+
+    def reserve(self, stream: _Stream, size: int) -> None:
+        """Take memory for a stream's next request, or raise BusyError."""
+        with self._lock:
+            full = self._buffered + size > self.config.max_buffered_bytes
+            if full or stream not in self._streams:
+                raise BusyError(self.config.retry_after_seconds)
+            self._buffered += size
+            stream.sizes.append(size)
+
+    def release(self, stream: _Stream) -> None:
+        """Give the memory of a stream's oldest request back."""
+        with self._lock:
+            self._buffered -= stream.sizes.popleft()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the server is being closed."""
+        return self._stopping.is_set()
+
+    def _health(self, _request: bytes, _context: Any) -> bytes:
+        status = "stopping" if self.stopping else "serving"
+        with self._lock:
+            streams = len(self._streams)
+        return msgspec.json.encode(Health(status=status, version=PROTOCOL_VERSION, streams=streams))
+
+    def _watch(self) -> None:
+        shortest = min(self.config.stall_timeout_seconds, self.config.idle_timeout_seconds)
+        while not self._stopping.wait(min(shortest / 4, 1.0)):
+            with self._lock:
+                overdue = [stream for stream in self._streams if stream.overdue()]
+            for stream in overdue:
+                logger.warning("a stream of %s stalled and was dropped", stream.customer)
+                stream.context.cancel()
+
+
+class _Stream:
+    """One customer's stream: a reader thread, a bounded queue, and the thread that answers."""
+
+    def __init__(self, server: Server, customer: str, context: Any) -> None:
+        self.customer = customer
+        self.context = context
+        self.sizes: deque[int] = deque()  # of the requests that it has in memory, oldest first
+        self._server = server
+        self._reader = FrameReader(
+            accepts=REQUESTS,
+            limits=MessageLimits(max_payload_bytes=server.config.max_payload_bytes),
+            admit=self._admit,
+        )
+        # None wakes the answering thread up: look at `_last`, and whether the server stops.
+        self._queue: queue.SimpleQueue[tuple[int, Message] | None] = queue.SimpleQueue()
+        self._last: Message | None = None
+        self._ended = False
+        self._working = False
+        self._heard = time.monotonic()
+        self._writing_since: float | None = None
+
+    def wake(self) -> None:
+        """Let the answering thread look around."""
+        self._queue.put(None)
+
+    def overdue(self) -> bool:
+        """Whether the customer has stalled: within a message, with a reply, or altogether."""
+        now, config = time.monotonic(), self._server.config
+        if self._writing_since is not None:
+            return now - self._writing_since > config.stall_timeout_seconds
+        if self._reader.amid:
+            return now - self._heard > config.stall_timeout_seconds
+        return not self._working and now - self._heard > config.idle_timeout_seconds
+
+    def run(self, frames: Iterator[bytes], handler: Handler) -> Iterator[bytes]:
+        """Answer requests in order until the customer, or an error, or the server ends it."""
+        threading.Thread(
+            target=self._read, args=(frames,), name="blindtune-read", daemon=True
+        ).start()
+        reply: Message | None = None
+        while not isinstance(reply, Busy) and not self._server.stopping:
+            item = self._queue.get()
+            if item is None:
+                if self._ended:
+                    break
+                continue
+            self._working = True
+            reply, answered = answer(handler, item[1], item[0])
+            self._server.release(self)
+            yield from self._write(answered)
+            self._heard = time.monotonic()
+            self._working = False
+        else:
+            if not isinstance(reply, Busy):
+                self._last = Busy(retry_after_seconds=self._server.config.retry_after_seconds)
+        if self._last is not None:
+            yield from self._write(encode(self._last, 0))
+
+    def _write(self, frames: Iterator[bytes]) -> Iterator[bytes]:
+        for frame in frames:
+            self._writing_since = time.monotonic()
+            yield frame
+        self._writing_since = None
+
+    def _admit(self, size: int) -> None:
+        if self._queue.qsize() >= WINDOW:
+            raise BusyError(self._server.config.retry_after_seconds)
+        self._server.reserve(self, size)
+
+    def _read(self, frames: Iterator[bytes]) -> None:
+        try:
+            for frame in frames:
+                self._heard = time.monotonic()
+                arrived = self._reader.feed(frame)
+                if arrived is not None:
+                    self._queue.put(arrived)
+        except BusyError as error:
+            self._last = Busy(retry_after_seconds=error.retry_after_seconds)
+        except VerificationError as error:
+            self._last = Refusal(code="malformed", message=printable(str(error), limit=1000))
+        except Exception as error:  # the customer is gone; gRPC raises what it likes
+            logger.debug("a stream of %s ended (%s)", self.customer, type(error).__name__)
+        self._ended = True
+        self._queue.put(None)
