@@ -44,8 +44,10 @@ def main() -> None:
     public = options.public or samples[0]
     private = options.private or samples[1]
     test = options.test or samples[2]
-    reading = blindtune.DataConfig(max_length=128)
-    run = blindtune.RunConfig(resume="never", save_steps=options.steps)
+    reading = blindtune.DataConfig(max_length=128, max_tokens=40_000)
+    run = blindtune.RunConfig(
+        resume="never", save_steps=options.steps, eval_steps=max(1, options.steps // 4)
+    )
     training = blindtune.TrainingConfig(
         max_steps=options.steps,
         learning_rate=options.learning_rate,
@@ -134,8 +136,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--private", type=Path, help="the data owner's text")
     parser.add_argument("--test", type=Path, help="held-out text of the private kind")
     parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--steps", type=int, default=40, help="of tuning, 4 x 128 tokens each")
-    parser.add_argument("--study-steps", type=int, default=20, help="of Dynamic LayerReplace")
+    parser.add_argument("--steps", type=int, default=30, help="of tuning, 4 x 128 tokens each")
+    parser.add_argument("--study-steps", type=int, default=16, help="of Dynamic LayerReplace")
     parser.add_argument("--test-tokens", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=6e-4, help="of the adapter")
     parser.add_argument("--ft-learning-rate", type=float, default=2e-4)

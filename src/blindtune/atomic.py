@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from blindtune.errors import OutputError
 
@@ -28,10 +31,15 @@ _REMEDIES = {
 }
 
 
-def output_error(path: Path, error: OSError) -> OutputError:
-    """Translate an operating system error met while writing `path`."""
-    remedy = _REMEDIES.get(error.errno or 0, "nothing was left there: check the path and retry")
-    return OutputError(f"{path}: cannot be written ({error.strerror or error}): {remedy}")
+def output_error(path: Path, error: OSError | SafetensorError) -> OutputError:
+    """Translate an error of the operating system met while writing `path`."""
+    if isinstance(error, OSError):
+        number, reason = error.errno, error.strerror
+    else:  # the library passes on what the system said as text: "... (os error 28)"
+        found = re.search(r"os error (\d+)", str(error))
+        number, reason = int(found[1]) if found else None, None
+    remedy = _REMEDIES.get(number or 0, "nothing was left there: check the path and retry")
+    return OutputError(f"{path}: cannot be written ({reason or error}): {remedy}")
 
 
 def check_free(target: Path, *, overwrite: bool, mark: str) -> None:
@@ -94,7 +102,7 @@ def atomic_directory(
         else:
             partial.rename(final)
         _flush(final.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise output_error(final, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -115,7 +123,7 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
         _flush(partial)
         partial.replace(final)
         _flush(final.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise output_error(final, error) from error
     finally:
         with suppress(OSError):

@@ -14,31 +14,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from blindtune.errors import OutputError, PackageError
+from blindtune.errors import PackageError
 
 CHUNK_BYTES = 1 << 20
-
-_REMEDIES = {
-    errno.ENOSPC: "free some space there or choose another disk",
-    errno.EDQUOT: "your quota is used up: free some space or choose another disk",
-    errno.EFBIG: "the file size limit is reached: raise it or choose another disk",
-    errno.EACCES: "choose a directory that you may write to",
-    errno.EPERM: "choose a directory that you may write to",
-    errno.EROFS: "the disk is read-only: choose another directory",
-    errno.ENOTDIR: "a part of the path is a file: choose another directory",
-}
 
 
 def printable(text: str, *, limit: int = 200) -> str:
     """A stranger's text, shortened and stripped of control characters, for a one-line message."""
     shown = "".join(c if c.isprintable() else "?" for c in text[: limit + 1])
     return shown if len(text) <= limit else shown[:limit] + "..."
-
-
-def output_error(path: Path, error: OSError) -> OutputError:
-    """Translate an operating system error met while writing `path`."""
-    remedy = _REMEDIES.get(error.errno or 0, "nothing was left there: check the path and retry")
-    return OutputError(f"{path}: cannot be written ({error.strerror or error}): {remedy}")
 
 
 def open_regular(path: Path) -> tuple[BinaryIO, int]:

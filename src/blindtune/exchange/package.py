@@ -23,10 +23,10 @@ from typing import Generic, Literal, TypeVar, final, overload
 import msgspec
 from torch import Tensor
 
+from blindtune.atomic import output_error
 from blindtune.errors import ConfigError, MismatchError, OutputError, PackageError
 from blindtune.exchange.files import (
     open_regular,
-    output_error,
     printable,
     read_exactly,
     read_verified,

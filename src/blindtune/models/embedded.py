@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ from filelock import FileLock
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from blindtune.atomic import atomic_directory
 from blindtune.errors import ModelError, OutputError
 
 NAME = "smollm2-135m"
@@ -55,8 +54,9 @@ def model_directory() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / f"{target.name}.lock"):
             if not target.is_dir():
-                _convert_into(source, target)
-    except OSError as error:
+                with atomic_directory(target) as directory:
+                    _convert(source, directory)
+    except (OSError, OutputError) as error:
         raise OutputError(
             f"expected to write the converted model to {target}, got: {error}; free about 600 MB, "
             "or set BLINDTUNE_CACHE to another directory"
@@ -80,23 +80,6 @@ def _find_weights() -> Path:
             f"`{_INSTALL}`"
         )
     return found[0]
-
-
-def _convert_into(source: Path, target: Path) -> None:
-    """Convert beside the target and rename; the caller holds the lock."""
-    prefix = f".{target.name}."
-    for stale in target.parent.glob(f"{prefix}*"):  # left by a process that was killed
-        shutil.rmtree(stale, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    try:
-        _convert(source, scratch)
-        for file in scratch.iterdir():
-            file.chmod(0o644)
-        scratch.chmod(0o755)
-        scratch.rename(target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def _convert(source: Path, target: Path) -> None:

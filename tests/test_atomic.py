@@ -1,0 +1,89 @@
+"""Results appear whole, or not at all."""
+
+import errno
+import os
+
+import pytest
+from safetensors import SafetensorError
+
+from blindtune.atomic import atomic_directory, atomic_file, check_free
+from blindtune.errors import OutputError
+
+
+def _write_half(place, error):
+    with place as partial:
+        (partial / "a" if partial.is_dir() else partial).write_text("half")
+        raise error
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_directory_appears_when_it_is_complete(tmp_path):
+    with atomic_directory(tmp_path / "out") as directory:
+        (directory / "a").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "1"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_leaves_nothing_and_says_what_to_do(tmp_path, error):
+    for place in (atomic_directory, atomic_file):
+        with pytest.raises(OutputError, match="free some space"):
+            _write_half(place(tmp_path / "out"), error)
+    assert names(tmp_path) == []
+
+
+def test_other_exceptions_pass_and_leave_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "out"):
+        raise ZeroDivisionError
+    assert names(tmp_path) == []
+
+
+def test_a_failed_flush_is_an_output_error(tmp_path, monkeypatch):
+    def fail(handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OutputError, match="cannot be written"), atomic_file(tmp_path / "f") as part:
+        part.write_text("1")
+    assert names(tmp_path) == []
+
+
+def test_overwriting_replaces_only_results_of_its_kind(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "precious").write_text("1")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError), atomic_directory(target, overwrite=overwrite, mark="m"):
+            pass
+    assert names(target) == ["precious"]
+    (target / "m").write_text("old")
+    with atomic_directory(target, overwrite=True, mark="m") as directory:
+        (directory / "m").write_text("new")
+    assert names(tmp_path) == ["out"]
+    assert (target / "m").read_text() == "new"
+    assert names(target) == ["m"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    (tmp_path / ".out.0a0a0a0a.partial").mkdir()
+    with atomic_directory(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_parent_that_is_a_file_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="no directory"):
+        check_free(tmp_path / "file" / "out", overwrite=False, mark="m")
+    with pytest.raises(OutputError), atomic_file(tmp_path / "file" / "f"):
+        pass
