@@ -3,8 +3,9 @@
     python benchmarks/offsite.py --data DIR --work DIR [--smoke] [main|arc|grid|ranking|cost ...]
 
 Every row (one thing tuned and scored) is kept as JSON in WORK/rows as soon as it is done: kill the
-command and start it again, or start it several times on one machine, and the rows are shared. When
-all rows of a part are there, it is written to benchmarks/results/offsite-PART.json.
+command and start it again, or start it several times on one machine, and the rows are shared. What
+is there of a part is written to benchmarks/results/offsite-PART.json, and rows found there are not
+run again either, unless `--fresh` is given.
 `--smoke` does the same on a twentieth of everything, to see that it runs.
 """
 
@@ -184,8 +185,8 @@ def wiki_row(bench, folder, kind, seed, rate, config=DEFAULT, steps=100, windows
 def arc_row(bench, folder, kind, seed, rate):
     """Accuracy on ARC-Easy after tuning on its training questions."""
     source = bench.data / "arc_easy_train.jsonl"
-    items = read_items(bench.data / "arc_easy_test.jsonl")[: bench.amount(600)]
-    training, tokenizer = bench.training(rate, seed, batch=8), load_tokenizer(MODEL)
+    items = read_items(bench.data / "arc_easy_test.jsonl")[: bench.amount(400)]
+    training, tokenizer = bench.training(rate, seed, 60, batch=8), load_tokenizer(MODEL)
 
     def score(model):
         found = multiple_choice(model, tokenizer, items)
@@ -234,7 +235,7 @@ def plan(bench, part):
     elif part == "grid":
         for alpha, beta in GRID:
             config = replace(DEFAULT, alpha=alpha, beta=beta, reading="removed")
-            add(f"{alpha}-{beta}", wiki_row, "ScaleOT", 0, ADAPTER_RATE, config, 40, 32)
+            add(f"{alpha}-{beta}", wiki_row, "ScaleOT", 0, ADAPTER_RATE, config, 25, 16)
     elif part == "ranking":
         for name, changes in RANKINGS.items():
             add(name, ranking_row, name, changes)
@@ -256,7 +257,7 @@ def uniform_row(bench, folder, seed):
 
 
 PAPER = {
-    "steps": 60,
+    "steps": 30,
     "candidates": 3,
     "objective": "lm",
     "practice": "half",
@@ -326,19 +327,15 @@ def cost_row(bench, folder):
     forward_flops = 2 * windows.numel() * model.num_parameters()
     floor = forward_flops / facts["matmul_gflops"] / 1e9
     facts["forward_over_floor"] = sorted(seconds["forward"])[1] / floor
-    source = bench.data / "wikitext2_valid.txt"
-    training = replace(bench.training(ADAPTER_RATE, 0), max_steps=8 if not bench.smoke else 2)
-    rates = {}
-    for turn in range(2):
-        for kind in ("full fine-tuning", "emulator, full adapter", "emulator, LoRA"):
-            rates.setdefault(kind, []).append(
-                tuning_rate(bench, folder / f"{turn}-{kind[-4:]}", kind, source, training)
-            )
-    facts["tuning"] = rates
+    kinds = ("full fine-tuning", "emulator, full adapter", "emulator, LoRA")
+    facts["tuning"] = {
+        kind: tuning_rate(bench, folder / kind[-4:], kind, 2 if bench.smoke else 8)
+        for kind in kinds
+    }
     return facts
 
 
-def tuning_rate(bench, folder, kind, source, training):
+def tuning_rate(bench, folder, kind, steps):
     """Tokens a second and peak memory of tuning, each in a process of its own."""
     import subprocess
 
@@ -347,7 +344,7 @@ def tuning_rate(bench, folder, kind, source, training):
         emulate(bench.study(), emulator, DEFAULT)
     program = [
         sys.executable, __file__, "--data", str(bench.data), "--work", str(bench.work),
-        "--rate", kind, str(folder), str(training.max_steps),
+        "--rate", kind, str(folder), str(steps),
     ]  # fmt: skip
     done = subprocess.run(program, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -384,12 +381,14 @@ def matmul_rate():
     return best
 
 
-def run_part(bench, part, only):
+def run_part(bench, part, only, fresh):
     rows = plan(bench, part)
+    if not (fresh or bench.smoke):
+        take_over(bench, part, rows)
     for name, function in rows:
         if only not in name:
             continue
-        path = bench.rows / (name.replace("/", "--").replace(" ", "-").replace(",", "") + ".json")
+        path = row_path(bench, name)
         claim = path.with_suffix(".running")
         if path.exists() or (claim.exists() and alive(claim)):
             continue
@@ -417,11 +416,25 @@ def alive(claim):
     return True
 
 
+def row_path(bench, name):
+    return bench.rows / (name.replace("/", "--").replace(" ", "-").replace(",", "") + ".json")
+
+
+def take_over(bench, part, rows):
+    """Rows that earlier runs committed count as done."""
+    path = RESULTS / f"offsite-{part}.json"
+    committed = json.loads(path.read_text())["rows"] if path.exists() else {}
+    for name, _ in rows:
+        row = committed.get(name.partition("/")[2])
+        if row is not None and not row_path(bench, name).exists():
+            row_path(bench, name).write_text(json.dumps(row, indent=1))
+
+
 def collect(bench, part, rows):
     """Write what is there of a part."""
     done = {}
     for name, _ in rows:
-        path = bench.rows / (name.replace("/", "--").replace(" ", "-").replace(",", "") + ".json")
+        path = row_path(bench, name)
         if path.exists():
             done[name.partition("/")[2]] = json.loads(path.read_text())
     import transformers
@@ -448,6 +461,7 @@ def main():
     parser.add_argument("--work", type=Path, required=True, help="directory for rows and studies")
     parser.add_argument("--smoke", action="store_true", help="a twentieth of everything")
     parser.add_argument("--only", default="", help="rows whose name holds this text")
+    parser.add_argument("--fresh", action="store_true", help="run committed rows again")
     parser.add_argument("--rate", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     bench = Bench(options.data, options.work, options.smoke)
@@ -455,7 +469,7 @@ def main():
         print_rate(bench, *options.rate)
         return
     for part in options.parts:
-        run_part(bench, part, options.only)
+        run_part(bench, part, options.only, options.fresh)
 
 
 if __name__ == "__main__":
