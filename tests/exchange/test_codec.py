@@ -5,7 +5,7 @@ import zlib
 import msgspec
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from wire_vendor import batch, opening
 
@@ -50,6 +50,10 @@ def forge(kind=12, header=b"", payload=0, position=0, body=None, version=1, magi
     return seal(head, header if body is None else body)
 
 
+def backward(values):
+    return Backward(sequence=2, forward=1, gradient_TD=values)
+
+
 finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 5))
 
@@ -91,8 +95,17 @@ def test_what_is_exact_comes_back_bit_by_bit(message, exchange):
 
 
 @given(values=rows(), precision=st.sampled_from(["float16", "int8"]))
+@example(values=torch.tensor([[3.402e38]]), precision="float16")
+@example(values=torch.tensor([[-(2.0**127)]]), precision="int8")
+@example(values=torch.tensor([[1.7e38, -1.7e38, 0.0]]), precision="float16")
+@example(values=torch.tensor([[1.7e38, -1.7e38, 1e-45]]), precision="int8")
+@example(values=torch.tensor([[1e-45]]), precision="float16")
 def test_lossy_precisions_have_a_known_error(values, precision):
     message = Backward(sequence=2, forward=1, precision=precision, gradient_TD=values)
+    if values.abs().max() >= 2.0**127:
+        with pytest.raises(VerificationError, match=r"1\.7e38"):
+            encode(message, 1)
+        return
     _, again = decode(encode(message, 1))
     found = again.gradient_TD.double()
     error = (found - values.double()).abs()
@@ -109,17 +122,13 @@ def test_lossy_precisions_have_a_known_error(values, precision):
 def test_float16_keeps_tiny_gradients_and_large_activations():
     for scale in (1e-12, 1.0, 1e9):
         values = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) * scale
-        _, again = decode(encode(Predict_like(values), 1))
+        _, again = decode(encode(backward(values), 1))
         assert torch.allclose(again.gradient_TD, values, rtol=2**-10, atol=scale * 1e-7)
-
-
-def Predict_like(values):
-    return Backward(sequence=2, forward=1, gradient_TD=values)
 
 
 def test_numbers_that_half_has_cross_unchanged():
     values = torch.randn(40, 9).half()
-    _, again = decode(encode(Predict_like(values), 1))
+    _, again = decode(encode(backward(values), 1))
     assert torch.equal(again.gradient_TD, values.float())
 
 
@@ -143,6 +152,16 @@ def test_a_large_message_spans_frames_and_interleaves_with_nothing():
     for sequence in bad:
         with pytest.raises(VerificationError):
             decode(sequence)
+
+
+@pytest.mark.parametrize("message", [Step(sequence=5), backward(torch.randn(2, 3))])
+def test_every_flipped_bit_is_noticed(message):
+    (frame,) = encode(message, 9)
+    for bit in range(8 * len(frame)):
+        flipped = bytearray(frame)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(VerificationError):
+            FrameReader(accepts=BOTH).feed(bytes(flipped))
 
 
 @settings(max_examples=300)
@@ -281,13 +300,13 @@ def test_a_reply_is_not_a_request():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_nothing_infinite_is_sent(value):
     with pytest.raises(VerificationError, match="nothing was sent"):
-        encode(Predict_like(torch.tensor([[1.0, value]])), 1)
+        encode(backward(torch.tensor([[1.0, value]])), 1)
 
 
 def test_empty_and_strange_tensors_are_not_sent():
     for values in (torch.zeros(0, 3), torch.zeros(3, 0)):
         with pytest.raises(VerificationError, match="empty"):
-            encode(Predict_like(values), 1)
+            encode(backward(values), 1)
 
 
 def test_all_kinds_are_in_the_document():

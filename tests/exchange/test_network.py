@@ -368,6 +368,7 @@ def test_a_customer_that_stalls_is_dropped(serve, certificate, stall):
             assert error.value.code() is grpc.StatusCode.CANCELLED
     assert time.monotonic() - begun < 5
     assert not server._streams
+    assert server._buffered == 0
 
 
 def test_a_silent_server_is_a_lost_connection(serve, trust):

@@ -135,17 +135,22 @@ def _store(name: str, tensor: Tensor, precision: Precision | None) -> tuple[_Fac
             f"{name} holds NaN or infinite values: nothing was sent; lower the learning rate"
         )
     shape = tuple(tensor.shape)
+    if precision not in ("float16", "int8"):
+        return _Facts(_EXACT[tensor.dtype], shape), [tensor]
+    low, high = torch.aminmax(tensor)
+    largest = max(abs(float(low)), abs(float(high)))
+    if largest >= 2.0**127:  # rounding could take it beyond float32
+        raise VerificationError(
+            f"{name} holds a value of {largest:.3g}, {precision} takes less than 1.7e38: nothing "
+            "was sent; lower the learning rate"
+        )
     if precision == "float16":
-        low, high = torch.aminmax(tensor)
-        largest = max(abs(float(low)), abs(float(high)))
         # Scaled so that the largest value is just in range: tiny gradients keep their digits.
         exponent = min(15 - math.frexp(largest)[1], _MAX_EXPONENT) if largest else 0
         return _Facts("float16", shape, exponent), [(tensor * 2.0**exponent).half()]
-    if precision == "int8":
-        scale = (tensor.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        whole = (tensor / scale[..., None]).round().clamp_(-127, 127)
-        return _Facts("int8", shape), [scale, whole.to(torch.int8)]
-    return _Facts(_EXACT[tensor.dtype], shape), [tensor]
+    scale = (tensor.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    whole = (tensor / scale[..., None]).round().clamp_(-127, 127)
+    return _Facts("int8", shape), [scale, whole.to(torch.int8)]
 
 
 def _join(facts: list[_Facts], parts: list[list[Tensor]]) -> memoryview:
