@@ -73,7 +73,7 @@ def _show_emulator(facts: Facts, console: Console) -> None:
         (
             str(layer["index"]),
             layer["kind"],
-            _ranks(layer["ranks"]),
+            _ranks(layer["kind"], layer["ranks"]),
             f"{layer['parameters']:,}",
             size(layer["bytes"]),
         )
@@ -112,9 +112,9 @@ def _of(facts: Facts, name: str, show_number: object) -> str:
     return f"{show_number(own)}, {own / full:.1%} of the full model's {show_number(full)}"
 
 
-def _ranks(ranks: dict[str, tuple[int, ...]]) -> str:
+def _ranks(kind: str, ranks: dict[str, tuple[int, ...]]) -> str:
     shown = [f"{path.rpartition('.')[2]} {'+'.join(map(str, r))}" for path, r in ranks.items()]
-    return ", ".join(shown) or "full"
+    return ", ".join(shown) or ("reduced, stored dense" if kind == "compressed" else "full")
 
 
 VERB = Verb(
