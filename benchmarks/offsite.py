@@ -86,10 +86,10 @@ class Bench:
             public.write_text(public_text(self.data))
         target = self.work / name
         if not target.exists():
-            options = {"calibration_tokens": self.amount(40_960), "damage_tokens": 2048}
-            dynamic = {"steps": self.amount(160)}
+            options, dynamic = {}, {}
             if self.smoke:
-                options |= {"calibration_tokens": 2048, "damage_tokens": 256}
+                options = {"calibration_tokens": 2048, "damage_tokens": 256}
+                dynamic = {"steps": 8}
             for key, value in changes.items():
                 (options if key in StudyConfig.__annotations__ else dynamic)[key] = value
             with claimed(target) as mine:

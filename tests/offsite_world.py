@@ -34,6 +34,7 @@ def save_text(directory):
 
 
 def study_tiny(directory, dynamic=None):
+    dynamic = dynamic or DynamicConfig(steps=2, batch_size=2)
     return study(directory / "model", directory / "public.txt", directory / "study", STUDY, dynamic)
 
 

@@ -89,18 +89,11 @@ def atomic_directory(
     check_free(final, overwrite=overwrite, mark=mark)
     partial = final.parent / f".{final.name}.{secrets.token_hex(4)}.partial"
     try:
-        for left_over in final.parent.glob(f".{final.name}.*.partial"):
-            shutil.rmtree(left_over, ignore_errors=True)
+        _remove_left_overs(final)
         partial.mkdir(parents=True)
         yield partial
         _flush_tree(partial)
-        if final.exists():
-            retired = partial.with_suffix(".replaced")
-            final.rename(retired)
-            partial.rename(final)
-            shutil.rmtree(retired)
-        else:
-            partial.rename(final)
+        _swap(partial, final)
         _flush(final.parent)
     except (OSError, SafetensorError) as error:
         raise output_error(final, error) from error
@@ -128,6 +121,29 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def _swap(partial: Path, final: Path) -> None:
+    """Rename into place; what was there goes only when the new one stands."""
+    if not final.exists():
+        partial.rename(final)
+        return
+    retired = partial.with_suffix(".replaced")
+    final.rename(retired)
+    try:
+        partial.rename(final)
+    except OSError:
+        retired.rename(final)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _remove_left_overs(final: Path) -> None:
+    """Remove what killed writers of this very target left beside it."""
+    pattern = re.compile(re.escape(f".{final.name}.") + r"[0-9a-f]{8}\.(partial|replaced)")
+    for path in final.parent.iterdir() if final.parent.is_dir() else ():
+        if pattern.fullmatch(path.name) and (final.exists() or path.suffix == ".partial"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _flush_tree(root: Path) -> None:

@@ -68,7 +68,7 @@ def test_every_family_runs_and_full_rank_changes_nothing(name):
     ids = torch.arange(12)[None] % 100 + 3
     before = model(ids).logits
     with torch.no_grad():
-        compress_layer(decoder, 2, 0.0, feed_forward=True)
+        compress_layer(decoder, 2, 0.0, reading="removed", feed_forward=True)
     torch.testing.assert_close(model(ids).logits, before, atol=2e-4, rtol=1e-3)
 
 
@@ -77,7 +77,7 @@ def test_small_ranks_are_shipped_as_factors(name):
     model = tiny_model(name)
     decoder = Decoder(model)
     count = sum(p.numel() for p in decoder.layers[2].parameters())
-    ranks = compress_layer(decoder, 2, 0.9)
+    ranks = compress_layer(decoder, 2, 0.9, reading="removed")
     assert ranks
     for projection in decoder.projections(2):
         assert isinstance(projection.module, LowRankLinear) == (projection.path in ranks)
@@ -91,7 +91,7 @@ def test_factors_that_would_not_be_smaller_stay_dense_but_lose_the_rank():
     model = tiny_model("llama")
     decoder = Decoder(model)
     count = model.num_parameters()
-    assert compress_layer(decoder, 2, 0.3) == {}
+    assert compress_layer(decoder, 2, 0.3, reading="removed") == {}
     assert model.num_parameters() == count
     weight = decoder.projections(2)[0].weights()[0]
     rank = compressed_rank(tuple(weight.shape), 0.3, "removed")

@@ -183,6 +183,7 @@ def test_layer_drop_makes_a_shorter_plain_model(tmp_path):
         tmp_path / "model", tmp_path / "public.txt", tmp_path / "study",
         StudyConfig(stand_in="identity", warm_start="none", max_length=32,
                     calibration_tokens=512, damage_tokens=256),
+        DynamicConfig(steps=0),
     )  # fmt: skip
     for choice in ("scores", "uniform"):
         config = EmulatorConfig(
@@ -237,6 +238,18 @@ def test_study_resumes_to_the_same_result(tmp_path, monkeypatch):
     reread = open_study(tmp_path / "b" / "study")
     assert torch.equal(reread.scores_M, resumed.scores_M)
     assert reread.config == resumed.config
+
+
+def test_a_half_written_stage_is_not_in_the_way(tmp_path):
+    """What kill -9 leaves while a stage is being written."""
+    save_tiny("llama", tmp_path / "model")
+    save_text(tmp_path)
+    half = tmp_path / "study.work" / ".learning.0a1b2c3d.partial"
+    half.mkdir(parents=True)
+    (half / "study.json").write_text("{")
+    study_tiny(tmp_path)
+    assert open_study(tmp_path / "study").second_moments
+    assert not (tmp_path / "study.work").exists()
 
 
 def test_an_interrupted_study_with_other_options_is_not_continued(tmp_path, monkeypatch):

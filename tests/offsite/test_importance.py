@@ -61,8 +61,15 @@ def test_groups_cover_the_middle_contiguously():
         groups = layer_groups(count, DynamicConfig(groups=number))
         assert [i for group in groups for i in group] == list(range(count))
         assert max(map(len, groups)) - min(map(len, groups)) <= 1
-        assert len(groups) == min(number, count)
+        assert len(groups) == max(1, min(number, count // 2))
     assert [len(g) for g in layer_groups(12, DynamicConfig(groups=4, grouping="size"))] == [4] * 3
+
+
+@pytest.mark.parametrize("count", range(2, 12))
+def test_a_mix_always_replaces_something(count):
+    generator = torch.Generator().manual_seed(0)
+    groups = layer_groups(count, DynamicConfig())
+    assert all(sample_mix(torch.zeros(count), groups, generator) for _ in range(20))
 
 
 def test_exactly_half_of_every_group_is_replaced():

@@ -76,7 +76,7 @@ def calibrate(
             fitted = fit_harmonizer(moments, rank, returns_tuple=decoder.family.returns_tuple)
             harmonizers.append(fitted[0])
             explained.append(fitted[1])
-            means = {id(m): m / windows_NL.numel() for m in inputs.values()}
+            means = {id(m): (m / windows_NL.numel()).cpu() for m in inputs.values()}
             second_moments.append({path: means[id(m)] for path, m in inputs.items()})
         else:
             for _ in _advance(decoder, i, hidden_NLD, calls, batch_size):

@@ -70,7 +70,7 @@ def _truncated_svd(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor
     if min(weight.shape) <= 1024 or rank + 16 > min(weight.shape):
         u, s, v_t = torch.linalg.svd(weight, full_matrices=False)
         return u[:, :rank], s[:rank, None] * v_t[:rank]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         u, s, v = torch.svd_lowrank(weight, q=rank + 16, niter=4)
     return u[:, :rank], s[:rank, None] * v[:, :rank].T
@@ -91,7 +91,7 @@ def compress_layer(
     layer: int,
     beta: float,
     *,
-    reading: Reading = "removed",
+    reading: Reading,
     second_moments: Mapping[str, Tensor] | None = None,
     feed_forward: bool = False,
     seed: int = 0,

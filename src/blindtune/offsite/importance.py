@@ -35,8 +35,8 @@ Practice = Literal["half", "ordered"]
 class DynamicConfig:
     """Dynamic LayerReplace. The paper's values unless a docstring says otherwise."""
 
-    steps: int = 0
-    """Learning steps, each followed by a score step; 0 skips this stage."""
+    steps: int = 160
+    """Alternations of a learning step and, with candidates, a score step; 0 skips this stage."""
     groups: int = 4
     """N_g: contiguous groups, in each of which half of the layers is replaced (see `grouping`)."""
     grouping: Grouping = "count"
@@ -91,7 +91,7 @@ class DynamicConfig:
 def layer_groups(count: int, config: DynamicConfig) -> list[range]:
     """Contiguous groups over the middle layers 0 .. count-1; sizes differ by at most one."""
     number = config.groups if config.grouping == "count" else -(-count // config.groups)
-    number = max(1, min(number, count))
+    number = max(1, min(number, count // 2))  # a group of one layer would never replace it
     bounds = [count * g // number for g in range(number + 1)]
     return [range(a, b) for a, b in pairwise(bounds)]
 

@@ -53,7 +53,7 @@ class StudyConfig:
     """The smallest N_a an emulator of this study may have; layers within are not studied."""
     max_length: int = 128
     """Tokens of a window of public text."""
-    calibration_tokens: int = 20_480
+    calibration_tokens: int = 40_960
     """Tokens for the regression (one forward pass)."""
     damage_tokens: int = 2_048
     """Tokens for measuring each layer's damage (half a forward pass a middle layer)."""
@@ -118,13 +118,13 @@ class Study:
         return range(self.first, self.first + len(self.stand_ins))
 
 
-def save_study(study: Study, directory: Path) -> None:
-    """Write a study into an existing directory."""
+def save_study(study: Study, directory: Path, *, moments: bool = True) -> None:
+    """Write a study into an existing directory, with or without its second moments."""
     tensors: dict[str, Tensor] = {}
     for i, stand_in in enumerate(study.stand_ins):
         for name, parameter in stand_in.state_dict().items():
             tensors[f"stand_in.{i}.{name}"] = parameter.cpu().contiguous()
-    moment_keys = _moment_keys(study, tensors)
+    moment_keys = _moment_keys(study, tensors) if moments else []
     facts = {name: getattr(study, name) for name in _PLAIN_FIELDS}
     facts |= {
         "version": VERSION,
@@ -228,7 +228,7 @@ class WorkDirectory:
         self._identity = digest.hexdigest()
         if fresh:
             self.remove()
-        stages = list(self.path.glob("*/" + FACTS_NAME)) if self.path.is_dir() else []
+        stages = list(self.path.glob("[!.]*/" + FACTS_NAME))
         if any((p.parent / "run").read_text() != self._identity for p in stages):
             raise ConfigError(
                 f"{self.path}: an interrupted study with other options or other text is there: "
@@ -238,8 +238,8 @@ class WorkDirectory:
     def save(self, study: Study, stage: str, state: dict[str, Tensor] | None = None) -> None:
         """Keep a finished stage, atomically."""
         with atomic_directory(self.path / stage, overwrite=True, mark=FACTS_NAME) as directory:
-            save_study(study, directory)
             (directory / "run").write_text(self._identity)
+            save_study(study, directory, moments=stage == "calibrated")
             if state is not None:
                 save_file(state, directory / STATE_NAME)
 
@@ -248,8 +248,9 @@ class WorkDirectory:
         if not (self.path / stage / FACTS_NAME).is_file():
             return False
         found = open_study(self.path / stage)
-        for name in (*_PLAIN_FIELDS, "scores_M", "damage_M", "explained", "second_moments"):
+        for name in (*_PLAIN_FIELDS, "scores_M", "damage_M", "explained"):
             setattr(study, name, getattr(found, name))
+        study.second_moments = found.second_moments or study.second_moments
         study.stand_ins = found.stand_ins
         return True
 

@@ -90,7 +90,7 @@ def study(
             f"each end of {decoder.layer_count} layers: choose a smaller number"
         )
     partial = Study(
-        model=str(model),
+        model=str(Path(model).absolute()) if Path(model).is_dir() else str(model),
         fingerprint=fingerprint(network_model),
         layer_count=decoder.layer_count,
         first=middle.start,
@@ -113,7 +113,7 @@ def study(
 
 
 def _windows(model: str | Path, data: str | Path, config: StudyConfig) -> Tensor:
-    """Shuffled windows of public text [N, L]: as many as calibration, at most."""
+    """All full windows of the public text [N, L], shuffled."""
     dataset = load_dataset_file(
         data, load_tokenizer(model), DataConfig(max_length=config.max_length)
     )
@@ -169,7 +169,7 @@ def _warm_up(
 
 
 def _untrained_harmonizers(study: Study, decoder: Decoder) -> list[Harmonizer]:
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(study.config.seed)
         return [
             Harmonizer(
