@@ -15,8 +15,8 @@ CONFIGS = [
 RESULTS = ["Study", "Emulation", "Inspection", "Tuning", "PlugIn", "Evaluation", "Emulator"]
 ERRORS = [
     "BlindtuneError", "ConfigError", "DataError", "ModelError", "UnsupportedModelError",
-    "OutputError", "VerificationError", "PackageError", "MismatchError", "PolicyError",
-    "NetworkError",
+    "OutputError", "TrainingError", "VerificationError", "PackageError", "MismatchError",
+    "PolicyError", "NetworkError",
 ]  # fmt: skip
 
 

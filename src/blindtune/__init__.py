@@ -19,6 +19,7 @@ from blindtune.errors import (
     OutputError,
     PackageError,
     PolicyError,
+    TrainingError,
     UnsupportedModelError,
     VerificationError,
 )
@@ -90,6 +91,7 @@ __all__ = [
     "Study",
     "StudyConfig",
     "TrainingConfig",
+    "TrainingError",
     "Tuning",
     "UnsupportedModelError",
     "VerificationError",

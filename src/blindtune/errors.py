@@ -39,6 +39,10 @@ class OutputError(BlindtuneError):
     """An output cannot be written: it exists already, is read-only, or the disk is full."""
 
 
+class TrainingError(BlindtuneError):
+    """A training run diverged: a loss or a gradient is not finite."""
+
+
 class VerificationError(BlindtuneError):
     """Something that came from the other party is not what it says it is."""
 

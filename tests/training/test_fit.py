@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from tiny_training import copy_of, dataset, freeze_all_but, gpt2, llama
 
-from blindtune.errors import ConfigError, OutputError
+from blindtune.errors import ConfigError, OutputError, TrainingError
 from blindtune.training import checkpoint
 from blindtune.training.batches import BatchOrder, collate, iterate_batches
 from blindtune.training.loop import RunConfig, TrainingConfig, fit
@@ -196,7 +196,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     model = tuned(llama())
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
-    with pytest.raises(ConfigError, match=r"step 1: expected a finite training loss, got nan.*try"):
+    with pytest.raises(
+        TrainingError, match=r"step 1: expected a finite training loss, got nan.*try"
+    ):
         train(model, tmp_path)
 
 
@@ -205,7 +207,7 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(tmp_path):
     parameter = next(p for p in model.parameters() if p.requires_grad)
     parameter.register_hook(lambda grad: grad * float("inf"))
     before = copy_of(model)
-    with pytest.raises(ConfigError, match="step 1: expected a finite gradient norm"):
+    with pytest.raises(TrainingError, match="step 1: expected a finite gradient norm"):
         train(model, tmp_path)
     assert same(before, copy_of(model))
 

@@ -63,7 +63,8 @@ def fit(
 
     Raises:
         ConfigError: nothing to train; early stopping without validation; checkpoints of another
-            run; a loss or gradient that is not finite.
+            run.
+        TrainingError: a loss or gradient is not finite.
         OutputError: a checkpoint cannot be written.
     """
     run = run or RunConfig()

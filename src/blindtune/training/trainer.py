@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl
 
-from blindtune.errors import ConfigError
+from blindtune.errors import ConfigError, TrainingError
 from blindtune.training import checkpoint
 from blindtune.training.batches import BatchOrder, collate
 from blindtune.training.dataset import TokenDataset
@@ -222,7 +222,7 @@ class TokenTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
-            raise ConfigError(
+            raise TrainingError(
                 f"step {self.state.global_step + 1}: expected a finite {what}, got {value}: try a "
                 f"learning_rate below {self.args.learning_rate:g}, more warmup_steps, or check "
                 "that the model's weights are finite; completed checkpoints are kept"
