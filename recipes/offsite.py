@@ -57,7 +57,7 @@ def main() -> None:
 
     say("\n[bold]Model owner[/] studies the model on public text; the result stays private.")
     dynamic = blindtune.DynamicConfig(steps=options.study_steps)
-    how = blindtune.StudyConfig(seed=options.seed, damage_tokens=1024)
+    how = blindtune.StudyConfig(seed=options.seed, calibration_tokens=20_480, damage_tokens=1024)
     with stages() as on_stage:
         study = blindtune.study(
             model, public, out / "study", how, dynamic, overwrite=True, on_stage=on_stage

@@ -103,9 +103,17 @@ def emulate(
     out: str | Path,
     config: EmulatorConfig | None = None,
     *,
+    model: str | Path | None = None,
     overwrite: bool = False,
 ) -> Emulation:
     """Make one emulator package from a study. Seconds to minutes, no training.
+
+    Args:
+        study: a study or its directory.
+        out: directory of the package.
+        config: the triplet.
+        model: where the studied model is now; None: where it was when it was studied.
+        overwrite: replace an earlier package.
 
     Raises:
         ConfigError: the triplet leaves no middle layer or no kept one, or asks for what the study
@@ -115,17 +123,18 @@ def emulate(
     config, start = config or EmulatorConfig(), time.perf_counter()
     found = study if isinstance(study, Study) else open_study(study)
     replaced = replaced_layers(found, config)
-    model = load_model(found.model, device=preferred_device())
-    if fingerprint(model) != found.fingerprint:
+    place = found.model if model is None else model
+    full = load_model(place, device=preferred_device())
+    if fingerprint(full) != found.fingerprint:
         raise MismatchError(
-            f"expected the model that was studied, got another one at {found.model}: study it "
+            f"expected the model that was studied, got another one at {place}: study it "
             "again, or restore it"
         )
-    facts = full_model_facts(model)
-    layers = reshape(model, found, replaced, config)
+    facts = full_model_facts(full)
+    layers = reshape(full, found, replaced, config)
     package_id = write_emulator(
-        model,
-        load_tokenizer(found.model),
+        full,
+        load_tokenizer(place),
         layers,
         out,
         model_fingerprint=found.fingerprint,
@@ -139,7 +148,7 @@ def emulate(
         path=Path(out),
         config=config,
         layers=tuple(layers),
-        parameters=model.num_parameters(),
+        parameters=full.num_parameters(),
         full_parameters=facts.parameters,
         seconds=time.perf_counter() - start,
     )

@@ -147,6 +147,11 @@ def _warm_up(
     config, start = study.config, time.perf_counter()
     train_NL, _ = _split(study, windows_NL)
     train_NL = train_NL[: max(1, config.calibration_tokens // config.max_length)]
+    if train_NL.numel() < decoder.hidden_size:
+        raise DataError(
+            f"expected at least {decoder.hidden_size} tokens to calibrate on, got "
+            f"{train_NL.numel()}: give more public text"
+        )
     found: Calibration | None = None
     if config.warm_start == "regression":
         found = calibrate(
