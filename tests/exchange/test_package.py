@@ -517,7 +517,9 @@ def test_the_examples_in_the_spec_are_manifests():
         )
         for text in examples
     ]
-    assert [m.format for m in manifests] == ["blindtune-emulator", "blindtune-adapter"]
+    assert [m.format for m in manifests] == [
+        "blindtune-emulator", "blindtune-adapter", "blindtune-bottom"
+    ]  # fmt: skip
     for manifest in manifests:
         for field in manifest.__struct_fields__:
             assert f"`{field}`" in spec()

@@ -1,4 +1,4 @@
-"""What a package says about itself: two strict JSON documents, and their canonical bytes.
+"""What a package says about itself: three strict JSON documents, and their canonical bytes.
 
 A manifest holds the size and hash of every other file of its package, so the hash of its own
 bytes, the package id, pins the whole package. The bytes must be canonical (docs/package-format.md):
@@ -191,10 +191,49 @@ class AdapterManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             )
 
 
-Manifest = EmulatorManifest | AdapterManifest
+class BottomManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Vendor to customer of split tuning: the layers that the customer runs.
+
+    Attributes:
+        model: fingerprint of the whole model.
+        model_type, config: as in an emulator, with the customer's number of layers.
+        partition: who holds the last part and the loss.
+        cut, last: layers of the customer's bottom and, in the U-shape, of its top.
+        layers: of the whole model.
+        max_length: longest sequence in tokens that the model was made for, or None.
+        files: filled in by `write_package`.
+    """
+
+    format: Literal["blindtune-bottom"] = "blindtune-bottom"
+    version: Literal[1] = 1
+    created_by: Creator = CREATED_BY
+    files: dict[str, FileEntry] = {}
+    model: Sha256
+    model_type: ModelType
+    config: dict[str, Any]
+    dtype: Dtype
+    partition: Literal["two-part", "u-shape"]
+    cut: Annotated[int, Meta(ge=0, le=MAX_LAYERS)]
+    last: Annotated[int, Meta(ge=0, le=MAX_LAYERS)]
+    layers: LayerCount
+    max_length: Positive | None
+
+    def __post_init__(self) -> None:
+        """Check that the vendor keeps a layer, and the top in the two-part split."""
+        if self.cut + self.last >= self.layers:
+            raise ValueError(
+                f"expected fewer than {self.layers} layers at the customer, came "
+                f"{self.cut} below and {self.last} above"
+            )
+        if self.partition == "two-part" and self.last:
+            raise ValueError(f"expected `last` 0 in the two-part split, came {self.last}")
+
+
+Manifest = EmulatorManifest | AdapterManifest | BottomManifest
 _TYPES: dict[str, type[Manifest]] = {
     "blindtune-emulator": EmulatorManifest,
     "blindtune-adapter": AdapterManifest,
+    "blindtune-bottom": BottomManifest,
 }
 _STRUCTS = (
     *_TYPES.values(), FileEntry, FullModelFacts, LoraFacts, CompressedLayer, HarmonizerLayer,

@@ -38,6 +38,7 @@ from blindtune.exchange.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     AdapterManifest,
+    BottomManifest,
     EmulatorManifest,
     FileEntry,
     Manifest,
@@ -72,7 +73,7 @@ SMALL_FILES = {
 _SHARD = re.compile(r"weights-([0-9]{5})-of-([0-9]{5})\.safetensors")
 
 ManifestT = TypeVar("ManifestT", bound=Manifest, covariant=True)
-Kind = Literal["emulator", "adapter", "any"]
+Kind = Literal["emulator", "adapter", "bottom", "any"]
 
 
 @final
@@ -136,6 +137,10 @@ def open_package(
 ) -> Package[AdapterManifest]: ...
 @overload
 def open_package(
+    directory: Path | str, kind: Literal["bottom"], *, max_bytes: int = ...
+) -> Package[BottomManifest]: ...
+@overload
+def open_package(
     directory: Path | str, kind: Literal["any"] = ..., *, max_bytes: int = ...
 ) -> Package[Manifest]: ...
 def open_package(
@@ -151,7 +156,7 @@ def open_package(
     Raises:
         ConfigError: there is no such directory.
         PackageError: anything in it is not as docs/package-format.md demands.
-        MismatchError: it is a sound manifest of the other kind.
+        MismatchError: it is a sound manifest of another kind.
     """
     path = Path(directory)
     try:

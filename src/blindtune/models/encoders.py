@@ -44,6 +44,8 @@ class EncoderFamily:
     """True when the encoder takes [0] of what a layer returns."""
     pooler: bool = True
     """Whether the model class builds a pooler unless it is told not to."""
+    config_keys: tuple[str, ...] = ()
+    """What the model reads from its config although the config class does not know it."""
 
 
 _BERT_ATTENTION = tuple(f"attention.{name}" for name in ("self.query", "self.key", "self.value"))
@@ -74,6 +76,13 @@ ENCODERS: tuple[EncoderFamily, ...] = (
         attention=(*(f"{path}_proj" for path in _BERT_ATTENTION), "attention.output.dense"),
         returns_tuple=True,
         pooler=False,
+        config_keys=(
+            "attention_head_size",
+            "embedding_size",
+            "norm_rel_ebd",
+            "position_buckets",
+            "share_att_key",
+        ),
     ),
 )
 _BY_MODEL_TYPE = {kind: family for family in ENCODERS for kind in family.model_types}

@@ -1,0 +1,259 @@
+"""The bottom package: what the vendor gives to customers of split tuning, written and opened.
+
+It is an ordinary transformers model with the customer's layers only: the bottom's, and in the
+U-shape the top's behind them. What belongs to the vendor is an empty place in it, and its weights
+are not in the package. Opening trusts nothing, as for emulators: unknown config keys are refused,
+and every name, shape and dtype is checked on the meta device before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from blindtune.errors import ConfigError, ModelError, PackageError
+from blindtune.exchange.manifest import BottomManifest, Dtype
+from blindtune.exchange.package import Package, open_package, write_package
+from blindtune.models.decoder import Decoder
+from blindtune.models.encoders import (
+    empty_encoder,
+    encoder_family_of,
+    is_encoder,
+    meta_encoder,
+)
+from blindtune.models.fingerprint import fingerprint
+from blindtune.models.surgery import empty_model, meta_model, tied_names
+from blindtune.models.tokenizers import FILE_NAMES, tokenizer_files, tokenizer_from_files
+from blindtune.split.partition import Cut, Stack, stack_of
+
+DTYPES: dict[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+# What a config may hold besides the keys that its own class knows, and what it may never hold.
+_EXTRA_KEYS = frozenset({"model_type", "architectures", "dtype", "num_hidden_layers"})
+_PRIVATE_KEYS = frozenset(
+    {"_name_or_path", "auto_map", "transformers_version", "quantization_config", "custom_pipelines"}
+)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Bottom:
+    """An opened bottom package; its model is frozen and in eval mode."""
+
+    stack: Stack
+    """The customer's layers: `cut` of the bottom, then `last` of the top."""
+    tokenizer: PreTrainedTokenizerBase
+    cut: Cut
+    id: str
+    """The package id's 64 hex digits, which the vendor names in its welcome."""
+    max_length: int | None
+    """Longest sequence in tokens."""
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of what crosses."""
+        return self.stack.hidden_size
+
+
+def write_bottom(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: str | Path,
+    cut: Cut,
+    *,
+    dtype: Dtype = "float32",
+    max_length: int | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Write the customer's part of a whole model as a package.
+
+    Args:
+        model: the whole model; it is not changed.
+        cut: who holds what; `layers` is the model's.
+        dtype: of the weights in the package.
+        max_length: longest sequence in tokens; None: the model's limit alone.
+        overwrite: replace an earlier package.
+
+    Returns:
+        The 64 hex digits of the package id.
+
+    Raises:
+        ConfigError: the cut is for another number of layers, or the family cannot move layers.
+        OutputError: it cannot be written.
+    """
+    stack = stack_of(model)
+    if stack.layer_count != cut.layers:
+        raise ConfigError(
+            f"expected a cut of a model of {stack.layer_count} layers, got one of {cut.layers}"
+        )
+    if cut.last and getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
+        raise ConfigError(
+            "expected layers that do not depend on their index, got a config with "
+            "scale_attn_by_inverse_layer_idx=True: use last=0"
+        )
+    config = _customer_config(stack, cut)
+    sketch = _vacate(_build(config, torch.float32, meta=True), cut)
+    tensors = {
+        name: tensor.to(DTYPES[dtype]) for name, tensor in _tensors_of(stack, sketch, cut).items()
+    }
+    plain = json.loads(config.to_json_string(use_diff=False))
+    plain = {k: v for k, v in plain.items() if k in _known_keys(type(config))}
+    manifest = BottomManifest(
+        model=fingerprint(model),
+        model_type=config.model_type,
+        config=plain | {"dtype": dtype},
+        dtype=dtype,
+        partition=cut.partition,
+        cut=cut.cut,
+        last=cut.last,
+        layers=cut.layers,
+        max_length=max_length,
+    )
+    identity = write_package(
+        out, manifest, tensors, tokenizer_files(tokenizer), overwrite=overwrite
+    )
+    return identity.removeprefix("sha256:")
+
+
+def open_bottom(package: str | Path, *, dtype: torch.dtype = torch.float32) -> Bottom:
+    """Open a bottom package, trusting none of it.
+
+    Args:
+        package: its directory.
+        dtype: of the model.
+
+    Raises:
+        PackageError: the package is damaged or malformed (docs/package-format.md).
+        MismatchError: its tensors are not those that its manifest describes.
+        UnsupportedModelError: its model family is not known here.
+    """
+    opened = open_package(package, "bottom")
+    manifest = opened.manifest
+    cut = Cut(
+        partition=manifest.partition, layers=manifest.layers, cut=manifest.cut, last=manifest.last
+    )
+    model = _load(opened, cut).to(dtype).requires_grad_(False)
+    names = [name for name in FILE_NAMES if name in manifest.files]
+    tokenizer = tokenizer_from_files({name: opened.read_file(name) for name in names})
+    tokenizer.padding_side = "right"
+    return Bottom(
+        stack=stack_of(model),
+        tokenizer=tokenizer,
+        cut=cut,
+        id=opened.id.removeprefix("sha256:"),
+        max_length=manifest.max_length,
+    )
+
+
+def _load(package: Package[BottomManifest], cut: Cut) -> PreTrainedModel:
+    config, dtype = _read_config(package.manifest), DTYPES[package.manifest.dtype]
+
+    def build(*, meta: bool) -> PreTrainedModel:
+        try:
+            return _vacate(_build(config, dtype, meta=meta), cut)
+        except ModelError as error:
+            raise PackageError(f"{package.path}: {error}") from error
+
+    sketch = build(meta=True)
+    aliases = tied_names(sketch)
+    expected = {
+        name: (tuple(tensor.shape), tensor.dtype)
+        for name, tensor in sketch.state_dict().items()
+        if name not in aliases
+    }
+    tensors = package.read_tensors(expected)
+    model = build(meta=False)
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    assert not unexpected, unexpected
+    assert set(missing) <= set(aliases), missing
+    if aliases:
+        model.tie_weights()
+    return model
+
+
+def _read_config(manifest: BottomManifest) -> Any:
+    """The Hugging Face config of a package; unknown keys and other layer counts are refused."""
+    try:
+        kind = type(AutoConfig.for_model(manifest.model_type))
+        unknown = sorted(set(manifest.config) - _known_keys(kind))
+        if unknown:
+            raise ValueError(f"unknown keys {', '.join(unknown)}")
+        config = kind.from_dict(manifest.config)
+    except Exception as error:  # a config class may raise anything on a stranger's values
+        raise PackageError(
+            f"expected a config of a known model type, got {manifest.model_type!r}: "
+            f"{str(error)[:200]}: ask for the package again"
+        ) from error
+    wanted = max(1, manifest.cut + manifest.last)
+    if config.num_hidden_layers != wanted:
+        raise PackageError(
+            f"expected a config of {wanted} layers, got one of {config.num_hidden_layers}: "
+            "ask for the package again"
+        )
+    return config
+
+
+def _known_keys(kind: type) -> set[str]:
+    """What a config in a package may hold: the keys that its class knows, no private ones."""
+    default = kind()
+    more = encoder_family_of(default).config_keys if is_encoder(default) else ()
+    return (set(default.to_dict()) | _EXTRA_KEYS | set(more)) - _PRIVATE_KEYS
+
+
+def _customer_config(stack: Stack, cut: Cut) -> Any:
+    """The whole model's config, cut to the customer's layers."""
+    config = copy.deepcopy(stack.config)
+    kept = cut.customer_layers or (0,)
+    per_layer = stack.family.per_layer if isinstance(stack, Decoder) else ()
+    values = {key: getattr(config, key) for key in per_layer}
+    config.num_hidden_layers = len(kept)
+    for key, value in values.items():
+        setattr(config, key, [value[i] for i in kept])
+    return config
+
+
+def _build(config: Any, dtype: torch.dtype, *, meta: bool) -> PreTrainedModel:
+    if is_encoder(config):
+        return (meta_encoder if meta else empty_encoder)(config, dtype=dtype)
+    return (meta_model if meta else empty_model)(config, dtype=dtype)
+
+
+def _vacate(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
+    """Empty the places of a freshly built model that the customer does not hold, in place."""
+    stack = stack_of(model)
+    if not cut.customer_layers:
+        stack.layers[0] = nn.Identity()
+    if cut.partition == "two-part" and isinstance(stack, Decoder):
+        family = stack.family
+        for path in (family.final_norm, family.after_norm, family.head):
+            parent, _, name = (path or "").rpartition(".")
+            holder = model.get_submodule(parent)
+            if path and getattr(holder, name, None) is not None:
+                setattr(holder, name, nn.Identity())
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
+    return model
+
+
+def _tensors_of(stack: Stack, sketch: PreTrainedModel, cut: Cut) -> dict[str, Tensor]:
+    """The whole model's weights under the names of the customer's part."""
+    whole, aliases, prefix = stack.model.state_dict(), tied_names(sketch), f"{stack.family.layers}."
+    tensors = {}
+    for name in sketch.state_dict():
+        source = name
+        if name.startswith(prefix):
+            slot, _, rest = name.removeprefix(prefix).partition(".")
+            source = f"{prefix}{cut.customer_layers[int(slot)]}.{rest}"
+        if name not in aliases:
+            tensors[name] = whole[source].detach()
+    return tensors
