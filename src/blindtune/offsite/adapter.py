@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from blindtune.errors import ConfigError, MismatchError
+from blindtune.errors import ConfigError, MismatchError, PackageError
 from blindtune.exchange.manifest import AdapterManifest, LoraFacts
 from blindtune.exchange.package import Package, open_package, write_package
-from blindtune.exchange.tensors import Expected
+from blindtune.exchange.tensors import Expected, is_finite
 from blindtune.models.decoder import Decoder
 from blindtune.offsite.emulator import DTYPES, Emulator, adapter_parameters
 
@@ -88,7 +88,11 @@ def _lora_facts(tensors: Mapping[str, Tensor], config: AdapterConfig) -> LoraFac
 
 @torch.no_grad()
 def apply_adapter(
-    model: PreTrainedModel, package: Package[AdapterManifest], slots: Mapping[int, int]
+    model: PreTrainedModel,
+    package: Package[AdapterManifest],
+    slots: Mapping[int, int],
+    *,
+    dtype: torch.dtype | None = None,
 ) -> dict[int, float]:
     """Put an opened adapter into a model, in place.
 
@@ -96,26 +100,51 @@ def apply_adapter(
         model: a full model or an emulator.
         package: the adapter.
         slots: index in the emulator -> index in `model`, of every adapter layer.
+        dtype: in which the new weights must be finite too, because they will be written in it;
+            None: the model's own.
 
     Returns:
         |W' - W| / |W| over all weights of each adapter layer, by index in `model`.
 
     Raises:
-        MismatchError, PackageError: a tensor is missing, unknown, misshapen or not finite; the
-            model is unchanged then.
+        MismatchError, PackageError: a tensor is missing, unknown, misshapen or not finite, or a
+            new weight would not be finite; the model is unchanged then.
     """
     decoder = Decoder(model)
     read = _read_lora if package.manifest.kind == "lora" else _read_full
+    updates = read(decoder, package, slots)
+    for i, values in updates.items():
+        _check_finite(decoder, i, values, dtype, package.path)
     change: dict[int, float] = {}
-    for i, updates in read(decoder, package, slots).items():
+    for i, values in updates.items():
         moved = before = 0.0
         for name, parameter in decoder.layers[i].named_parameters():
-            before += float(parameter.float().pow(2).sum())
-            if name in updates:
-                moved += float((updates[name] - parameter.float()).pow(2).sum())
-                parameter.copy_(updates[name])
+            before += _squares(parameter)
+            if name in values:
+                moved += _squares(values[name] - parameter.float())
+                parameter.copy_(values[name])
         change[i] = (moved / max(before, 1e-30)) ** 0.5
     return change
+
+
+def _check_finite(
+    decoder: Decoder, i: int, values: Mapping[str, Tensor], dtype: torch.dtype | None, path: Path
+) -> None:
+    """Finite factors may have an infinite product, and float32 holds more than float16."""
+    for name, value in values.items():
+        own = decoder.layers[i].get_parameter(name).dtype
+        written = dtype or own
+        if not is_finite(value.to(own).to(written)):
+            raise PackageError(
+                f"{path}: expected finite weights in {str(written).removeprefix('torch.')}, got an "
+                f"infinite or NaN one in layer {i}, {name}: nothing was changed, ask for the "
+                "adapter again or write in a wider dtype"
+            )
+
+
+def _squares(tensor: Tensor) -> float:
+    """The sum of squares, in float64: squares of float32 numbers overflow float32."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
 def tuned_emulator(emulator: Emulator, adapter: str | Path) -> Emulator:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from transformers import PreTrainedModel
 
 from blindtune.atomic import atomic_directory, check_free
-from blindtune.errors import ConfigError, MismatchError
+from blindtune.errors import ConfigError, MismatchError, ModelError
 from blindtune.exchange.manifest import AdapterManifest
 from blindtune.exchange.package import Package, open_package
+from blindtune.exchange.tensors import is_finite
 from blindtune.models.decoder import Decoder
 from blindtune.models.fingerprint import fingerprint
 from blindtune.models.loading import load_model, load_tokenizer
@@ -55,11 +57,11 @@ def plug_in(
         model: a local directory, a hub name, or `smollm2-135m`.
         adapter: the package's directory.
         out: where to write; None checks and merges in memory only.
-        dtype: of the written weights.
+        dtype: of the written weights; all of them must be finite in it, in a dry run too.
         overwrite: replace what is in the way.
 
     Raises:
-        PackageError: the package is damaged, or holds a NaN or infinite value.
+        PackageError: the package is damaged, or a value or a new weight is NaN or infinite.
         MismatchError: it was tuned for another model, or its tensors are not this model's.
         ModelError, OutputError: see errors.py.
     """
@@ -69,11 +71,13 @@ def plug_in(
         check_free(Path(out), overwrite=overwrite, mark=CONFIG_NAME)
     package = open_package(adapter, "adapter")
     full = load_model(model)
-    change = merge(full, package)
+    change = merge(full, package, dtype=DTYPES[dtype])
     if out is not None:
         tokenizer = load_tokenizer(model)
+        full = full.to(DTYPES[dtype])
+        _check_finite(full, dtype)
         with atomic_directory(out, overwrite=overwrite, mark=CONFIG_NAME) as directory:
-            full.to(DTYPES[dtype]).save_pretrained(directory)
+            full.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
     return PlugIn(
         path=None if out is None else Path(out),
@@ -84,8 +88,23 @@ def plug_in(
     )
 
 
-def merge(model: PreTrainedModel, package: Package[AdapterManifest]) -> dict[int, float]:
+def _check_finite(model: PreTrainedModel, dtype: str) -> None:
+    """The adapter's weights were checked; the model's own may be too large for a narrow dtype."""
+    for name, parameter in model.named_parameters():
+        if not is_finite(parameter.detach()):
+            raise ModelError(
+                f"expected a model whose weights are finite in {dtype}, got an infinite or NaN one "
+                f"in {name}: choose a wider dtype"
+            )
+
+
+def merge(
+    model: PreTrainedModel, package: Package[AdapterManifest], *, dtype: torch.dtype | None = None
+) -> dict[int, float]:
     """Put an opened adapter package into the full model, in place.
+
+    Args:
+        dtype: in which the new weights must be finite too; None: the model's own.
 
     Returns:
         Relative change of every adapter layer, by index in the full model.
@@ -108,4 +127,5 @@ def merge(model: PreTrainedModel, package: Package[AdapterManifest]) -> dict[int
         )
     in_emulator = adapter_indices(ends, manifest.layers)
     in_model = adapter_indices(ends, layer_count)
-    return apply_adapter(model, package, dict(zip(in_emulator, in_model, strict=True)))
+    slots = dict(zip(in_emulator, in_model, strict=True))
+    return apply_adapter(model, package, slots, dtype=dtype)
