@@ -22,7 +22,7 @@ CONFIG = TrainingConfig(
 RUN = RunConfig(eval_steps=2, save_steps=2)
 
 
-def train(model, out, config=CONFIG, run=RUN, validation=7, on_progress=None):
+def train(model, out, config=CONFIG, run=RUN, validation=7, on_progress=None, identity=None):
     return fit(
         model,
         dataset(21, seed=1),
@@ -30,6 +30,7 @@ def train(model, out, config=CONFIG, run=RUN, validation=7, on_progress=None):
         config,
         out,
         run=run,
+        identity=identity,
         on_progress=on_progress,
     )
 
@@ -164,6 +165,26 @@ def test_another_run_does_not_go_on(tmp_path, config, model, named):
     other = freeze_all_but(model(), ".0.")
     with pytest.raises(ConfigError, match=named):
         train(other, tmp_path, config)
+
+
+@pytest.mark.parametrize("other", [{"lora_alpha": 1.0}, {"lora_alpha": 32.0, "rank": 4}, None])
+def test_what_the_caller_names_is_part_of_the_run(tmp_path, other):
+    train(tuned(llama()), tmp_path, identity={"lora_alpha": 32.0})
+    assert train(tuned(llama()), tmp_path, identity={"lora_alpha": 32}).resumed_from == 6
+    with pytest.raises(ConfigError, match=r"lora_alpha 32.0 -> (1.0|None)|rank None -> 4"):
+        train(tuned(llama()), tmp_path, identity=other)
+
+
+def test_other_steps_of_evaluation_are_another_run(tmp_path):
+    train(tuned(llama()), tmp_path)
+    with pytest.raises(ConfigError, match="eval_steps 2 -> 3"):
+        train(tuned(llama()), tmp_path, run=RunConfig(eval_steps=3, save_steps=2))
+
+
+def test_without_validation_the_steps_of_evaluation_decide_nothing(tmp_path):
+    train(tuned(llama()), tmp_path, validation=None)
+    other = RunConfig(eval_steps=3, save_steps=2)
+    assert train(tuned(llama()), tmp_path, run=other, validation=None).resumed_from == 6
 
 
 def test_another_split_of_the_same_effective_batch_goes_on(tmp_path):

@@ -10,7 +10,7 @@ Source: offsite-tuning (arXiv 2302.04870), section 3.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -88,7 +88,8 @@ def tune(
             torch.manual_seed(training.seed)  # of LoRA's first factors
             trained = add_lora(opened, adapter)
     work = out.absolute().parent / f"{out.absolute().name}.work"
-    result = fit(trained, train, held_out, training, work, run=run)
+    identity = {"emulator": opened.id, **asdict(adapter)}
+    result = fit(trained, train, held_out, training, work, run=run, identity=identity)
     count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     adapter_id = _write_once(opened, adapter, out, overwrite)
     return Tuning(

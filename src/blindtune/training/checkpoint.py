@@ -31,6 +31,7 @@ from blindtune.errors import ConfigError, OutputError
 WEIGHTS_NAME = "trained.safetensors"
 _RUN_NAME = "run.json"
 _PROBE = 64
+_ANEW = "start anew with resume=never (--resume never)"
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -58,13 +59,13 @@ def load_weights(path: Path, model: nn.Module) -> None:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ConfigError(
-            f"{path}: expected trained weights, cannot read them ({error}): use resume=never"
+            f"{path}: expected trained weights, cannot read them ({error}): {_ANEW}"
         ) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if shapes != {name: tuple(p.shape) for name, p in parameters.items()}:
         raise ConfigError(
             f"{path}: expected {len(parameters)} trained parameters as the model has them, found "
-            f"{len(state)} others: use another output directory, or resume=never"
+            f"{len(state)} others: use another output directory, or {_ANEW}"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -98,7 +99,7 @@ def load_trainer(checkpoint: Path) -> dict[str, Any]:
         )
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError
         raise ConfigError(
-            f"{checkpoint}: expected a checkpoint, cannot read it: use resume=never"
+            f"{checkpoint}: expected a checkpoint, cannot read it: {_ANEW}"
         ) from error
     return found
 
@@ -138,12 +139,12 @@ def check_run(folder: Path, run: Mapping[str, Any]) -> None:
     except (OSError, ValueError):
         found = {}
     wanted = json.loads(json.dumps(run))
-    different = [key for key in wanted if found.get(key) != wanted[key]]
+    different = sorted(k for k in {**wanted, **found} if found.get(k) != wanted.get(k))
     if different:
-        changes = ", ".join(f"{k} {found.get(k)} -> {wanted[k]}" for k in different)
+        changes = ", ".join(f"{k} {found.get(k)} -> {wanted.get(k)}" for k in different)
         raise ConfigError(
             f"{folder}: expected checkpoints of this run, found another's ({changes}): "
-            "use another output directory, or resume=never to start anew"
+            f"use another output directory, or {_ANEW}"
         )
 
 

@@ -64,14 +64,15 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What changes speed, memory and bookkeeping only."""
+    """What changes speed, memory and bookkeeping; `eval_steps` alone has a part in the result."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     per_device_eval_batch_size: int = 8
     """Examples of one process in one forward pass of the validation."""
     eval_steps: int | None = None
-    """Steps between evaluations; None: a tenth of the run. The last step is always evaluated."""
+    """Steps between evaluations; None: a tenth of the run. The last step is always evaluated. Only
+    an evaluated step can be the best one, so another value is another run."""
     save_steps: int | None = None
     """Steps between checkpoints; None: as eval_steps. The last step is always saved."""
     logging_steps: int = 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -44,6 +44,7 @@ def fit(
     out_dir: str | Path,
     *,
     run: RunConfig | None = None,
+    identity: Mapping[str, Any] | None = None,
     on_progress: OnProgress | None = None,
 ) -> TrainingResult:
     """Train the parameters that require a gradient, in place.
@@ -59,6 +60,8 @@ def fit(
         config: what decides the result.
         out_dir: place of the checkpoints; the same call with the same place resumes.
         run: speed and bookkeeping.
+        identity: what else decides the result, as JSON values by name; checkpoints that were made
+            under other values do not go on.
         on_progress: called after every optimizer step.
 
     Raises:
@@ -72,8 +75,9 @@ def fit(
         raise ConfigError(
             "early_stopping_patience needs a validation set, got none: give one, or leave it out"
         )
+    own, place = identity or {}, Path(out_dir)
     with _surroundings(model, run):
-        return _run(model, train, validation, config, Path(out_dir), run, on_progress)
+        return _run(model, train, validation, config, place, run, own, on_progress)
 
 
 def _run(
@@ -83,6 +87,7 @@ def _run(
     config: TrainingConfig,
     out_dir: Path,
     run: RunConfig,
+    identity: Mapping[str, Any],
     on_progress: OnProgress | None,
 ) -> TrainingResult:
     from transformers.trainer_callback import TrainerState
@@ -91,7 +96,9 @@ def _run(
 
     args = _arguments(config, run, out_dir, len(train), validation is not None)
     trainer = _make_trainer(model, train, validation, config, run, args)
-    start = _prepare_folder(model, train, validation, config, run, args)
+    whole = _identity(model, train, validation, config, args)
+    assert not whole.keys() & identity.keys(), "fit names these itself"
+    start = _prepare_folder({**whole, **identity}, run, args)
     state = TrainerState()
     if start is not None:
         state = TrainerState.load_from_json(str(start / "trainer_state.json"))
@@ -196,27 +203,31 @@ def _arguments(
     return args
 
 
-def _prepare_folder(
+def _identity(
     model: nn.Module,
     train: TokenDataset,
     validation: TokenDataset | None,
     config: TrainingConfig,
-    run: RunConfig,
     args: Any,
-) -> Path | None:
-    """Check or begin the folder of checkpoints; returns the checkpoint to go on from."""
-    folder = Path(args.output_dir)
+) -> dict[str, Any]:
+    """Everything that decides the result; a checkpoint goes on only under the same."""
     per_process = config.per_device_train_batch_size * config.gradient_accumulation_steps
     settings = asdict(config)
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         del settings[key]  # may change as long as the effective batch stays
-    identity = {
+    return {
         **settings,
         "effective_batch": per_process * args.world_size,
         "train": train.fingerprint(),
         "validation": validation.fingerprint() if validation else None,
+        "eval_steps": args.eval_steps if validation else None,  # the steps that can be the best
         "model": checkpoint.model_key(model),
     }
+
+
+def _prepare_folder(identity: Mapping[str, Any], run: RunConfig, args: Any) -> Path | None:
+    """Check or begin the folder of checkpoints; returns the checkpoint to go on from."""
+    folder = Path(args.output_dir)
     start = checkpoint.last_checkpoint(folder) if run.resume == "auto" else None
     if start is not None:
         checkpoint.check_run(folder, identity)
