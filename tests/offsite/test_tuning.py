@@ -1,10 +1,11 @@
 """What a tuning goes on from, and what it leaves behind."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 
-from blindtune.errors import ConfigError
+from blindtune.errors import ConfigError, OutputError
 from blindtune.offsite import tuning
 from blindtune.offsite.adapter import AdapterConfig
 from blindtune.training.loop import TrainingConfig
@@ -56,3 +57,34 @@ def test_another_emulator_does_not_go_on(world, tune, monkeypatch):
     monkeypatch.setattr(tuning, "open_emulator", lambda *a, **o: replace(real(*a, **o), id=other))
     with pytest.raises(ConfigError, match=f"emulator {world.emulation.id} -> {other}"):
         tune()
+
+
+def test_nothing_fitted_to_private_text_stays_but_the_adapter(tune, tmp_path):
+    tune()
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    again = tune(replace(LORA, lora_alpha=1.0), overwrite=True)
+    assert again.training.resumed_from is None
+
+
+def test_tensorboard_logs_stay(tune, tmp_path):
+    tune(run=replace(SILENT, tensorboard=True))
+    work = tmp_path / "adapter.work"
+    assert [path.name for path in work.iterdir()] == ["tensorboard"]
+    assert list((work / "tensorboard").iterdir())
+
+
+def test_checkpoints_that_cannot_be_removed_are_told(tune, tmp_path, monkeypatch):
+    def refuse(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    clear = tuning.checkpoint.clear
+
+    def refused(work):
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", refuse)
+            clear(work)
+
+    monkeypatch.setattr(tuning.checkpoint, "clear", refused)
+    with pytest.raises(OutputError, match=r"adapter.work: .*Permission denied.*remove them"):
+        tune()
+    assert (tmp_path / "adapter" / "manifest.json").is_file()

@@ -26,9 +26,9 @@ here; the adapter goes back to the model owner.
 Needs:   EMULATOR, a package from the model owner; private data: .txt,
          .jsonl (`text`; `prompt` and `completion`; `messages`), .csv,
          .parquet or a hub data set.
-Writes:  the adapter package; beside it NAME.options.yaml and NAME.work
-         (checkpoints, logs), which stay here. Interrupted, the same command
-         goes on from the last checkpoint.
+Writes:  the adapter package; beside it NAME.options.yaml and, while it
+         works, NAME.work with checkpoints, from which the same command goes
+         on (TensorBoard logs stay there, if asked for).
 
 \b
 Example:

@@ -22,6 +22,7 @@ from blindtune.exchange.manifest import MANIFEST_NAME
 from blindtune.models.decoder import Decoder
 from blindtune.offsite.adapter import AdapterConfig, write_adapter
 from blindtune.offsite.emulator import Emulator, open_emulator
+from blindtune.training import checkpoint
 from blindtune.training.loop import RunConfig, TrainingConfig, TrainingResult, fit
 from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file, show_sample
 
@@ -56,8 +57,9 @@ def tune(
 ) -> Tuning:
     """Tune the adapter of an emulator package on private data and write an adapter package.
 
-    Interrupted, the same call goes on from the last checkpoint (in `OUT.work`). Launched as several
-    processes (torchrun, `accelerate launch`), they train together and the first one writes.
+    Interrupted, the same call goes on from the last checkpoint (in `OUT.work`; checkpoints are
+    removed once the package is written). Launched as several processes (torchrun, `accelerate
+    launch`), they train together and the first one writes.
 
     Args:
         emulator: the package's directory.
@@ -92,6 +94,7 @@ def tune(
     result = fit(trained, train, held_out, training, work, run=run, identity=identity)
     count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     adapter_id = _write_once(opened, adapter, out, overwrite)
+    _clear_once(work)
     return Tuning(
         adapter_id=adapter_id,
         path=out,
@@ -116,6 +119,15 @@ def _write_once(emulator: Emulator, config: AdapterConfig, out: Path, overwrite:
     if isinstance(outcome[0], BlindtuneError):
         raise outcome[0]
     return outcome[0]
+
+
+def _clear_once(work: Path) -> None:
+    """Remove the checkpoints; of several processes the first does, once all have read theirs."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() > 0:
+            return
+    checkpoint.clear(work)
 
 
 def _examples(

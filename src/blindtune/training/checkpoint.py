@@ -148,6 +148,25 @@ def check_run(folder: Path, run: Mapping[str, Any]) -> None:
         )
 
 
+def clear(out_dir: Path) -> None:
+    """Remove the checkpoints of a finished run: they hold weights fitted to the data.
+
+    The run's directory goes too, unless there is more in it (TensorBoard logs).
+
+    Raises:
+        OutputError: they cannot be removed.
+    """
+    try:
+        shutil.rmtree(out_dir / "checkpoints")
+        if not any(out_dir.iterdir()):
+            out_dir.rmdir()
+    except OSError as error:
+        raise OutputError(
+            f"{out_dir}: the run is finished, but its checkpoints cannot be removed "
+            f"({error.strerror or error}): remove them, they hold weights fitted to the data"
+        ) from error
+
+
 def model_key(model: nn.Module) -> str:
     """sha256 (hex) of all parameter names and shapes and a sample of the frozen values.
 
