@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from blindtune.errors import ModelError, UnsupportedModelError
+from blindtune.errors import ConfigError, ModelError, UnsupportedModelError
 from blindtune.models.blocks import Harmonizer
-from blindtune.models.decoder import Decoder
+from blindtune.models.decoder import Decoder, check_context, context_limit
 from blindtune.models.surgery import replace_layer
-from tiny_models import FAMILY_NAMES, PAD, VOCAB, WINDOW, tiny_model
+from tiny_models import FAMILY_NAMES, PAD, VOCAB, WINDOW, tiny_config, tiny_model
 
 LENGTH = 3 * WINDOW
 
@@ -155,3 +155,15 @@ def test_a_replaced_layer_has_no_projections():
     assert not Decoder(model).is_raw(3)
     with pytest.raises(ModelError, match="layer 3"):
         Decoder(model).projections(3)
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_every_family_says_how_much_it_reads(name):
+    assert context_limit(tiny_config(name)) == (None if name == "bloom" else 128)
+
+
+def test_the_lowest_limit_counts():
+    check_context(10_000, None, None)
+    check_context(64, 64, None, 128)
+    with pytest.raises(ConfigError, match=r"max_length up to 64, .* got 65: .*--max-length 64"):
+        check_context(65, 128, None, 64)

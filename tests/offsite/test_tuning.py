@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from blindtune.errors import ConfigError, OutputError
@@ -88,3 +89,17 @@ def test_checkpoints_that_cannot_be_removed_are_told(tune, tmp_path, monkeypatch
     with pytest.raises(OutputError, match=r"adapter.work: .*Permission denied.*remove them"):
         tune()
     assert (tmp_path / "adapter" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(("package", "longest"), [(None, 128), (48, 48), (500, 128)])
+def test_examples_longer_than_the_emulator_reads_are_refused(tune, monkeypatch, package, longest):
+    def limited(*arguments, **options):
+        opened = real(*arguments, **options)
+        return replace(
+            opened, manifest=msgspec.structs.replace(opened.manifest, max_length=package)
+        )
+
+    real = tuning.open_emulator
+    monkeypatch.setattr(tuning, "open_emulator", limited)
+    with pytest.raises(ConfigError, match=f"max_length up to {longest}, .* got {longest + 1}"):
+        tune(reading=replace(READING, max_length=longest + 1))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from blindtune.errors import ModelError, UnsupportedModelError
+from blindtune.errors import ConfigError, ModelError, UnsupportedModelError
 from blindtune.models.blocks import LowRankLinear, split_parts
 from blindtune.models.families import Family, Linear, family_of
 
@@ -299,6 +299,34 @@ class Decoder:
             return (out_features - 2 * key, key, key)
         assert out_features % count == 0, (linear, out_features)
         return (out_features // count,) * count
+
+
+def context_limit(config: Any) -> int | None:
+    """The most tokens that a model was made to read at once; None where it has no limit (BLOOM)."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions"):
+        limit = getattr(text, name, None)
+        if isinstance(limit, int):
+            return limit
+    return None
+
+
+def check_context(max_length: int, *limits: int | None) -> None:
+    """Refuse examples that are longer than a model can read.
+
+    Args:
+        max_length: tokens of the longest example.
+        limits: what the model (`context_limit`) and its package allow; None for no limit.
+
+    Raises:
+        ConfigError: it exceeds one of them.
+    """
+    lowest = min((limit for limit in limits if limit is not None), default=max_length)
+    if max_length > lowest:
+        raise ConfigError(
+            f"expected max_length up to {lowest}, the most tokens that this model reads at once, "
+            f"got {max_length}: lower it (--max-length {lowest})"
+        )
 
 
 def _at_path(root: nn.Module, path: str) -> Any:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from blindtune.atomic import check_free
 from blindtune.errors import BlindtuneError, ConfigError
 from blindtune.exchange.manifest import MANIFEST_NAME
-from blindtune.models.decoder import Decoder
+from blindtune.models.decoder import Decoder, check_context, context_limit
 from blindtune.offsite.adapter import AdapterConfig, write_adapter
 from blindtune.offsite.emulator import Emulator, open_emulator
 from blindtune.training import checkpoint
@@ -80,6 +80,8 @@ def tune(
     reading, out = reading or DataConfig(max_length=128), Path(out)
     check_free(out, overwrite=overwrite, mark=MANIFEST_NAME)
     opened = open_emulator(emulator, dtype=torch.float32)
+    limits = context_limit(opened.model.config), opened.manifest.max_length
+    check_context(reading.max_length, *limits)
     train, held_out = _examples(opened, data, validation, reading)
     sample = show_sample(train, opened.tokenizer)
     if on_sample is not None:
