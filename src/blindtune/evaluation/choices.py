@@ -22,6 +22,7 @@ import torch
 
 from blindtune.errors import DataError
 from blindtune.evaluation.utility import Progress, scoring, target_log_probs
+from blindtune.models.decoder import context_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -230,9 +231,7 @@ def _encode(
 
 
 def _context_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    return int(positions or min(tokenizer.model_max_length, 2048))
+    return context_limit(model.config) or min(int(tokenizer.model_max_length), 2048)
 
 
 def _score_batch(

@@ -21,6 +21,7 @@ from blindtune.evaluation.harness import TaskResult, run_tasks
 from blindtune.evaluation.utility import Perplexity, Progress, loss_on_targets, perplexity
 from blindtune.exchange.manifest import MANIFEST_NAME
 from blindtune.exchange.package import open_package
+from blindtune.models.decoder import check_context, context_limit
 from blindtune.models.loading import load_model, load_tokenizer, preferred_device
 from blindtune.offsite.adapter import tuned_emulator
 from blindtune.offsite.emulator import open_emulator
@@ -48,8 +49,9 @@ class EvaluationConfig:
             if getattr(self, name) < least:
                 raise ConfigError(f"expected {name} >= {least}, got {getattr(self, name)}")
         for name in ("max_tokens", "max_items"):
-            if (getattr(self, name) or 1) < 1:
-                raise ConfigError(f"expected {name} >= 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"expected {name} >= 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +92,15 @@ def evaluate(
         on_progress: called with (done, total) while scoring.
 
     Raises:
-        ConfigError: nothing to score was given.
+        ConfigError: nothing to score was given, or max_length exceeds what the model can read.
         ModelError, DataError, PackageError, MismatchError: see errors.py.
     """
     config, start = config or EvaluationConfig(), time.perf_counter()
     if data is None and choices is None and not config.tasks:
         raise ConfigError("expected something to score: give --data, --choices or --tasks")
-    loaded, tokenizer = open_any(model, adapter)
+    loaded, tokenizer, limits = open_any(model, adapter)
+    if data is not None:
+        check_context(config.max_length, *limits)
     loaded.to(preferred_device())
     return Evaluation(
         model=str(model),
@@ -112,26 +116,29 @@ def evaluate(
             batch_size=config.batch_size,
             on_progress=on_progress,
         ),
-        tasks=tuple(run_tasks(loaded, tokenizer, config.tasks, limit=config.max_items))
-        if config.tasks
-        else (),
+        tasks=() if not config.tasks else _score_tasks(loaded, tokenizer, config),
         seconds=time.perf_counter() - start,
     )
 
 
 def open_any(
     model: str | Path, adapter: str | Path | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A full model or an emulator, with an adapter in it if one is given."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tuple[int | None, ...]]:
+    """A full model or an emulator, with an adapter in it if one is given.
+
+    Returns:
+        The model, its tokenizer, and what limits the tokens that it reads at once.
+    """
     if (Path(model) / MANIFEST_NAME).is_file():
         emulator = open_emulator(model, dtype=torch.float32)
         if adapter is not None:
             emulator = tuned_emulator(emulator, adapter)
-        return emulator.model, emulator.tokenizer
+        limits = context_limit(emulator.model.config), emulator.manifest.max_length
+        return emulator.model, emulator.tokenizer, limits
     full = load_model(model)
     if adapter is not None:
         merge(full, open_package(adapter, "adapter"))
-    return full, load_tokenizer(model)
+    return full, load_tokenizer(model), (context_limit(full.config),)
 
 
 def _score_data(
@@ -154,6 +161,13 @@ def _score_data(
         batch_size=config.batch_size,
         on_progress=on_progress,
     )
+
+
+def _score_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EvaluationConfig
+) -> tuple[TaskResult, ...]:
+    size, limit = config.batch_size, config.max_items
+    return tuple(run_tasks(model, tokenizer, config.tasks, batch_size=size, limit=limit))
 
 
 def _spread_evenly(count: int, max_tokens: int | None, tokens: int) -> Sequence[int]:
