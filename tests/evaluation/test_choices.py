@@ -104,10 +104,10 @@ def test_read_items_in_every_shape(tmp_path):
     [
         ("{", "line 2: .*invalid JSON"),
         ("[1]", "line 2: .*object, got list"),
-        ('{"choices": ["a", "b"], "label": 0}', "line 2: .*'question'"),
+        ('{"choices": ["a", "b"], "label": 0}', "line 2: .*`question`"),
         ('{"question": "q", "choices": ["a"], "label": 0}', "line 2: .*two or more"),
-        ('{"question": "q", "choices": ["a", ""], "label": 0}', "line 2: .*non-empty"),
-        ('{"question": "q", "choices": ["a", 3], "label": 0}', "line 2: .*non-empty"),
+        ('{"question": "q", "choices": ["a", ""], "label": 0}', "line 2: .*not empty"),
+        ('{"question": "q", "choices": ["a", 3], "label": 0}', "line 2: .*not empty"),
         ('{"question": "q", "choices": ["a", "b"], "label": 2}', "line 2: .*from 0 to 1"),
         ('{"question": "q", "choices": ["a", "b"], "label": true}', "line 2: .*got True"),
         ('{"question": "q", "choices": ["a", "b"], "label": "C"}', "line 2: .*one of A, B"),

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blindtune.errors import ConfigError, DataError
+from blindtune.evaluation.choices import read_items
 from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file, show_sample
 
 WORDS = "the cat sat on the mat and the dog sat on the cat. " * 20
@@ -66,6 +67,25 @@ def test_multiple_choice_trains_the_right_choice(tmp_path, tokenizer):
     data = load_dataset_file(write(tmp_path / "a.jsonl", record), tokenizer, DataConfig())
     assert tokenizer.decode(data.input_ids[0]) == "Question: who sat?\nAnswer: the cat<|end|>"
     assert trained_text(data, tokenizer) == " the cat<|end|>"
+
+
+HUB = {"text": ["the dog", "the cat"], "label": ["1", "2"]}
+SAID = [
+    {"question": "who sat?", "choices": HUB["text"], "label": 1},
+    {"question": "who sat?", "choices": HUB["text"], "label": "B"},
+    {"question": "who sat?", "choices": HUB["text"], "answerKey": "B"},
+    {"question": "who sat?", "choices": HUB, "answerKey": "2"},
+]
+
+
+@pytest.mark.parametrize("record", SAID)
+def test_tuning_and_scoring_read_multiple_choice_alike(tmp_path, tokenizer, record):
+    path = write(tmp_path / "a.jsonl", record)
+    data = load_dataset_file(path, tokenizer, DataConfig())
+    (item,) = read_items(path)
+    right = item.prompt + item.continuations[item.label]
+    assert tokenizer.decode(data.input_ids[0]) == right + "<|end|>"
+    assert right == "Question: who sat?\nAnswer: the cat"
 
 
 CONVERSATION = [
@@ -186,10 +206,13 @@ BAD = {
         "other.jsonl:2: .*columns of the first",
     ),
     "label.jsonl": (
-        b'{"question": "a", "choices": ["b"], "label": 1}\n',
-        "label.jsonl:1: expected `label` to be the index of one of 1 choices, got 1",
+        b'{"question": "a", "choices": ["b", "c"], "label": 2}\n',
+        "label.jsonl:1: expected `label` to be an index from 0 to 1 or one of A, B, got 2",
     ),
-    "choices.jsonl": (b'{"question": "a", "choices": "b", "label": 0}\n', "list of strings"),
+    "choices.jsonl": (
+        b'{"question": "a", "choices": "b", "label": 0}\n',
+        "list of two or more strings",
+    ),
     "messages.jsonl": (b'{"messages": [{"role": "user"}]}\n', "messages.jsonl:1: .*role, content"),
     "nobody.jsonl": (
         b'{"messages": [{"role": "user", "content": "a"}]}\n',

@@ -16,27 +16,21 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from blindtune.errors import DataError
 from blindtune.evaluation.utility import Progress, scoring, target_log_probs
 from blindtune.models.decoder import context_limit
+from blindtune.training.records import Item, read_item
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Tokens = tuple[int, ...]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Item:
-    """A question, its choices, and the index of the right one."""
-
-    question: str
-    choices: tuple[str, ...]
-    label: int
+__all__ = ["Answer", "Item", "MultipleChoice", "log_likelihoods", "multiple_choice", "read_items"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +72,8 @@ def multiple_choice(
 ) -> MultipleChoice:
     """Score items the way lm-evaluation-harness scores its ``multiple_choice`` tasks.
 
-    The prompt is ``Question: ...\\nAnswer:``, a choice follows after one space. A prompt that is
-    too long for the model loses its beginning.
+    Prompt and continuations are those of `Item`, so tuning and scoring read a record alike. A
+    prompt that is too long for the model loses its beginning.
 
     Args:
         model: any decoder with a language-model head.
@@ -95,9 +89,9 @@ def multiple_choice(
         raise DataError("expected at least one multiple-choice item, got none")
     limit = _context_limit(model, tokenizer)
     pairs = [
-        _encode(tokenizer, f"Question: {item.question}\nAnswer:", f" {choice}", limit)
+        _encode(tokenizer, item.prompt, continuation, limit)
         for item in items
-        for choice in item.choices
+        for continuation in item.continuations
     ]
     scores = iter(log_likelihoods(model, pairs, batch_size=batch_size, on_progress=on_progress))
     answers = tuple(_answer(item, [next(scores) for _ in item.choices]) for item in items)
@@ -150,10 +144,7 @@ def log_likelihoods(
 
 
 def read_items(path: str | Path) -> list[Item]:
-    """Read items from JSON lines with the fields ``question``, ``choices`` and ``label``.
-
-    ``choices`` is a list of strings, or ``{"text": [...], "label": [...]}``; ``label`` (or
-    ``answerKey``) is the index of the right choice, counted from 0, or its letter.
+    """Read items from JSON lines, in any form that `blindtune.training.records.read_item` knows.
 
     Raises:
         DataError: the file cannot be read or is empty, or a line is malformed (named).
@@ -174,36 +165,13 @@ def read_items(path: str | Path) -> list[Item]:
 
 
 def _parse_item(line: str, where: str) -> Item:
-    record: Any
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: expected one JSON object, got invalid JSON: {error}") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
-    question, choices = record.get("question"), record.get("choices")
-    label = record.get("label", record.get("answerKey"))
-    names: Any = None
-    if isinstance(choices, dict):
-        names, choices = choices.get("label"), choices.get("text")
-    if not isinstance(question, str):
-        raise DataError(f"{where}: expected a string in 'question', got {question!r:.60}")
-    if not isinstance(choices, list) or len(choices) < 2:
-        raise DataError(f"{where}: expected two or more choices, got {choices!r:.60}")
-    if not all(isinstance(choice, str) and choice for choice in choices):
-        raise DataError(f"{where}: expected choices that are non-empty strings")
-    if names is None:
-        names = [chr(ord("A") + i) for i in range(len(choices))]
-    if not isinstance(names, list) or len(names) != len(choices):
-        raise DataError(f"{where}: expected as many choice labels as choices, got {names!r:.60}")
-    if isinstance(label, str) and label in names:
-        label = names.index(label)
-    if type(label) is not int or not 0 <= label < len(choices):
-        raise DataError(
-            f"{where}: expected 'label' to be an index from 0 to {len(choices) - 1} or one of "
-            f"{', '.join(map(str, names))}, got {label!r:.60}"
-        )
-    return Item(question=question, choices=tuple(choices), label=label)
+    return read_item(record, where)
 
 
 def _answer(item: Item, scores: Sequence[float]) -> Answer:

@@ -4,7 +4,7 @@
 |---|---|
 | `messages`: list of {role, content} | the assistant's turns, with their end-of-turn token |
 | `prompt`, `completion` | the completion and the end-of-text token |
-| `question`, `choices`, `label` | " " + the right choice and the end-of-text token |
+| `question`, `choices`, `label` or `answerKey` | " " + the right choice, the end-of-text token |
 | `text` (the name is configurable) | all |
 
 A prompt is tokenised on its own, as it will be when the tuned model is asked to continue it.
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 RecordShape = Literal["messages", "completion", "choices", "text"]
 Record = Mapping[str, Any]
 
-_COLUMNS: dict[RecordShape, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "completion": ("prompt", "completion"),
-    "choices": ("question", "choices", "label"),
-}
+_COLUMNS: tuple[tuple[RecordShape, tuple[str, ...]], ...] = (
+    ("messages", ("messages",)),
+    ("completion", ("prompt", "completion")),
+    ("choices", ("question", "choices", "label")),
+    ("choices", ("question", "choices", "answerKey")),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +42,33 @@ class Example:
     """For each token whether it is a target of the loss."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A multiple-choice question, its choices, and the index of the right one."""
+
+    question: str
+    choices: tuple[str, ...]
+    label: int
+
+    @property
+    def prompt(self) -> str:
+        """What a model reads before a choice."""
+        return f"Question: {self.question}\nAnswer:"
+
+    @property
+    def continuations(self) -> tuple[str, ...]:
+        """What stands behind the prompt, one a choice."""
+        return tuple(f" {choice}" for choice in self.choices)
+
+
 def record_shape(columns: Iterable[str], text_column: str, where: str) -> RecordShape:
     """The first shape of the table above whose columns are all there."""
     found = set(columns)
-    for shape, needed in (*_COLUMNS.items(), ("text", (text_column,))):
+    for shape, needed in _COLUMNS:
         if found.issuperset(needed):
             return shape
+    if text_column in found:
+        return "text"
     raise DataError(
         f"{where}: expected the columns `{text_column}`, `prompt` + `completion`, `messages` or "
         f"`question` + `choices` + `label`, found {', '.join(sorted(found)) or 'none'}: "
@@ -80,21 +102,35 @@ def encode_completion(
     return Example(input_ids=prompt_ids + answer_ids, trained=trained)
 
 
-def encode_choices(
-    record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str
-) -> Example:
-    """A multiple-choice record as the prompt "Question: ... Answer:" and its right choice."""
-    question = text_of(record, "question", where)
-    choices, label = record["choices"], record["label"]
-    if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
-        raise DataError(f"{where}: expected a list of strings in `choices`, got {choices!r:.60}")
-    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
+def read_item(record: Record, where: str) -> Item:
+    """A multiple-choice record, whichever way it says its choices and the right one.
+
+    `choices` is a list of strings, or `{"text": [...], "label": [...]}`; `label` (or `answerKey`)
+    is the index of the right choice, counted from 0, or its letter or name.
+    """
+    question, choices = text_of(record, "question", where), record.get("choices")
+    label = record.get("label", record.get("answerKey"))
+    names: Any = None
+    if isinstance(choices, Mapping):
+        names, choices = choices.get("label"), choices.get("text")
+    if not isinstance(choices, list) or len(choices) < 2:
         raise DataError(
-            f"{where}: expected `label` to be the index of one of {len(choices)} choices, "
-            f"got {label!r:.60}"
+            f"{where}: expected a list of two or more strings in `choices`, got {choices!r:.60}"
         )
-    prompt = f"Question: {question}\nAnswer:"
-    return encode_completion(prompt, f" {choices[label]}", tokenizer, max_length)
+    if not all(isinstance(choice, str) and choice for choice in choices):
+        raise DataError(f"{where}: expected choices that are strings and not empty")
+    if names is None:
+        names = [chr(ord("A") + i) for i in range(len(choices))]
+    if not isinstance(names, list) or len(names) != len(choices):
+        raise DataError(f"{where}: expected as many choice labels as choices, got {names!r:.60}")
+    if isinstance(label, str) and label in names:
+        label = names.index(label)
+    if type(label) is not int or not 0 <= label < len(choices):
+        raise DataError(
+            f"{where}: expected `label` to be an index from 0 to {len(choices) - 1} or one of "
+            f"{', '.join(map(str, names))}, got {label!r:.60}"
+        )
+    return Item(question=question, choices=tuple(choices), label=label)
 
 
 def encode_messages(

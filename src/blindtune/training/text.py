@@ -22,9 +22,9 @@ from blindtune.training.dataset import IGNORED_LABEL, TokenDataset, show_sample
 from blindtune.training.records import (
     Example,
     Record,
-    encode_choices,
     encode_completion,
     encode_messages,
+    read_item,
     record_shape,
     text_of,
     token_ids,
@@ -119,8 +119,10 @@ def _encode(
             record["messages"], tokenizer, config.max_length, where, config.chat_template
         )
     if shape == "choices":
-        return encode_choices(record, tokenizer, config.max_length, where)
-    prompt, completion = (text_of(record, column, where) for column in ("prompt", "completion"))
+        item = read_item(record, where)
+        prompt, completion = item.prompt, item.continuations[item.label]
+    else:
+        prompt, completion = (text_of(record, name, where) for name in ("prompt", "completion"))
     return encode_completion(prompt, completion, tokenizer, config.max_length)
 
 
