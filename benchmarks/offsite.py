@@ -43,7 +43,7 @@ RESULTS = Path(__file__).parent / "results"
 LENGTH = 128
 DEFAULT = EmulatorConfig()
 UNIFORM = EmulatorConfig(choice="uniform", beta=0.0, reading="removed", weighted=False)
-ADAPTER_RATE = 6e-4
+ADAPTER_RATE = TrainingConfig().learning_rate
 FT_RATES = (1e-4, 2e-4, 4e-4)
 FT_RATE = 2e-4
 # beta in the reading "removed"; the default, 0.8 kept, is 0.2 removed.

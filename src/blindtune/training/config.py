@@ -13,8 +13,8 @@ from blindtune.training.optimizers import SCHEDULES, ScheduleName
 class TrainingConfig:
     """What decides the result of a run; names as in `transformers.TrainingArguments`."""
 
-    learning_rate: float = 1e-4
-    """Peak learning rate of AdamW."""
+    learning_rate: float = 6e-4
+    """Peak learning rate of AdamW; measured for adapters. Lower it for all weights of a model."""
     max_steps: int | None = None
     """Optimizer steps; None: as many as `num_train_epochs` need."""
     num_train_epochs: float = 1.0
