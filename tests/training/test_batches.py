@@ -1,11 +1,8 @@
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_training import dataset
 
-from blindtune.errors import DataError
-from blindtune.training.batches import BatchOrder, collate, iterate_batches, token_windows
+from blindtune.training.batches import BatchOrder, collate
 
 
 def test_collate_pads_on_the_right_and_masks_only_when_padded():
@@ -16,13 +13,6 @@ def test_collate_pads_on_the_right_and_masks_only_when_padded():
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert "attention_mask" not in collate([row, row], pad_token_id=1)
-
-
-def test_windows_drop_nothing_but_the_tail():
-    windows = token_windows(torch.arange(11), 3)
-    assert windows.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    with pytest.raises(DataError, match="needs 12 tokens, got 11"):
-        token_windows(torch.arange(11), 12)
 
 
 def steps_of(order):
@@ -70,12 +60,3 @@ def test_every_epoch_has_every_example_once_in_another_order():
     assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
     assert stream[:10] != stream[10:]
     assert stream == [i for batch in order for i in batch]
-
-
-def test_one_pass_in_batches():
-    data = dataset(7, seed=0)
-    rows = [int(n) for b in iterate_batches(data, 3) for n in b["input_ids"][:, 0]]
-    assert rows == [int(ids[0]) for ids in data.input_ids]
-    shuffled = [int(n) for b in iterate_batches(data, 3, seed=1) for n in b["input_ids"][:, 0]]
-    assert shuffled != rows
-    assert sorted(shuffled) == sorted(rows)

@@ -7,7 +7,7 @@ from tiny_training import copy_of, dataset, freeze_all_but, gpt2, llama
 
 from blindtune.errors import ConfigError, OutputError, TrainingError
 from blindtune.training import checkpoint
-from blindtune.training.batches import BatchOrder, collate, iterate_batches
+from blindtune.training.batches import BatchOrder, collate
 from blindtune.training.loop import RunConfig, TrainingConfig, fit
 from blindtune.training.loss import count_targets
 
@@ -42,8 +42,8 @@ def tuned(model):
 def mean_loss(model, data):
     with torch.no_grad():
         parts = [
-            (model(**b).loss * (n := count_targets(b["labels"])), n)
-            for b in iterate_batches(data, 4)
+            (model(**(b := collate([row], 0))).loss * (n := count_targets(b["labels"])), n)
+            for row in data
         ]
     return float(sum(p[0] for p in parts) / sum(p[1] for p in parts))
 

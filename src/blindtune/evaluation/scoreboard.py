@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -78,7 +78,7 @@ class Scoreboard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             if len(scores) not in {1, self.runs}:
                 raise DataError(
                     f"expected 1 or {self.runs} scores for {name!r}, got {len(scores)}; "
-                    "merge runs that have the same rows"
+                    "score every row in the same runs"
                 )
             if not all(math.isfinite(score) and 0 <= score <= highest for score in scores):
                 raise DataError(
@@ -129,18 +129,13 @@ class Scoreboard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """What follows from a scoreboard; written beside it, never read back."""
+    """What follows from a scoreboard; written beside it."""
 
     rows: dict[str, Spread]
     perplexity: dict[str, float] | None
     """exp of the mean nats of each row; None for accuracy."""
     recovery: Spread | None
     delta: Spread | None
-
-
-class _File(msgspec.Struct, frozen=True, kw_only=True):
-    scoreboard: Scoreboard
-    summary: Any = None
 
 
 def summarise(board: Scoreboard) -> Summary:
@@ -155,54 +150,10 @@ def summarise(board: Scoreboard) -> Summary:
     )
 
 
-def merge(boards: Sequence[Scoreboard]) -> Scoreboard:
-    """One scoreboard of several runs: scores are collected, costs averaged.
-
-    Raises:
-        DataError: no boards, or boards of different measures, data or rows.
-    """
-    if not boards:
-        raise DataError("expected at least one scoreboard to merge, got none")
-    kinds = {(board.measure, board.data, frozenset(board.rows)) for board in boards}
-    if len(kinds) > 1:
-        raise DataError(
-            "expected scoreboards of one measure, one data set and the same rows, got "
-            + " and ".join(sorted(f"{m} on {d} ({', '.join(sorted(r))})" for m, d, r in kinds))
-        )
-    first = boards[0]
-
-    def all_runs(board: Scoreboard, name: str) -> tuple[float, ...]:
-        scores = board.rows[name]
-        return scores if len(scores) == board.runs else scores * board.runs
-
-    rows = {
-        name: tuple(score for board in boards for score in all_runs(board, name))
-        for name in first.rows
-    }
-    names = dict.fromkeys(cost.name for board in boards for cost in board.costs)
-    costs = (
-        _mean_cost([cost for board in boards for cost in board.costs if cost.name == name])
-        for name in names
-    )
-    return Scoreboard(measure=first.measure, data=first.data, rows=rows, costs=tuple(costs))
-
-
 def to_json(board: Scoreboard) -> bytes:
     """The scoreboard and its summary as indented JSON."""
-    file = _File(scoreboard=board, summary=summarise(board))
-    return msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n"
-
-
-def from_json(data: bytes, *, where: str = "the scoreboard") -> Scoreboard:
-    """Read what ``to_json`` wrote.
-
-    Raises:
-        DataError: it is not a scoreboard.
-    """
-    try:
-        return msgspec.json.decode(data, type=_File).scoreboard
-    except msgspec.MsgspecError as error:
-        raise DataError(f"expected a scoreboard in {where}: {error}") from error
+    both = {"scoreboard": board, "summary": summarise(board)}
+    return msgspec.json.format(msgspec.json.encode(both), indent=2) + b"\n"
 
 
 def save(board: Scoreboard, path: str | Path) -> None:
@@ -215,32 +166,9 @@ def save(board: Scoreboard, path: str | Path) -> None:
         partial.write_bytes(to_json(board))
 
 
-def load(path: str | Path) -> Scoreboard:
-    """Read a scoreboard from JSON.
-
-    Raises:
-        DataError: the file cannot be read or is no scoreboard.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"the scoreboard {path} cannot be read: {error}") from error
-    return from_json(data, where=str(path))
-
-
 def _spread(values: Sequence[float]) -> Spread:
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return Spread(mean=statistics.fmean(values), deviation=deviation, runs=len(values))
-
-
-def _mean_cost(costs: Sequence[Cost]) -> Cost:
-    means: dict[str, Any] = {}
-    for field in ("parameters", "bytes", "tokens", "seconds", "memory_bytes"):
-        values = [value for cost in costs if (value := getattr(cost, field)) is not None]
-        if values:
-            mean = statistics.fmean(values)
-            means[field] = mean if field == "seconds" else round(mean)
-    return Cost(name=costs[0].name, **means)
 
 
 def as_perplexity(nats: float) -> float:

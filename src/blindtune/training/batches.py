@@ -1,11 +1,11 @@
-"""Order, padding and windows.
+"""Order and padding.
 
 **The effective batch.** One optimizer step sees
 `per_device_train_batch_size` x processes x `gradient_accumulation_steps` examples: the next ones of
 one seeded stream of shuffled epochs, which follow each other without a gap. How a step's examples
 are dealt out to processes and accumulation changes nothing but rounding.
 
-Shape legend: B batch, L length, N windows.
+Shape legend: B batch, L length.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blindtune.errors import DataError
-from blindtune.training.dataset import IGNORED_LABEL, TokenDataset
+from blindtune.training.dataset import IGNORED_LABEL
 
 
 def collate(examples: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
@@ -38,31 +37,6 @@ def collate(examples: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict
         ones = [torch.ones_like(row) for row in ids]
         batch["attention_mask"] = pad(ones, batch_first=True, padding_value=0)
     return batch
-
-
-def iterate_batches(
-    dataset: TokenDataset, batch_size: int, *, pad_token_id: int = 0, seed: int | None = None
-) -> Iterator[dict[str, Tensor]]:
-    """One pass over a data set in batches, in its own order, or shuffled by `seed`."""
-    order = range(len(dataset)) if seed is None else _epoch(len(dataset), seed, 0)
-    for first in range(0, len(order), batch_size):
-        yield collate([dataset[i] for i in order[first : first + batch_size]], pad_token_id)
-
-
-def token_windows(ids: Tensor | Sequence[int], length: int) -> Tensor:
-    """Cut one stream of tokens into full windows [N, L], for calibration and perplexity.
-
-    Raises:
-        DataError: there are fewer tokens than one window needs.
-    """
-    stream = torch.as_tensor(ids, dtype=torch.int64).flatten()
-    count = len(stream) // length
-    if count == 0:
-        raise DataError(
-            f"one window needs {length} tokens, got {len(stream)}: "
-            "give more text or a smaller length"
-        )
-    return stream[: count * length].view(count, length)
 
 
 @dataclass(frozen=True, kw_only=True)
