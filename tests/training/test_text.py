@@ -104,6 +104,54 @@ def test_assistant_turns_alone_are_trained(tmp_path, tokenizer):
     assert tokenizer.decode(data.input_ids[0]) == rendered
 
 
+@pytest.mark.parametrize("template", [None, "marked"])
+def test_a_long_conversation_keeps_an_assistant_turn(tmp_path, tokenizer, template):
+    template = template and MARKED
+    path = write(tmp_path / "a.jsonl", {"messages": CONVERSATION})
+    whole = load_dataset_file(path, tokenizer, DataConfig(chat_template=template))
+    ids = whole.input_ids[0].tolist()
+    trained = (whole.labels[0] != -100).tolist()
+    first = trained.index(True)
+    last = trained.index(False, first)
+    for length in range(2, len(ids) + 1):
+        config = DataConfig(max_length=length, chat_template=template)
+        data = load_dataset_file(path, tokenizer, config)
+        end = max(length, min(last, first + length - 1))
+        assert data.input_ids[0].tolist() == ids[end - length : end]
+        assert (data.labels[0] != -100).tolist() == trained[end - length : end]
+        if length > last - first:
+            assert trained_text(data, tokenizer).startswith("the cat<|end|>")
+        assert data.truncated == (length < len(ids))
+
+
+def test_what_was_left_out_and_cut_is_told(tmp_path, tokenizer):
+    nobody = {"messages": CONVERSATION[:1]}
+    long = {"messages": [{"role": "user", "content": WORDS}, CONVERSATION[1]]}
+    path = write(tmp_path / "a.jsonl", nobody, *[{"messages": CONVERSATION}] * 3, long)
+    data = load_dataset_file(path, tokenizer, DataConfig(max_length=64))
+    assert (len(data), data.dropped, data.truncated) == (4, 1, 1)
+    told = "in 3 examples; left out, with none: 1; cut at max_length: 1"
+    train, _ = data.split(0.25, seed=0)
+    assert show_sample(train, tokenizer).endswith(told)
+    path = write(tmp_path / "b.jsonl", {"messages": CONVERSATION}, nobody, nobody)
+    with pytest.raises(
+        DataError, match=r"b.jsonl: .* 2 of 3 examples have none.*larger max_length"
+    ):
+        load_dataset_file(path, tokenizer, DataConfig())
+
+
+def test_cut_examples_are_counted(tmp_path, tokenizer):
+    short, long = {"prompt": "the", "completion": " cat"}, {"prompt": "the", "completion": WORDS}
+    path = write(tmp_path / "a.jsonl", short, long, {"prompt": WORDS, "completion": " sat"})
+    assert load_dataset_file(path, tokenizer, DataConfig(max_length=16)).truncated == 2
+    exact = load_dataset_file(path, tokenizer, DataConfig(max_samples=1)).tokens
+    data = load_dataset_file(path, tokenizer, DataConfig(max_samples=1, max_length=exact))
+    assert data.truncated == 0
+    path = write(tmp_path / "b.jsonl", {"text": "the cat"}, {"text": WORDS})
+    data = load_dataset_file(path, tokenizer, DataConfig(max_length=16, pack=False))
+    assert data.truncated == 1
+
+
 MARKED = (
     "{% for m in messages %}{{ m['role'] }}:\n{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}"
@@ -216,7 +264,7 @@ BAD = {
     "messages.jsonl": (b'{"messages": [{"role": "user"}]}\n', "messages.jsonl:1: .*role, content"),
     "nobody.jsonl": (
         b'{"messages": [{"role": "user", "content": "a"}]}\n',
-        "nobody.jsonl: expected tokens to train on, but their share is 0 %",
+        "nobody.jsonl: expected tokens to train on, but 1 of 1 examples have none",
     ),
     "short.txt": (b"the cat", r"short.txt: one window needs 512 tokens, the text has \d"),
     "records.json": (b'[{"text": "a"}, 3]', "records.json, record 2: expected an object, got int"),

@@ -32,19 +32,23 @@ class TokenDataset:
     Args:
         input_ids: one 1-D int64 tensor [L] an example.
         labels: tensors of the same shapes.
+        truncated: how many of the examples lost a part because they were too long.
 
     Raises:
-        DataError: no example has a token that some earlier token could predict.
+        DataError: less than half of the examples have a token that an earlier one could predict.
     """
 
-    def __init__(self, input_ids: Sequence[Tensor], labels: Sequence[Tensor]) -> None:
+    def __init__(
+        self, input_ids: Sequence[Tensor], labels: Sequence[Tensor], *, truncated: int = 0
+    ) -> None:
         """Keep the examples that have something to train on."""
         assert len(input_ids) == len(labels), "every example needs its labels"
         assert all(i.shape == y.shape for i, y in zip(input_ids, labels, strict=True))
         keep = [i for i, y in enumerate(labels) if bool((y[1:] != IGNORED_LABEL).any())]
-        if not keep:
+        lost = len(labels) - len(keep)
+        if not keep or lost > len(keep):
             raise DataError(
-                f"expected tokens to train on, but their share is 0 % in {len(labels)} examples: "
+                f"expected tokens to train on, but {lost} of {len(labels)} examples have none: "
                 "give records with a completion, an assistant turn or text, or a larger max_length"
             )
         self.input_ids = [input_ids[i] for i in keep]
@@ -53,6 +57,10 @@ class TokenDataset:
         """Tokens of all examples."""
         self.trained_tokens = sum(int((y != IGNORED_LABEL).sum()) for y in self.labels)
         """Tokens that carry a label."""
+        self.dropped = lost
+        """Examples that were left out, with nothing to train on."""
+        self.truncated = truncated
+        """Examples that lost a part because they were too long, dropped ones included."""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -69,6 +77,8 @@ class TokenDataset:
 
     def split(self, fraction: float, seed: int) -> tuple[TokenDataset, TokenDataset]:
         """Split into (train, validation); the order within each part is kept.
+
+        Both parts keep the counts `dropped` and `truncated` of the whole.
 
         Args:
             fraction: share of the examples for validation, above 0 and below 1; at least one
@@ -97,7 +107,9 @@ class TokenDataset:
         return digest.hexdigest()
 
     def _subset(self, indices: Sequence[int]) -> TokenDataset:
-        return TokenDataset([self.input_ids[i] for i in indices], [self.labels[i] for i in indices])
+        part = TokenDataset([self.input_ids[i] for i in indices], [self.labels[i] for i in indices])
+        part.dropped, part.truncated = self.dropped, self.truncated
+        return part
 
 
 def show_sample(
@@ -129,9 +141,11 @@ def show_sample(
         pieces.append(f"{marks[0]}{piece}{marks[1]}" if trained[first] else piece)
     if start + max_tokens < len(example["input_ids"]):
         pieces.append(" …")
+    lost = f"; left out, with none: {dataset.dropped:,}" if dataset.dropped else ""
+    cut = f"; cut at max_length: {dataset.truncated:,}" if dataset.truncated else ""
     return (
         "".join(pieces) + f"\ntrained tokens: {dataset.trained_tokens:,} of {dataset.tokens:,} "
-        f"({dataset.trained_share:.1%}) in {len(dataset):,} examples"
+        f"({dataset.trained_share:.1%}) in {len(dataset):,} examples{lost}{cut}"
     )
 
 

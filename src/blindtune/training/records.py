@@ -40,6 +40,8 @@ class Example:
     """Token ids."""
     trained: list[bool]
     """For each token whether it is a target of the loss."""
+    cut: bool = False
+    """Whether a part was left out because it was too long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +98,12 @@ def encode_completion(
     prompt_ids = token_ids(prompt, tokenizer)
     if eos and prompt_ids[-1:] == eos and not prompt.endswith(str(tokenizer.eos_token)):
         prompt_ids = prompt_ids[:-1]
-    answer_ids = (token_ids(completion, tokenizer, special=False) + eos)[: max_length - 1]
+    answer_ids = token_ids(completion, tokenizer, special=False) + eos
+    cut = len(prompt_ids) + len(answer_ids) > max_length
+    answer_ids = answer_ids[: max_length - 1]
     prompt_ids = prompt_ids[-(max_length - len(answer_ids)) :]
     trained = [False] * len(prompt_ids) + [True] * len(answer_ids)
-    return Example(input_ids=prompt_ids + answer_ids, trained=trained)
+    return Example(input_ids=prompt_ids + answer_ids, trained=trained, cut=cut)
 
 
 def read_item(record: Record, where: str) -> Item:
@@ -143,7 +147,8 @@ def encode_messages(
     """A conversation through the chat template, the assistant's turns trained.
 
     The turns are located by the template's own generation marks where it has them, else by
-    rendering the conversation up to each turn, which must be a prefix of the whole.
+    rendering the conversation up to each turn, which must be a prefix of the whole. A conversation
+    that is too long loses its end, or as much of its beginning as its first assistant turn needs.
     """
     _check_messages(messages, where)
     template = chat_template or tokenizer.chat_template
@@ -161,14 +166,26 @@ def encode_messages(
             return_assistant_tokens_mask=True,
         )
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-        return Example(input_ids=ids[:max_length], trained=[bool(m) for m in mask[:max_length]])
+        return _fit(ids, [bool(marked) for marked in mask], max_length)
     text, spans = _assistant_spans(messages, tokenizer, template, where)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     trained = [
         first < last and any(a <= first and last <= b for a, b in spans)
         for first, last in encoded["offset_mapping"]
     ]
-    return Example(input_ids=encoded["input_ids"][:max_length], trained=trained[:max_length])
+    return _fit(encoded["input_ids"], trained, max_length)
+
+
+def _fit(ids: list[int], trained: list[bool], max_length: int) -> Example:
+    """The window of a conversation that holds its first assistant turn, or the start of it."""
+    end = min(max_length, len(ids))
+    if True in trained:
+        first = trained.index(True)
+        last = trained.index(False, first) if False in trained[first:] else len(ids)
+        end = max(end, min(last, first + max_length - 1))
+    start = max(0, end - max_length)
+    cut = len(ids) > max_length
+    return Example(input_ids=ids[start:end], trained=trained[start:end], cut=cut)
 
 
 def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = True) -> list[int]:

@@ -85,7 +85,7 @@ def load_dataset_file(
 
     Raises:
         DataError: the file is missing, empty, malformed, of an unknown kind, has none of the
-            accepted columns, or holds nothing to train on.
+            accepted columns, or most of its examples hold nothing to train on.
     """
     source = str(path_or_hub_name)
     rows = islice(_rows(source, config), config.max_samples)
@@ -134,8 +134,11 @@ def _encode_texts(
     documents = (token_ids(text, tokenizer) for text in texts if text.strip())
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if not config.pack:
-        cut = ((ids + eos)[: config.max_length] for ids in documents)
-        return [Example(input_ids=ids, trained=[True] * len(ids)) for ids in cut]
+        size = config.max_length
+        return [
+            Example(input_ids=ids[:size], trained=[True] * len(ids[:size]), cut=len(ids) > size)
+            for ids in (document + eos for document in documents)
+        ]
     stream: list[int] = []
     for ids in documents:
         stream.extend(eos + ids if stream else ids)
@@ -174,7 +177,7 @@ def _dataset(examples: list[Example]) -> TokenDataset:
         else ids.masked_fill(~torch.tensor(example.trained, dtype=torch.bool), IGNORED_LABEL)
         for ids, example in zip(input_ids, examples, strict=True)
     ]
-    return TokenDataset(input_ids, labels)
+    return TokenDataset(input_ids, labels, truncated=sum(example.cut for example in examples))
 
 
 def _chain(first: Row, rest: Iterator[Row]) -> Iterator[Row]:
