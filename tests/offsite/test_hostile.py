@@ -1,12 +1,25 @@
 """Packages whose hashes are right and whose content is hostile: refused, cheaply, by name."""
 
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
 import pytest
 import torch
 
-from blindtune.errors import PackageError
+from blindtune.errors import OutputError, PackageError, UnsupportedModelError
 from blindtune.exchange.package import open_package, write_package
+from blindtune.models import configs
+from blindtune.models.configs import check_buffers, config_values
 from blindtune.models.loading import load_model
+from blindtune.models.surgery import meta_model
+from blindtune.models.tokenizers import FILE_NAMES
+from blindtune.offsite.emulator import open_emulator, read_config, sketch, write_emulator
 from blindtune.offsite.plugin import merge, plug_in
+from tiny_models import FAMILY_NAMES, tiny_config
 
 Q_PROJ = "self_attn.q_proj"
 
@@ -58,3 +71,121 @@ def test_large_finite_weights_change_by_a_finite_amount(world, tmp_path):
     forged_adapter(world, tmp_path / "odd", "adapter", huge_weight())
     change = plug_in(world.path / "model", tmp_path / "odd", None).relative_change
     assert 1e30 < change[7] < float("inf")
+
+
+def altered(world, tmp_path, config):
+    """The world's emulator with other values in its config; the hashes are right."""
+    package = open_package(world.path / "emulator", "emulator")
+    tensors = package.read_tensors({n: (f.shape, f.dtype) for n, f in package.header.items()})
+    files = {name: package.read_file(name) for name in FILE_NAMES if name in package.manifest.files}
+    manifest = msgspec.structs.replace(package.manifest, config=package.manifest.config | config)
+    write_package(tmp_path / "odd", manifest, tensors, files)
+    return tmp_path / "odd"
+
+
+def test_buffers_that_only_the_config_asks_for_are_bounded():
+    """Such a config is 3 kB; the buffers would be 6 GB."""
+    config = tiny_config("phi")
+    config.rope_parameters["partial_rotary_factor"] = 1e8
+    with pytest.raises(PackageError, match=r"buffers.*6,400,000,000"):
+        check_buffers(meta_model(config))
+    for name in FAMILY_NAMES:
+        check_buffers(meta_model(tiny_config(name)))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"rope_parameters": {"partial_rotary_factor": 1e8}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "finite buffers"),
+        ({"num_hidden_layers": 10**11}, "num_hidden_layers"),
+        ({"num_hidden_layers": 4}, "lists 8"),
+        ({"pad_token_id": 10**6}, "pad_token_id"),
+        ({"eos_token_id": [2, 128]}, "eos_token_id"),
+        ({"bos_token_id": -1}, "bos_token_id"),
+        ({"return_dict": False}, "return_dict"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"use_cache": False}, "use_cache"),
+        ({"chunk_size_feed_forward": 1}, "chunk_size_feed_forward"),
+        ({"problem_type": "regression"}, "problem_type"),
+        ({"id2label": {"0": "x"}}, "id2label"),
+        ({"label2id": {"x": 0}}, "label2id"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder"),
+        ({"quantization_config": {}}, "unknown keys quantization_config"),
+        ({"_attn_implementation": "x/y"}, "unknown keys _attn_implementation"),
+        ({"model_type": "mistral"}, "model_type 'mistral'"),
+        ({"dtype": "float16"}, "dtype 'float16'"),
+        ({"attention_dropout": 1.5}, "attention_dropout"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
+        ({"hidden_act": "no such"}, "no model can be built"),
+        ({"num_key_value_heads": 0}, "no model can be built|expected a plain config"),
+    ],
+)
+def test_hostile_configs_are_refused(world, tmp_path, config, words):
+    package = altered(world, tmp_path, config)
+    with pytest.raises(PackageError, match=words):
+        open_emulator(package)
+
+
+def test_a_runtime_key_with_its_default_is_harmless_and_never_written(world, tmp_path):
+    written = open_package(world.path / "emulator", "emulator").manifest.config
+    assert not {"return_dict", "use_cache", "id2label", "output_attentions"} & set(written)
+    defaults = {"return_dict": True, "use_cache": True, "output_attentions": False}
+    open_emulator(altered(world, tmp_path, defaults))
+
+
+def test_config_classes_outside_of_the_table_are_never_looked_up(world, monkeypatch):
+    package = open_package(world.path / "emulator", "emulator")
+    looked_up = []
+    monkeypatch.setattr(configs.AutoConfig, "for_model", looked_up.append)
+    manifest = msgspec.structs.replace(
+        package.manifest, model_type="mamba", config={"model_type": "mamba"}
+    )
+    with pytest.raises(UnsupportedModelError, match="mamba"):
+        read_config(manifest)
+    assert not looked_up
+
+
+def test_fewer_tensors_than_layers_are_refused_before_a_model_is_built(world):
+    package = open_package(world.path / "emulator", "emulator")
+    few = dict(list(package.header.items())[:7])
+    with pytest.raises(PackageError, match="7 tensors"):
+        sketch(dataclasses.replace(package, header=few))
+
+
+def test_one_hostile_value_anywhere_in_a_config_costs_nothing(tmp_path):
+    """Under a limit of memory and of time; nothing escapes but a refusal."""
+    program = Path(__file__).with_name("hostile_configs.py")
+    done = subprocess.run(
+        [sys.executable, str(program), str(tmp_path), "phi,qwen3,bloom", "2"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split("\n")[:-2] == []
+    assert int(done.stdout) > 200
+
+
+def test_what_no_reader_accepts_is_not_written(world, tmp_path):
+    opened = open_emulator(world.path / "emulator")
+    opened.model.config.attention_dropout = 1.0
+    with pytest.raises(OutputError, match="attention_dropout"):
+        write_emulator(
+            opened.model,
+            opened.tokenizer,
+            opened.manifest.layers,
+            tmp_path / "e",
+            model_fingerprint=opened.manifest.model,
+            adapter_layers=1,
+            full_model=opened.manifest.full_model,
+        )
+    assert not (tmp_path / "e").exists()
+
+
+def test_token_ids_outside_of_the_vocabulary_are_written_as_none():
+    config = tiny_config("llama")
+    config.pad_token_id, config.eos_token_id = -1, [2, 5]
+    values = config_values(config)
+    assert (values["pad_token_id"], values["bos_token_id"]) == (None, 1)
+    assert values["eos_token_id"] == [2, 5]

@@ -9,17 +9,16 @@ This module also runs at the data owner and knows nothing of how an emulator is 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blindtune.errors import ModelError, PackageError
+from blindtune.errors import ModelError, OutputError, PackageError
 from blindtune.exchange.manifest import (
     CompressedLayer,
     Dtype,
@@ -29,19 +28,19 @@ from blindtune.exchange.manifest import (
     LayerEntry,
 )
 from blindtune.exchange.package import Package, open_package, write_package
+from blindtune.exchange.tensors import Expected, check_expected
 from blindtune.models.blocks import Harmonizer
+from blindtune.models.configs import (
+    check_buffers,
+    check_finite_buffers,
+    config_from_values,
+    config_values,
+)
 from blindtune.models.decoder import Decoder
 from blindtune.models.surgery import empty_model, meta_model, replace_layer, tied_names
 from blindtune.models.tokenizers import FILE_NAMES, tokenizer_files, tokenizer_from_files
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-# What a config may hold besides the keys that its own class knows.
-_EXTRA_KEYS = frozenset({"model_type", "architectures", "dtype", "num_hidden_layers"})
-# What never goes into a package: where the owner keeps the model, library versions, code.
-_PRIVATE_KEYS = frozenset(
-    {"_name_or_path", "auto_map", "transformers_version", "quantization_config", "custom_pipelines"}
-)
 
 
 @final
@@ -99,19 +98,24 @@ def write_emulator(
         full_model: facts that `inspect` compares with.
         dtype: of the weights in the package.
         max_length: longest sequence the emulator is meant for; None: the config's limit.
+
+    Raises:
+        OutputError: it cannot be written, or no reader would accept the model's config.
     """
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    config = {k: v for k, v in config.items() if k in _known_keys(type(model.config))}
     manifest = EmulatorManifest(
         model=model_fingerprint,
         model_type=model.config.model_type,
-        config=config | {"dtype": dtype},
+        config=config_values(model.config) | {"dtype": dtype},
         dtype=dtype,
         adapter_layers=adapter_layers,
         layers=list(layers),
         full_model=full_model,
         max_length=max_length,
     )
+    try:
+        read_config(manifest)
+    except PackageError as error:
+        raise OutputError(f"the model's config is one that no reader accepts: {error}") from error
     tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in package_tensors(model).items()}
     return write_package(out, manifest, tensors, tokenizer_files(tokenizer), overwrite=overwrite)
 
@@ -147,51 +151,66 @@ def open_emulator(package: str | Path, *, dtype: torch.dtype | None = None) -> E
     return Emulator(model=model, tokenizer=tokenizer, id=opened.id, manifest=opened.manifest)
 
 
+def sketch(package: Package[EmulatorManifest]) -> PreTrainedModel:
+    """The emulator on the meta device: its names and shapes, proven to be the package's.
+
+    Raises:
+        UnsupportedModelError: its model family is not known here.
+        PackageError: no model can be built as the manifest says.
+        MismatchError: the tensors are not those that the manifest describes.
+    """
+    if len(package.header) < len(package.manifest.layers):
+        raise PackageError(
+            f"{package.path}: expected weights in each of {len(package.manifest.layers)} layers, "
+            f"got {len(package.header)} tensors: ask for the package again"
+        )
+    model = _build(package, meta_model)
+    check_expected(package.header, _expected(model), package.path)
+    return model
+
+
+def _expected(model: PreTrainedModel) -> Expected:
+    return {name: (tuple(t.shape), t.dtype) for name, t in package_tensors(model).items()}
+
+
 def _load(package: Package[EmulatorManifest]) -> PreTrainedModel:
-    manifest = package.manifest
-    config = read_config(manifest)
-    dtype = DTYPES[manifest.dtype]
-    try:
-        sketch = assemble(meta_model(config, dtype=dtype), manifest.layers)
-    except ModelError as error:
-        raise PackageError(f"{package.path}: {error}") from error
-    expected = {
-        name: (tuple(tensor.shape), tensor.dtype)
-        for name, tensor in package_tensors(sketch).items()
-    }
-    tensors = package.read_tensors(expected)
-    model = assemble(empty_model(config, dtype=dtype), manifest.layers)
+    shape = sketch(package)
+    tensors = package.read_tensors(_expected(shape))
+    model = _build(package, empty_model)
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     assert not unexpected, unexpected
-    assert set(missing) <= set(tied_names(sketch)), missing
+    assert set(missing) <= set(tied_names(shape)), missing
     model.tie_weights()
     return model
 
 
-def read_config(manifest: EmulatorManifest) -> Any:
-    """The Hugging Face config of a package; unknown keys and other layer counts are refused."""
+def _build(
+    package: Package[EmulatorManifest], build: Callable[..., PreTrainedModel]
+) -> PreTrainedModel:
+    """The assembled model, without weights; `build` is `meta_model` or `empty_model`."""
+    manifest, config = package.manifest, read_config(package.manifest)
     try:
-        kind = type(AutoConfig.for_model(manifest.model_type))
-        unknown = sorted(set(manifest.config) - _known_keys(kind))
-        if unknown:
-            raise ValueError(f"unknown keys {', '.join(unknown)}")
-        config = kind.from_dict(manifest.config)
-    except Exception as error:  # a config class may raise anything on a stranger's values
+        model = assemble(build(config, dtype=DTYPES[manifest.dtype]), manifest.layers)
+    except Exception as error:  # a stranger's numbers reach code that never expected them
         raise PackageError(
-            f"expected a config of a known model type, got {manifest.model_type!r}: "
-            f"{str(error)[:200]}: ask for the package again"
+            f"{package.path}: no model can be built of its config: "
+            f"{' '.join(str(error).split())[:300]}: ask for the package again"
         ) from error
-    if config.num_hidden_layers != len(manifest.layers):
-        raise PackageError(
-            f"expected {len(manifest.layers)} layers as listed, got a config with "
-            f"{config.num_hidden_layers}: ask for the package again"
-        )
-    return config
+    if build is meta_model:
+        check_buffers(model)
+    else:
+        check_finite_buffers(model)
+    return model
 
 
-def _known_keys(kind: type) -> set[str]:
-    """What a config in a package may hold: the keys that its class knows, no private ones."""
-    return (set(kind().to_dict()) | _EXTRA_KEYS) - _PRIVATE_KEYS
+def read_config(manifest: EmulatorManifest) -> Any:
+    """The Hugging Face config of a package, judged; errors as of `config_from_values`."""
+    return config_from_values(
+        manifest.config,
+        model_type=manifest.model_type,
+        dtype=manifest.dtype,
+        layer_count=len(manifest.layers),
+    )
 
 
 def assemble(model: PreTrainedModel, layers: Sequence[LayerEntry]) -> PreTrainedModel:
