@@ -5,6 +5,7 @@ import logging
 import shutil
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import yaml
@@ -98,6 +99,25 @@ def test_people_get_tables_of_what_was_written(made, blindtune, tmp_path):
     assert "validation loss" in done.out
     done = blindtune("plug-in", made / "llama", tmp_path / "a", "--out", tmp_path / "t")
     assert "relative change" in done.out
+
+
+def test_scores_are_written_with_their_options(made, blindtune, tmp_path):
+    out = tmp_path / "scores.json"
+    asked = ["evaluate", made / "tuned", "--choices", made / "choices.jsonl", "--out", out]
+    done = blindtune(*asked, "--max-items", 4)
+    assert done.code == 0
+    for path in (out, tmp_path / "scores.json.options.yaml"):
+        assert path.name in done.out
+    written = json.loads(out.read_text())
+    assert (written["verb"], written["choices"]["items"]) == ("evaluate", 4)
+    again = ["evaluate", "--config", tmp_path / "scores.json.options.yaml", "--overwrite", "--json"]
+    facts = blindtune(*again).facts
+    assert facts["choices"] == written["choices"]
+    assert facts.keys() - written.keys() == {"wall_seconds"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        out.name,
+        f"{out.name}.options.yaml",
+    ]
 
 
 @pytest.mark.parametrize("name", ["study", "emulator", "adapter", "tuned"])
@@ -241,8 +261,12 @@ def test_bars_are_for_terminals(capsys, monkeypatch):
     with printing.stages() as show:
         show("work", 1, 2)
         show("work", 2, 2)
+        score = partial(show, "score")
+        score(1, 2)
+        score(30, 40)  # another measure under the same name
     captured = capsys.readouterr()
     assert "work" in captured.err
+    assert "30/40" in captured.err
     assert captured.out == ""
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from command_line import STUDY_OPTIONS, TUNE_OPTIONS, write_lines
 
 VERIFICATION, USAGE, INTERNAL = 3, 2, 70
@@ -177,6 +178,41 @@ def test_the_working_directory_is_no_output(made, blindtune, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     done = blindtune("emulate", made / "study", "--out", ".", "--overwrite")
     refused(done, USAGE, "expected a new directory")
+
+
+def test_scores_bury_nothing(made, blindtune, tmp_path):
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("mine")
+    asked = ["evaluate", made / "tuned", "--choices", made / "choices.jsonl", "--out"]
+    refused(blindtune(*asked, thesis), USAGE, "expected a new file")
+    refused(blindtune(*asked, thesis, "--overwrite"), USAGE, "expected a new file")
+    refused(blindtune(*asked, tmp_path, "--overwrite"), USAGE, "expected a new file")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    assert thesis.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("error", "place"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0"), "GPU"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "CPU"),
+        (MemoryError(), "CPU"),
+    ],
+)
+def test_too_little_memory(made, blindtune, tune, monkeypatch, error, place):
+    import blindtune.evaluation.evaluating as evaluating
+    import blindtune.offsite.tuning as tuning
+
+    def full(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(tuning, "tune", full)
+    monkeypatch.setattr(evaluating, "evaluate", full)
+    words = f"out of memory on the {place}: lower"
+    done = tune(made / "private.jsonl")
+    refused(done, USAGE, f"{words} --per-device-train-batch-size", "--gradient-checkpointing")
+    done = blindtune("evaluate", made / "llama", "--data", made / "public.txt")
+    refused(done, USAGE, f"{words} --batch-size or --max-length")
 
 
 def test_a_file_that_cannot_be_read(made, blindtune, monkeypatch):

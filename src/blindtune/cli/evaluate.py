@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from blindtune.cli.options import Group
-from blindtune.cli.printing import duration, print_columns, stages
+from blindtune.cli.printing import duration, print_columns, print_pairs, stages
 from blindtune.cli.verb import Facts, Settings, Verb
 
 if TYPE_CHECKING:
@@ -21,10 +21,13 @@ Run by either party. Text gives perplexity; records with targets give the loss o
 multiple-choice records (question, choices, label) give accuracy; tasks of lm-evaluation-harness
 are run by name, where their data can be had.
 
+Finishes in one go: interrupted, it leaves nothing behind; there is no --resume.
+
 \b
 Needs:   MODEL, a directory, a hub name, smollm2-135m, or an emulator
          package; at least one of --data, --choices, --tasks.
-Writes:  nothing.
+Writes:  nothing; with --out the scores as JSON, as --json prints them, and
+         FILE.options.yaml beside them.
 
 \b
 Example:
@@ -45,7 +48,7 @@ def act(settings: Settings) -> Facts:
             config=settings.of(EvaluationConfig),
             on_progress=lambda done, total: show(f"score ({total:,})", done, total),
         )
-    return found.facts()
+    return found.facts() if settings["out"] is None else {"path": settings["out"], **found.facts()}
 
 
 def show(facts: Facts, console: Console) -> None:
@@ -69,6 +72,9 @@ def show(facts: Facts, console: Console) -> None:
             rows.append((f"{task['task']} {metric}", f"{value:.4f}", error, on))
     console.print(f"[bold]{facts['model']}[/bold], {duration(facts['seconds'])}")
     print_columns(console, ("measure", "value", "standard error", "on"), rows)
+    if "path" in facts:
+        pairs = [("scores", facts["path"]), ("options", facts["options"])]
+        print_pairs(console, "Written", pairs)
 
 
 def _error(value: float | None) -> str:
@@ -99,6 +105,7 @@ VERB = Verb(
         click.Option(["--adapter"], metavar="DIR", help="Adapter package to put in first."),
         click.Option(["--data"], metavar="FILE", help="Text or records, a file or a hub name."),
         click.Option(["--choices"], metavar="FILE", help="Multiple-choice records (.jsonl)."),
+        click.Option(["--out"], metavar="FILE", help="Also write the scores, as JSON."),
     ),
     groups=(
         Group(
@@ -110,4 +117,6 @@ VERB = Verb(
     act=act,
     show=show,
     estimate=estimate,
+    out_is_file=True,
+    less_memory="lower --batch-size or --max-length",
 )

@@ -30,8 +30,13 @@ def stdout_console() -> Console:
 
 
 def print_json(facts: Mapping[str, Any]) -> None:
-    """One line on stdout; numbers that JSON has no word for become null."""
-    print(json.dumps(plain(facts), allow_nan=False, ensure_ascii=False), flush=True)
+    """One line on stdout."""
+    print(json_line(facts), flush=True)
+
+
+def json_line(facts: Mapping[str, Any]) -> str:
+    """One line of JSON; numbers that it has no word for become null."""
+    return json.dumps(plain(facts), allow_nan=False, ensure_ascii=False)
 
 
 def plain(value: Any) -> Any:
@@ -119,7 +124,10 @@ def duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def stages() -> Iterator[OnStage]:
-    """A bar a stage on stderr, with the time left; nothing where stderr is no terminal."""
+    """A bar a stage on stderr, with the time left; nothing where stderr is no terminal.
+
+    Where (done, total) is reported, `partial(show, "score")` makes a bar of that name.
+    """
     if not sys.stderr.isatty():
         yield lambda stage, done, total: None
         return
@@ -147,6 +155,6 @@ def stages() -> Iterator[OnStage]:
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
+            bar.update(tasks[stage], completed=done, total=total)
 
         yield show

@@ -138,5 +138,6 @@ VERB = Verb(
     show=show,
     estimate=estimate,
     mark="study.json",
+    less_memory="lower --batch-size, --dynamic-batch-size or --max-length",
     interrupted="finished stages are kept: the same command goes on from there",
 )

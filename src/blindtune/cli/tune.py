@@ -156,5 +156,7 @@ VERB = Verb(
     show=show,
     estimate=estimate,
     mark="manifest.json",
+    less_memory="lower --per-device-train-batch-size (and raise --gradient-accumulation-steps) or "
+    "--max-length, or add --gradient-checkpointing",
     interrupted="the same command goes on from the last checkpoint",
 )

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from blindtune.cli.configfile import read_config, write_config
+from blindtune.cli.configfile import options_path, read_config, write_config
 from blindtune.cli.options import Field, Group
-from blindtune.cli.printing import print_estimate, print_json, stdout_console
-from blindtune.errors import OutputError
+from blindtune.cli.printing import json_line, print_estimate, print_json, stdout_console
+from blindtune.errors import BlindtuneError, OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,12 +68,16 @@ class Verb:
     estimate: Callable[[Settings], Estimate] | None = None
     mark: str = ""
     """A file that every output of the verb has; --overwrite replaces nothing else."""
+    out_is_file: bool = False
+    """Whether `out` is an optional file for what --json prints, instead of a directory."""
+    less_memory: str = "use a machine with more memory"
+    """What to do when memory runs out."""
     interrupted: str = "nothing was left behind: run the same command again"
     """What to do after Ctrl-C."""
 
     @property
     def writes(self) -> bool:
-        """Whether there is an output directory."""
+        """Whether there is an output."""
         return any(parameter.name == "out" for parameter in self.parameters)
 
     def command(self) -> click.Command:
@@ -171,6 +175,7 @@ def _run(verb: Verb, values: dict[str, Any]) -> None:
         for name in verb.known()
     }
     settings = Settings(values=resolved, groups=verb.groups, overwrite=flags["overwrite"])
+    out = None if resolved.get("out") is None else Path(resolved["out"])
     start = time.perf_counter()
     try:
         with _calm(flags["debug"]):
@@ -182,15 +187,21 @@ def _run(verb: Verb, values: dict[str, Any]) -> None:
                 assert verb.estimate is not None
                 found, facts = verb.estimate(settings), None
             else:
-                if verb.writes:
-                    _check_place(verb, Path(resolved["out"]))
+                if out is not None:
+                    _check_place(verb, out, settings.overwrite)
                 facts = verb.act(settings)
-                if verb.writes and process_rank() == 0:
-                    saved = write_config(verb.name, Path(resolved["out"]), resolved)
-                    facts["options"] = str(saved)
+                if out is not None and process_rank() == 0:
+                    facts["options"] = str(options_path(out))
+                    if verb.out_is_file:
+                        _write_facts(out, {"verb": verb.name, **facts})
+                    write_config(verb.name, out, resolved)
     except KeyboardInterrupt:
         click.echo(f"interrupted; {verb.interrupted}", err=True)
         raise click.exceptions.Exit(130) from None
+    except Exception as error:
+        if (place := _full_memory(error)) is None:
+            raise
+        raise BlindtuneError(f"out of memory on the {place}: {verb.less_memory}") from error
     if process_rank() != 0:
         return
     if facts is None:
@@ -202,7 +213,24 @@ def _run(verb: Verb, values: dict[str, Any]) -> None:
         verb.show(facts, stdout_console())
 
 
-def _check_place(verb: Verb, out: Path) -> None:
+def _full_memory(error: Exception) -> str | None:
+    """Whose memory has run out (GPU or CPU), if that is what the error says."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return "GPU"
+    refused = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return "CPU" if refused or isinstance(error, MemoryError) else None
+
+
+def _write_facts(out: Path, facts: Facts) -> None:
+    """Save what --json prints."""
+    from blindtune.atomic import atomic_file
+
+    with atomic_file(out) as partial:
+        partial.write_text(json_line(facts) + "\n", encoding="utf-8")
+
+
+def _check_place(verb: Verb, out: Path, overwrite: bool) -> None:
     """Refuse at once an output that could not be made in the end, or would bury something else."""
     place = out.absolute().parent
     while not place.exists() and place != place.parent:
@@ -211,6 +239,13 @@ def _check_place(verb: Verb, out: Path) -> None:
         raise OutputError(f"{out}: cannot be made, {place} is a file: choose another --out")
     if not os.access(place, os.W_OK | os.X_OK):
         raise OutputError(f"{out}: cannot be made, {place} is not yours to write: choose another")
+    if verb.out_is_file:
+        if out.exists() and not (overwrite and _is_earlier_file(verb, out)):
+            raise OutputError(
+                f"{out}: expected a new file, or an earlier output of {verb.name} with "
+                "--overwrite, something is there: choose another --out"
+            )
+        return
     foreign = out.is_file() or (
         out.is_dir() and any(out.iterdir()) and not (out / verb.mark).is_file()
     )
@@ -219,6 +254,14 @@ def _check_place(verb: Verb, out: Path) -> None:
             f"{out}: expected a new directory, or an earlier output of {verb.name} with "
             "--overwrite, something else is there: choose another --out"
         )
+
+
+def _is_earlier_file(verb: Verb, out: Path) -> bool:
+    if not out.is_file():
+        return False
+    beginning = f'{{"verb": "{verb.name}"'.encode()
+    with out.open("rb") as file:
+        return file.read(len(beginning)) == beginning
 
 
 @contextlib.contextmanager
