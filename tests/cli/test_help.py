@@ -38,6 +38,23 @@ def test_help_says_who_what_and_how(verb, capsys):
     assert max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_says_what_can_be_resumed(verb, capsys):
+    assert run([verb, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert ("--resume [auto|never]" in text) != ("there is no --resume" in text)
+
+
+def test_emulate_tells_what_beta_does_by_default(capsys):
+    from blindtune.offsite.emulation import EmulatorConfig
+
+    assert EmulatorConfig().reading == "kept"
+    assert run(["emulate", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "keep the share BETA of the rank" in text
+    assert "Larger alpha and smaller beta protect the model better" in text
+
+
 def test_options_stand_under_the_heading_of_their_config(capsys):
     assert run(["tune", "--help"]) == 0
     text = capsys.readouterr().out

@@ -19,8 +19,10 @@ HELP = """Make an emulator from a study, without training.
 
 Run by the model owner, as often as needed. Three numbers decide: N_a adapter layers at each end
 stay as they are, the share ALPHA of the middle layers becomes harmonizers, the other middle layers
-lose the share BETA of the rank of their attention weights. Larger alpha and beta protect the model
-better and serve the data owner less.
+keep the share BETA of the rank of their attention weights (with --reading removed they lose it).
+Larger alpha and smaller beta protect the model better and serve the data owner less.
+
+Finishes in one go: interrupted, it leaves nothing behind; there is no --resume.
 
 \b
 Needs:   STUDY, from `blindtune study`, and the model where it was then.

@@ -18,6 +18,8 @@ Run by either party, on an emulator or an adapter: before sending it, and before
 byte is checked against the package's manifest; the model is not built. Compare the package id with
 its maker over another channel, because a hash tells that a package is whole, not who made it.
 
+Finishes in one go: interrupted, it leaves nothing behind; there is no --resume.
+
 \b
 Needs:   PACKAGE, the directory of an emulator or an adapter.
 Writes:  nothing.

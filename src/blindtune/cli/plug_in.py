@@ -20,6 +20,8 @@ Run by the model owner. The adapter is another party's work, and is believed in 
 name this very model, and hold exactly the adapter layers' tensors, all finite. The result is an
 ordinary Hugging Face directory, which opens without this project.
 
+Finishes in one go: interrupted, it leaves nothing behind; there is no --resume.
+
 \b
 Needs:   MODEL, as it was studied; ADAPTER, the package that came back.
 Writes:  a model directory; NAME.options.yaml beside it.
