@@ -1,9 +1,11 @@
 """Packages whose hashes are right and whose content is hostile: refused, cheaply, by name."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -16,10 +18,18 @@ from blindtune.models import configs
 from blindtune.models.configs import check_buffers, config_values
 from blindtune.models.loading import load_model
 from blindtune.models.surgery import meta_model
-from blindtune.models.tokenizers import FILE_NAMES
+from blindtune.models.tokenizers import (
+    FILE_NAMES,
+    SETTINGS_NAME,
+    TEMPLATE_NAME,
+    TOKENIZER_NAME,
+    tokenizer_files,
+    tokenizer_from_files,
+)
 from blindtune.offsite.emulator import open_emulator, read_config, sketch, write_emulator
+from blindtune.offsite.inspection import inspect
 from blindtune.offsite.plugin import merge, plug_in
-from tiny_models import FAMILY_NAMES, tiny_config
+from tiny_models import FAMILY_NAMES, tiny_config, tiny_tokenizer
 
 Q_PROJ = "self_attn.q_proj"
 
@@ -73,13 +83,14 @@ def test_large_finite_weights_change_by_a_finite_amount(world, tmp_path):
     assert 1e30 < change[7] < float("inf")
 
 
-def altered(world, tmp_path, config):
-    """The world's emulator with other values in its config; the hashes are right."""
+def altered(world, tmp_path, config=None, replaced=None):
+    """The world's emulator with other values in its config or other files; the hashes are right."""
     package = open_package(world.path / "emulator", "emulator")
     tensors = package.read_tensors({n: (f.shape, f.dtype) for n, f in package.header.items()})
     files = {name: package.read_file(name) for name in FILE_NAMES if name in package.manifest.files}
-    manifest = msgspec.structs.replace(package.manifest, config=package.manifest.config | config)
-    write_package(tmp_path / "odd", manifest, tensors, files)
+    config = package.manifest.config | (config or {})
+    manifest = msgspec.structs.replace(package.manifest, config=config)
+    write_package(tmp_path / "odd", manifest, tensors, files | (replaced or {}))
     return tmp_path / "odd"
 
 
@@ -167,19 +178,23 @@ def test_one_hostile_value_anywhere_in_a_config_costs_nothing(tmp_path):
     assert int(done.stdout) > 200
 
 
+def write_again(opened, out):
+    write_emulator(
+        opened.model,
+        opened.tokenizer,
+        opened.manifest.layers,
+        out,
+        model_fingerprint=opened.manifest.model,
+        adapter_layers=1,
+        full_model=opened.manifest.full_model,
+    )
+
+
 def test_what_no_reader_accepts_is_not_written(world, tmp_path):
     opened = open_emulator(world.path / "emulator")
     opened.model.config.attention_dropout = 1.0
     with pytest.raises(OutputError, match="attention_dropout"):
-        write_emulator(
-            opened.model,
-            opened.tokenizer,
-            opened.manifest.layers,
-            tmp_path / "e",
-            model_fingerprint=opened.manifest.model,
-            adapter_layers=1,
-            full_model=opened.manifest.full_model,
-        )
+        write_again(opened, tmp_path / "e")
     assert not (tmp_path / "e").exists()
 
 
@@ -189,3 +204,89 @@ def test_token_ids_outside_of_the_vocabulary_are_written_as_none():
     values = config_values(config)
     assert (values["pad_token_id"], values["bos_token_id"]) == (None, 1)
     assert values["eos_token_id"] == [2, 5]
+
+
+def template(token):
+    """A post-processor that puts a token of this id before every text."""
+    return {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [token], "tokens": ["<s>"]}},
+    }
+
+
+def broken(kind):
+    """A tokenizer.json on which the tokenizers library panics or raises."""
+    model = {
+        "bpe": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]],
+                "continuing_subword_prefix": "######"},
+        "word piece": {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "zz",
+                       "continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
+    }  # fmt: skip
+    charsmap = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    return {"model": model[kind]} if kind in model else {"normalizer": charsmap}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t["model"]["vocab"].update(q=128), "ids up to 128"),
+        (lambda t: t.update(post_processor=template(128)), "ids up to 128"),
+        (lambda t: t.update(broken("bpe")), "Panic|BPE|Exception"),
+        (lambda t: t.update(broken("word piece")), "UNK"),
+        (lambda t: t.update(broken("normalizer")), "Precompiled"),
+    ],
+)
+def test_hostile_tokenizers_are_refused(world, tmp_path, change, words):
+    tokenizer = json.loads(tokenizer_files(tiny_tokenizer())[TOKENIZER_NAME])
+    change(tokenizer)
+    package = altered(world, tmp_path, replaced={TOKENIZER_NAME: json.dumps(tokenizer).encode()})
+    with pytest.raises(PackageError, match=words):
+        open_emulator(package)
+
+
+def test_settings_may_not_add_a_token_without_a_row(world, tmp_path):
+    files = tokenizer_files(tiny_tokenizer())
+    settings = json.dumps({"pad_token": "a new one"}).encode()
+    assert len(tokenizer_from_files(files | {SETTINGS_NAME: settings}, rows=101)) == 101
+    with pytest.raises(PackageError, match="ids up to 100, the embedding has 100 rows"):
+        tokenizer_from_files(files | {SETTINGS_NAME: settings}, rows=100)
+
+
+def test_padding_and_truncation_of_a_stranger_are_dropped():
+    files = tokenizer_files(tiny_tokenizer())
+    tokenizer = json.loads(files[TOKENIZER_NAME])
+    tokenizer["padding"] = {
+        "strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 10**6, "pad_type_id": 0, "pad_token": "<pad>",
+    }  # fmt: skip
+    tokenizer["truncation"] = {
+        "direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5,
+    }  # fmt: skip
+    odd = files | {TOKENIZER_NAME: json.dumps(tokenizer).encode()}
+    plain, read = tokenizer_from_files(files, rows=128), tokenizer_from_files(odd, rows=128)
+    assert read("abc").input_ids == plain("abc").input_ids
+    assert read.backend_tokenizer.encode("abc").ids == plain("abc").input_ids
+
+
+def test_opening_does_not_render_the_chat_template(world, tmp_path):
+    """It would take minutes, or fail."""
+    hostile = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
+    package = altered(world, tmp_path, replaced={TEMPLATE_NAME: (hostile + "{{ 1 / 0 }}").encode()})
+    start = time.perf_counter()
+    opened = open_emulator(package)
+    inspect(package)
+    assert opened.tokenizer.chat_template.startswith(hostile)
+    assert time.perf_counter() - start < 10
+
+
+def test_a_tokenizer_without_rows_for_its_ids_is_not_written(world, tmp_path):
+    opened = open_emulator(world.path / "emulator")
+    opened.tokenizer.add_tokens([f"<{i}>" for i in range(29)])
+    with pytest.raises(OutputError, match="129 tokens"):
+        write_again(opened, tmp_path / "e")
+    assert not (tmp_path / "e").exists()

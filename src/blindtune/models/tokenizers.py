@@ -7,7 +7,8 @@ files are a fast tokenizer's JSON, a short list of known settings, and a chat te
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -23,6 +24,8 @@ FILE_NAMES = (TOKENIZER_NAME, SETTINGS_NAME, TEMPLATE_NAME)
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 _SIDES = ("padding_side", "truncation_side")
 _INPUTS = ["input_ids", "attention_mask"]
+# Encoded once when a tokenizer is read: one that cannot do this cannot do anything.
+_PROBE = "a b\u00e9\u2603"
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
@@ -49,29 +52,89 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     return files
 
 
-def tokenizer_from_files(files: Mapping[str, bytes]) -> PreTrainedTokenizerBase:
-    """The tokenizer that another party's files describe.
+def tokenizer_from_files(
+    files: Mapping[str, bytes], *, rows: int | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that another party's files describe. Its chat template is not rendered.
+
+    Args:
+        files: by name, as from `tokenizer_files`.
+        rows: of the embedding; None: ids are not checked.
 
     Raises:
-        PackageError: a file is malformed, or a setting is unknown or of a wrong kind.
+        PackageError: a file is malformed or missing, a setting is unknown or of a wrong kind, or
+            the tokenizer can return an id that has no row.
     """
-    try:
-        settings = json.loads(files[SETTINGS_NAME])
-        known = isinstance(settings, dict) and set(settings) <= {*_TOKENS, *_SIDES}
-        if not known or not all(isinstance(value, str) for value in settings.values()):
-            raise ValueError(f"expected only {', '.join((*_TOKENS, *_SIDES))}, each a string")
-        if any(settings.get(side, "right") not in ("left", "right") for side in _SIDES):
-            raise ValueError("expected a side to be left or right")
-        backend = Tokenizer.from_str(files[TOKENIZER_NAME].decode())
-        template = files[TEMPLATE_NAME].decode() if TEMPLATE_NAME in files else None
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise PackageError(
-            f"expected a readable {TOKENIZER_NAME} and {SETTINGS_NAME}, got: "
-            f"{str(error)[:200]}: ask for the package again"
-        ) from error
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_input_names=_INPUTS, **settings
-    )
-    tokenizer.chat_template = template
+    with refuse_malformed():
+        settings = _settings(files[SETTINGS_NAME])
+        backend = read_backend(files[TOKENIZER_NAME])
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, model_input_names=_INPUTS, **settings
+        )
+        if TEMPLATE_NAME in files:
+            tokenizer.chat_template = files[TEMPLATE_NAME].decode()
+        if rows is not None:
+            _check_ids(tokenizer, rows)
     loaded: PreTrainedTokenizerBase = tokenizer
     return loaded
+
+
+def read_backend(content: bytes) -> Tokenizer:
+    """A tokenizer.json, without its padding and truncation: the caller's to set.
+
+    It may raise anything: call it within `refuse_malformed`.
+    """
+    backend = Tokenizer.from_str(content.decode())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode(_PROBE)
+    return backend
+
+
+@contextmanager
+def refuse_malformed() -> Iterator[None]:
+    """Turn whatever reading a stranger's tokenizer raises into a PackageError.
+
+    The tokenizers library raises bare Exception, and a panic in its Rust code is no Exception.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise PackageError(
+            f"expected a readable {TOKENIZER_NAME} and {SETTINGS_NAME} that fit the model, got: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}: ask for the package "
+            "again"
+        ) from error
+
+
+def _settings(content: bytes) -> dict[str, str]:
+    settings: dict[str, str] = json.loads(content)
+    known = isinstance(settings, dict) and set(settings) <= {*_TOKENS, *_SIDES}
+    if not known or not all(isinstance(value, str) for value in settings.values()):
+        raise ValueError(f"expected only {', '.join((*_TOKENS, *_SIDES))}, each a string")
+    if any(settings.get(side, "right") not in ("left", "right") for side in _SIDES):
+        raise ValueError("expected a side to be left or right")
+    return settings
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerFast, rows: int) -> None:
+    """Ids come from the vocabulary, added tokens, and the template that puts tokens around text."""
+    template = json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"]
+    ids = [*tokenizer.get_vocab().values(), *_integers(template)]
+    highest = max(ids, default=0)
+    if highest >= rows or len(tokenizer) > rows:
+        raise ValueError(
+            f"{len(tokenizer)} tokens with ids up to {highest}, the embedding has {rows} rows"
+        )
+
+
+def _integers(value: Any) -> Iterator[int]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _integers(item)
+    elif type(value) is int:
+        yield value

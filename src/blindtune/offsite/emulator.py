@@ -100,7 +100,8 @@ def write_emulator(
         max_length: longest sequence the emulator is meant for; None: the config's limit.
 
     Raises:
-        OutputError: it cannot be written, or no reader would accept the model's config.
+        OutputError: it cannot be written, or no reader would accept the config or the
+            tokenizer.
     """
     manifest = EmulatorManifest(
         model=model_fingerprint,
@@ -112,12 +113,14 @@ def write_emulator(
         full_model=full_model,
         max_length=max_length,
     )
+    tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in package_tensors(model).items()}
+    files = tokenizer_files(tokenizer)
     try:
         read_config(manifest)
+        tokenizer_from_files(files, rows=model.config.vocab_size)
     except PackageError as error:
-        raise OutputError(f"the model's config is one that no reader accepts: {error}") from error
-    tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in package_tensors(model).items()}
-    return write_package(out, manifest, tensors, tokenizer_files(tokenizer), overwrite=overwrite)
+        raise OutputError(f"no reader would accept this emulator: {error}") from error
+    return write_package(out, manifest, tensors, files, overwrite=overwrite)
 
 
 def package_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -147,7 +150,8 @@ def open_emulator(package: str | Path, *, dtype: torch.dtype | None = None) -> E
     for _, parameter in adapter_parameters(model, indices):
         parameter.requires_grad_(True)
     names = [name for name in FILE_NAMES if name in opened.manifest.files]
-    tokenizer = tokenizer_from_files({name: opened.read_file(name) for name in names})
+    files = {name: opened.read_file(name) for name in names}
+    tokenizer = tokenizer_from_files(files, rows=model.config.vocab_size)
     return Emulator(model=model, tokenizer=tokenizer, id=opened.id, manifest=opened.manifest)
 
 
