@@ -41,7 +41,7 @@ def test_emulate_inspect_and_evaluate_agree(made, blindtune, tmp_path):
     seen = blindtune("inspect", out, "--json").facts
     assert made_facts["id"] == seen["id"]
     assert made_facts["parameters"] == seen["parameters"]
-    assert made_facts["layers"] == {"adapter": 4, "replaced": 2, "compressed": 2}
+    assert made_facts["layers"] == {"adapter": 4, "harmonizer": 2, "compressed": 2}
     scored = blindtune("evaluate", out, "--data", made / "public.txt", "--json").facts
     assert scored["perplexity"]["perplexity"] > 1
     assert scored["choices"] is None

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -290,3 +291,14 @@ def test_a_tokenizer_without_rows_for_its_ids_is_not_written(world, tmp_path):
     with pytest.raises(OutputError, match="129 tokens"):
         write_again(opened, tmp_path / "e")
     assert not (tmp_path / "e").exists()
+
+
+def test_inspect_refuses_what_opening_refuses(world, tmp_path):
+    files = tokenizer_files(tiny_tokenizer())
+    tokenizer = json.loads(files[TOKENIZER_NAME]) | {"post_processor": template(128)}
+    package = altered(world, tmp_path, replaced={TOKENIZER_NAME: json.dumps(tokenizer).encode()})
+    with pytest.raises(PackageError, match="ids up to 128"):
+        inspect(package)
+    shutil.rmtree(package)
+    with pytest.raises(PackageError, match="pad_token_id"):
+        inspect(altered(world, tmp_path, {"pad_token_id": 10**6}))

@@ -1,13 +1,15 @@
 """What `inspect` tells, against the opened packages themselves."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
-from blindtune.errors import ConfigError, PackageError
+from blindtune.errors import ConfigError, MismatchError, PackageError
 from blindtune.exchange.package import open_package, write_package
 from blindtune.models.decoder import Decoder
+from blindtune.models.tokenizers import FILE_NAMES
 from blindtune.offsite.emulation import EmulatorConfig, emulate
 from blindtune.offsite.emulator import open_emulator, package_tensors
 from blindtune.offsite.inspection import InspectedAdapter, InspectedEmulator, inspect, spans
@@ -28,7 +30,7 @@ def test_an_emulator(world):
         assert layer.bytes == 4 * layer.parameters
     kinds = [layer.kind for layer in found.layers]
     assert kinds[0] == kinds[-1] == "adapter"
-    assert kinds.count("replaced") == 2
+    assert kinds.count("harmonizer") == 2
     assert kinds.count("compressed") == 4
     on_disk = sum(p.stat().st_size for p in found.path.iterdir() if p.name not in FILES)
     assert found.bytes == on_disk
@@ -50,8 +52,75 @@ def test_what_is_unchanged_is_counted(world, tmp_path, beta):
     same = sum(t.numel() for n, t in emulator.items() if n in full and torch.equal(t, full[n]))
     assert found.unchanged_parameters == same
     kinds = {layer.kind for layer in found.layers}
-    assert kinds == {"adapter", "replaced", "raw" if beta == 0 else "compressed"}
+    assert kinds == {"adapter", "harmonizer", "raw" if beta == 0 else "compressed"}
     assert any(f"{same / found.full_parameters:.1%}" in line for line in found.reveals)
+
+
+@pytest.mark.parametrize(
+    ("beta", "factored"),
+    [(0.3, set()), (0.7, {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"})],
+)
+def test_weights_stored_as_a_dense_product_are_not_called_unchanged(
+    world, tmp_path, beta, factored
+):
+    """With feed-forward compression: told where the manifest can tell, else an upper bound."""
+    config = EmulatorConfig(
+        adapter_layers=1, alpha=0.4, beta=beta, reading="removed", weighted=False, feed_forward=True
+    )
+    emulate(world.study, tmp_path / "e", config)
+    found = inspect(tmp_path / "e")
+    compressed = [layer for layer in found.layers if layer.kind == "compressed"]
+    feed_forward = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+    for layer in compressed:
+        assert set(layer.ranks) & feed_forward == factored
+        attention = {f"self_attn.{x}_proj" for x in "qkvo"}
+        assert set(layer.dense) | set(layer.ranks) == attention | factored
+        assert not set(layer.dense) & set(layer.ranks)
+    full = package_tensors(tiny_model("llama"))
+    emulator = package_tensors(open_emulator(tmp_path / "e").model)
+    same = sum(t.numel() for n, t in emulator.items() if n in full and torch.equal(t, full[n]))
+    line = next(line for line in found.reveals if "parameters are in the package" in line)
+    story = next(line for line in found.reveals if "dense product" in line)
+    if factored:
+        assert found.unchanged_parameters == same
+        assert "at most" not in line
+        assert "attention and feed-forward weights" in story
+    else:
+        assert found.unchanged_parameters > same
+        assert line.startswith("at most")
+        assert "the manifest does not tell" in story
+
+
+def test_tensors_that_the_manifest_does_not_describe_are_refused(world, tmp_path):
+    package = open_package(world.path / "emulator", "emulator")
+    tensors = package.read_tensors({n: (f.shape, f.dtype) for n, f in package.header.items()})
+    files = {name: package.read_file(name) for name in FILE_NAMES if name in package.manifest.files}
+    name = next(n for n in tensors if ".down.0" in n)
+    wrong = {
+        "more": tensors | {"model.secret": torch.ones(3)},
+        "less": {n: t for n, t in tensors.items() if n != name},
+        "other": tensors | {name: tensors[name][:-1].clone()},
+    }
+    for case, changed in wrong.items():
+        write_package(tmp_path / case, package.manifest, changed, files)
+        with pytest.raises(MismatchError, match="tensors do not fit"):
+            inspect(tmp_path / case)
+
+
+def test_an_adapter_with_a_tensor_of_another_layer_is_refused(world, tmp_path):
+    package = open_package(world.path / "adapter", "adapter")
+    tensors = package.read_tensors({n: (f.shape, f.dtype) for n, f in package.header.items()})
+    for name in ("layers.3.mlp.up_proj.weight", "lm_head.weight"):
+        odd = tensors | {name: torch.ones(2, 2)}
+        write_package(tmp_path / name, package.manifest, odd, {})
+        with pytest.raises(PackageError, match=rf"adapter layers 0, 7 only, got {name}"):
+            inspect(tmp_path / name)
+
+
+def test_a_package_of_split_tuning_is_refused():
+    released = Path(__file__).parents[1] / "exchange" / "released" / "v1-bottom"
+    with pytest.raises(MismatchError, match="blindtune-bottom"):
+        inspect(released)
 
 
 def test_dropped_layers_are_told_by_number_only(world, tmp_path):

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 HELP = """Tell what a package holds and what it reveals.
 
 Run by either party, on an emulator or an adapter: before sending it, and before trusting it. Every
-byte is checked against the package's manifest; the model is not built. Compare the package id with
-its maker over another channel, because a hash tells that a package is whole, not who made it.
+byte is checked against the package's manifest, and no weight of an emulator is used. Compare the
+package id with its maker over another channel, because a hash tells that a package is whole, not
+who made it.
 
 Finishes in one go: interrupted, it leaves nothing behind; there is no --resume.
 
@@ -28,8 +29,8 @@ Writes:  nothing.
 Example:
   blindtune inspect emulator/
 """
-_LETTERS = {"adapter": "A", "raw": "R", "compressed": "c", "replaced": "h"}
-_COLOURS = {"adapter": "bold green", "raw": "yellow", "compressed": "cyan", "replaced": "dim"}
+_LETTERS = {"adapter": "A", "raw": "R", "compressed": "c", "harmonizer": "h"}
+_COLOURS = {"adapter": "bold green", "raw": "yellow", "compressed": "cyan", "harmonizer": "dim"}
 
 
 def act(settings: Settings) -> Facts:
@@ -75,7 +76,7 @@ def _show_emulator(facts: Facts, console: Console) -> None:
         (
             str(layer["index"]),
             layer["kind"],
-            _ranks(layer["kind"], layer["ranks"]),
+            _ranks(layer),
             f"{layer['parameters']:,}",
             size(layer["bytes"]),
         )
@@ -114,9 +115,15 @@ def _of(facts: Facts, name: str, show_number: object) -> str:
     return f"{show_number(own)}, {own / full:.1%} of the full model's {show_number(full)}"
 
 
-def _ranks(kind: str, ranks: dict[str, tuple[int, ...]]) -> str:
-    shown = [f"{path.rpartition('.')[2]} {'+'.join(map(str, r))}" for path, r in ranks.items()]
-    return ", ".join(shown) or ("reduced, stored dense" if kind == "compressed" else "full")
+def _ranks(layer: Facts) -> str:
+    ranks = [f"{_short(path)} {'+'.join(map(str, r))}" for path, r in layer["ranks"].items()]
+    dense = ", ".join(_short(path) for path in layer["dense"])
+    shown = [", ".join(ranks), f"{dense}: dense product, rank not stated" if dense else ""]
+    return "; ".join(filter(None, shown)) or "full"
+
+
+def _short(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 VERB = Verb(

@@ -1,7 +1,8 @@
 """What a package holds and what it reveals, told from its manifest and headers.
 
-The model is never built. Either party inspects: the model owner before sending an emulator, the
-data owner before using it; likewise with the adapter on its way back.
+The model is built on the meta device only, to prove that the tensors are those that the manifest
+describes: none of its numbers is computed. Either party inspects: the model owner before sending an
+emulator, the data owner before using it; likewise with the adapter on its way back.
 
 Shapes: O output features, I input features, R rank.
 """
@@ -12,13 +13,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from blindtune.errors import PackageError
+from blindtune.errors import MismatchError, PackageError
 from blindtune.exchange.manifest import (
     AdapterLayer,
     AdapterManifest,
@@ -29,8 +29,10 @@ from blindtune.exchange.manifest import (
 )
 from blindtune.exchange.package import Package, open_package
 from blindtune.exchange.tensors import TensorFacts
-from blindtune.models.families import family_of
-from blindtune.models.tokenizers import TOKENIZER_NAME
+from blindtune.models.decoder import Decoder
+from blindtune.models.families import Family
+from blindtune.models.tokenizers import FILE_NAMES, TOKENIZER_NAME, tokenizer_from_files
+from blindtune.offsite.emulator import adapter_indices, sketch
 
 _FACTOR = re.compile(r"(.+)\.(down|up)\.\d+")
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -43,9 +45,12 @@ class LayerFacts:
     index: int
     """In the emulator."""
     kind: str
-    """adapter, raw, compressed or replaced."""
+    """adapter, raw, compressed or harmonizer."""
     ranks: dict[str, tuple[int, ...]]
-    """What is left of the rank: of compressed projections by path, or of the harmonizer."""
+    """What is left of the rank: of projections stored as factors by path, or of the harmonizer."""
+    dense: tuple[str, ...] = ()
+    """Projections of a compressed layer, by path, that lost rank too but are stored as the dense
+    product of their factors; the manifest does not state their rank."""
     parameters: int
     bytes: int
     norm: float | None = None
@@ -78,7 +83,7 @@ class InspectedEmulator:
     full_bytes: int
     """Of the full model's weights."""
     unchanged_parameters: int
-    """Numbers that are the full model's own."""
+    """Numbers that are the full model's own, at most: what the manifest leaves open counts."""
     tokenizer: str
     """Its kind and number of tokens."""
     created_by: str
@@ -126,28 +131,35 @@ def inspect(package: str | Path) -> Inspection:
 
     Raises:
         ConfigError: there is no such directory.
-        PackageError: it is damaged or malformed, or an adapter holds a NaN or infinite value.
+        PackageError: it is damaged or malformed, an emulator that cannot be opened, or an adapter
+            with a NaN or infinite value or a tensor of no adapter layer.
+        MismatchError: an emulator's tensors are not those that its manifest describes, or it is a
+            package of split tuning.
         UnsupportedModelError: its model family is not known here.
     """
     opened = open_package(package)
     if isinstance(opened.manifest, EmulatorManifest):
         return _inspect_emulator(opened, opened.manifest)
-    return _inspect_adapter(opened, opened.manifest)
+    if isinstance(opened.manifest, AdapterManifest):
+        return _inspect_adapter(opened, opened.manifest)
+    raise MismatchError(
+        f"{package}: expected an emulator or an adapter package, got a {opened.manifest.format} "
+        "package: give the other directory"
+    )
 
 
 def _inspect_emulator(package: Package[Any], manifest: EmulatorManifest) -> InspectedEmulator:
-    family = family_of(SimpleNamespace(model_type=manifest.model_type))
+    shape = sketch(package)
+    family = Decoder(shape).family
     own = [_in_layer(package.header, f"{family.layers}.{i}.") for i in range(len(manifest.layers))]
+    reduced = _reduced_paths(manifest, family)
     layers = tuple(
-        _layer_facts(i, entry, tensors)
+        _layer_facts(i, entry, tensors, reduced)
         for i, (entry, tensors) in enumerate(zip(manifest.layers, own, strict=True))
     )
     parameters = _count(package.header)
-    attention = {linear.path for linear in family.attention}
-    changed = sum(
-        _changed(entry, tensors, attention)
-        for entry, tensors in zip(manifest.layers, own, strict=True)
-    )
+    changed = sum(_changed(facts, tensors) for facts, tensors in zip(layers, own, strict=True))
+    feed_forward = any(linear.path in reduced for linear in family.feed_forward)
     return InspectedEmulator(
         kind="emulator",
         path=package.path,
@@ -164,35 +176,51 @@ def _inspect_emulator(package: Package[Any], manifest: EmulatorManifest) -> Insp
         full_parameters=manifest.full_model.parameters,
         full_bytes=manifest.full_model.bytes,
         unchanged_parameters=parameters - changed,
-        tokenizer=_tokenizer(package, manifest),
+        tokenizer=_tokenizer(package, manifest, shape.config.vocab_size),
         created_by=manifest.created_by,
-        reveals=_revealed(manifest, layers, parameters, changed),
+        reveals=_revealed(manifest, layers, parameters, changed, feed_forward=feed_forward),
     )
 
 
-def _layer_facts(i: int, entry: LayerEntry, tensors: Mapping[str, TensorFacts]) -> LayerFacts:
+def _reduced_paths(manifest: EmulatorManifest, family: Family) -> tuple[str, ...]:
+    """Projections that lost rank in every compressed layer, also where the product is stored.
+
+    All of attention; the feed-forward network as a whole if any of it is stored as factors. That it
+    lost rank and is stored dense everywhere, the manifest cannot tell.
+    """
+    factored = {p for e in manifest.layers if isinstance(e, CompressedLayer) for p in e.ranks}
+    attention = tuple(linear.path for linear in family.attention)
+    feed_forward = tuple(linear.path for linear in family.feed_forward)
+    return attention + (feed_forward if factored & set(feed_forward) else ())
+
+
+def _layer_facts(
+    i: int, entry: LayerEntry, tensors: Mapping[str, TensorFacts], reduced: Sequence[str]
+) -> LayerFacts:
     ranks: dict[str, tuple[int, ...]] = {}
+    dense: tuple[str, ...] = ()
     if isinstance(entry, HarmonizerLayer):
-        kind, ranks = "replaced", {"harmonizer": (entry.rank,)}
+        kind, ranks = "harmonizer", {"harmonizer": (entry.rank,)}
     elif isinstance(entry, CompressedLayer):
         kind, ranks = "compressed", {path: tuple(r) for path, r in entry.ranks.items()}
+        dense = tuple(path for path in reduced if path not in ranks)
     else:
         kind = "adapter" if isinstance(entry, AdapterLayer) else "raw"
     return LayerFacts(
-        index=i, kind=kind, ranks=ranks, parameters=_count(tensors), bytes=_bytes(tensors)
+        index=i,
+        kind=kind,
+        ranks=ranks,
+        dense=dense,
+        parameters=_count(tensors),
+        bytes=_bytes(tensors),
     )
 
 
-def _changed(entry: LayerEntry, tensors: Mapping[str, TensorFacts], attention: set[str]) -> int:
-    """Numbers of a layer that are not the full model's own.
-
-    Compression takes rank from every attention projection, also where the product is stored.
-    """
-    if isinstance(entry, HarmonizerLayer):
+def _changed(layer: LayerFacts, tensors: Mapping[str, TensorFacts]) -> int:
+    """Numbers of a layer that are not the full model's own."""
+    if layer.kind == "harmonizer":
         return _count(tensors)
-    if not isinstance(entry, CompressedLayer):
-        return 0
-    paths = {*entry.ranks, *attention}
+    paths = {*layer.ranks, *layer.dense}
     altered = {}
     for name, facts in tensors.items():
         factor = _FACTOR.fullmatch(name)
@@ -202,11 +230,16 @@ def _changed(entry: LayerEntry, tensors: Mapping[str, TensorFacts], attention: s
 
 
 def _revealed(
-    manifest: EmulatorManifest, layers: Sequence[LayerFacts], parameters: int, changed: int
+    manifest: EmulatorManifest,
+    layers: Sequence[LayerFacts],
+    parameters: int,
+    changed: int,
+    *,
+    feed_forward: bool,
 ) -> tuple[str, ...]:
     indices = {
         kind: [layer.index for layer in layers if layer.kind == kind]
-        for kind in ("adapter", "raw", "compressed", "replaced")
+        for kind in ("adapter", "raw", "compressed", "harmonizer")
     }
     full, dropped = manifest.full_model, manifest.full_model.layers - len(layers)
     sizes = [f"{key} {manifest.config[key]}" for key in _SIZES if _int(manifest.config, key)]
@@ -219,41 +252,48 @@ def _revealed(
     if indices["raw"]:
         found.append(f"layers {spans(indices['raw'])}, unchanged (raw)")
     if indices["compressed"]:
+        found.append(_compressed(indices["compressed"], feed_forward=feed_forward))
+    if indices["harmonizer"]:
         found.append(
-            f"layers {spans(indices['compressed'])}: a low-rank approximation of the compressed "
-            "projections, everything else in them unchanged"
-        )
-    if indices["replaced"]:
-        found.append(
-            f"layers {spans(indices['replaced'])}: a low-rank regression of what each one does to "
-            "public text, none of its weights"
+            f"layers {spans(indices['harmonizer'])}: a low-rank regression of what each one "
+            "does to public text, none of its weights"
         )
     if dropped:
         found.append(f"nothing of {dropped} dropped layers, except how many they are")
+    bound = "at most " if indices["compressed"] and not feed_forward else ""
     found += [
-        f"{(parameters - changed) / full.parameters:.1%} of the full model's parameters are in "
-        "the package unchanged",
+        f"{bound}{(parameters - changed) / full.parameters:.1%} of the full model's parameters "
+        "are in the package unchanged",
         "the full model's fingerprint: who holds a copy of the model can recognise it",
     ]
     return tuple(found)
 
 
-def _tokenizer(package: Package[Any], manifest: EmulatorManifest) -> str:
+def _compressed(indices: Sequence[int], *, feed_forward: bool) -> str:
+    if feed_forward:
+        what, rest = "attention and feed-forward weights", "everything else in them unchanged"
+    else:
+        what = "attention weights"
+        rest = (
+            "everything else in them unchanged, unless the feed-forward weights lost rank too and "
+            "are stored as a dense product, which the manifest does not tell"
+        )
+    return (
+        f"layers {spans(indices)}: a low-rank approximation of the {what}, as factors of the rank "
+        f"listed or as their dense product (rank not stated), {rest}"
+    )
+
+
+def _tokenizer(package: Package[Any], manifest: EmulatorManifest, rows: int) -> str:
     if TOKENIZER_NAME not in manifest.files:
         return "none"
-    from tokenizers import Tokenizer
-
-    try:
-        backend = Tokenizer.from_str(package.read_file(TOKENIZER_NAME).decode())
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise PackageError(
-            f"{package.path}: expected a readable {TOKENIZER_NAME}, got: {str(error)[:200]}: ask "
-            "for the package again"
-        ) from error
+    files = {name: package.read_file(name) for name in FILE_NAMES if name in manifest.files}
+    backend: Any = getattr(tokenizer_from_files(files, rows=rows), "backend_tokenizer")  # noqa: B009
     return f"{type(backend.model).__name__}, {backend.get_vocab_size():,} tokens"
 
 
 def _inspect_adapter(package: Package[Any], manifest: AdapterManifest) -> InspectedAdapter:
+    _check_places(package, manifest)
     tensors = package.read_tensors({n: (f.shape, f.dtype) for n, f in package.header.items()})
     scale = 1.0 if manifest.lora is None else manifest.lora.alpha / manifest.lora.rank
     layers = []
@@ -299,6 +339,18 @@ def _inspect_adapter(package: Package[Any], manifest: AdapterManifest) -> Inspec
             "nothing else: no data, no paths, no learning rate, no losses",
         ),
     )
+
+
+def _check_places(package: Package[Any], manifest: AdapterManifest) -> None:
+    """Every tensor must belong to an adapter layer."""
+    ends = adapter_indices(manifest.adapter_layers, manifest.layers)
+    prefixes = tuple(f"layers.{i}." for i in ends)
+    stray = [name for name in package.header if not name.startswith(prefixes)]
+    if stray:
+        raise PackageError(
+            f"{package.path}: expected weights of the adapter layers {spans(sorted(set(ends)))} "
+            f"only, got {', '.join(stray[:3])}: ask for the package again"
+        )
 
 
 def _plain_norm(values: Mapping[str, Tensor]) -> float:
