@@ -1,0 +1,222 @@
+"""The customer's side of split tuning, over any transport: tune and predict.
+
+Two-part: privatized states and labels are streamed ahead, up to eight requests without waiting,
+because a frozen bottom needs no gradient back. Requests are numbered by their place in the plan,
+which follows from the config and the number of texts alone: a customer who starts again makes the
+same requests from where the vendor is.
+
+What is sent: privatized states, lengths, labels, the tuning's options. Never: text, token ids.
+
+Shapes: T tokens, D hidden, C outputs, N texts.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from blindtune.errors import ConfigError, DataError, VerificationError
+from blindtune.exchange.messages import (
+    WINDOW,
+    Batch,
+    BatchResult,
+    Checkpoint,
+    Message,
+    OpenJob,
+    Precision,
+    Predict,
+    Predictions,
+    Step,
+)
+from blindtune.exchange.resuming import ResumingTransport, RetryConfig
+from blindtune.exchange.transport import Transport
+from blindtune.split.bottom import Bottom
+from blindtune.split.private_states import PrivateStates
+from blindtune.split.terms import TuningConfig
+
+PROGRAM = "blindtune 0.1.0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassConfig:
+    """How a customer goes through its texts."""
+
+    epochs: int = 1
+    """Passes over the texts; the noise is the same in all of them."""
+    batch_size: int = 16
+    """Texts of one request."""
+    accumulate: int = 1
+    """Requests of one optimizer step."""
+    seed: int = 0
+    """Of the order of the texts."""
+    precision: Precision = "float16"
+    """How states are written on the wire."""
+    checkpoint_steps: int = 50
+    """Steps between checkpoints at the vendor; the last step always has one."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if min(self.epochs, self.batch_size, self.accumulate, self.checkpoint_steps) < 1:
+            raise ConfigError("epochs, batch_size, accumulate, checkpoint_steps must be above 0")
+
+    def steps(self, texts: int) -> list[list[list[int]]]:
+        """The plan: for every optimizer step its batches, for every batch its texts."""
+        plan: list[list[list[int]]] = []
+        for epoch in range(self.epochs):
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order: list[int] = torch.randperm(texts, generator=generator).tolist()
+            size = self.batch_size
+            batches = [order[i : i + size] for i in range(0, texts, size)]
+            per_step = self.accumulate
+            plan += [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
+        return plan
+
+
+def new_token() -> str:
+    """The secret that names a job: store it before the job is opened."""
+    return secrets.token_hex(32)
+
+
+def open_job(
+    connect: Callable[[], Transport],
+    bottom: Bottom,
+    token: str,
+    config: TuningConfig,
+    *,
+    task: Literal["classification", "regression", "hidden"],
+    outputs: int = 0,
+    precision: Precision = "float16",
+    retries: RetryConfig | None = None,
+) -> ResumingTransport:
+    """Open a job, or find it again by its token; the transport outlives connections.
+
+    Args:
+        connect: makes a connection to the vendor.
+        bottom: the package that the vendor gave.
+        token: from `new_token`.
+        config: how the vendor shall tune.
+        task, outputs: of the vendor's head; "hidden" and 0 in the U-shape.
+        precision: of what the vendor sends.
+
+    Raises:
+        NetworkError: the vendor cannot be reached. PolicyError, VerificationError: it refuses, or
+            serves another model or cut.
+    """
+    opening = OpenJob(
+        token=token,
+        partition=bottom.cut.partition,
+        cut=bottom.cut.cut,
+        bottom=bottom.id,
+        task=task,
+        outputs=outputs,
+        precision=precision,
+        options=config.options(),
+    )
+    transport = ResumingTransport(connect, opening, program=PROGRAM, retries=retries)
+    if transport.welcome.bottom != bottom.id or transport.welcome.hidden_size != bottom.hidden_size:
+        transport.close()
+        raise VerificationError("the vendor serves another bottom: ask for its package")
+    return transport
+
+
+def train(
+    transport: Transport,
+    private: PrivateStates,
+    config: PassConfig,
+    *,
+    applied: int = 0,
+    on_loss: Callable[[float], None] = lambda _loss: None,
+) -> list[float]:
+    """Two-part: stream all batches and steps that the vendor has not applied yet.
+
+    Args:
+        transport: with an open job.
+        private: states with labels; the same as before when a job is gone on with.
+        config: the same as before when a job is gone on with.
+        applied: number of the last request that the job holds (`JobState.applied`).
+        on_loss: is told every batch's mean loss, in order.
+
+    Returns:
+        The mean losses of the batches that were sent.
+
+    Raises:
+        DataError: no labels. NetworkError: go on later. Others: the vendor refused.
+    """
+    if private.labels is None:
+        raise DataError("expected labels to train with: privatize the texts with their labels")
+    losses: list[float] = []
+    waiting: deque[Future[Message]] = deque()
+
+    def settle() -> None:
+        reply = waiting.popleft().result()
+        if isinstance(reply, BatchResult):
+            losses.append(reply.loss)
+            on_loss(reply.loss)
+
+    for request in _requests(private, private.labels, config, applied):
+        if len(waiting) >= WINDOW:
+            settle()
+        waiting.append(transport.submit(request))
+    while waiting:
+        settle()
+    return losses
+
+
+def _requests(
+    private: PrivateStates, labels: Tensor, config: PassConfig, applied: int
+) -> Iterator[Message]:
+    """The plan's requests after number `applied`, and checkpoints between them."""
+    number, plan = 0, config.steps(len(private))
+    for made, step in enumerate(plan, 1):
+        texts = sum(map(len, step))
+        for indices in step:
+            number += 1
+            if number > applied:
+                hidden_TD, lengths = private.rows(indices)
+                yield Batch(
+                    sequence=number,
+                    precision=config.precision,
+                    hidden_TD=hidden_TD,
+                    lengths=lengths,
+                    labels=labels[indices],
+                    weight=len(indices) / texts,
+                )
+        number += 1
+        if number > applied:
+            yield Step(sequence=number)
+        if number >= applied and (made % config.checkpoint_steps == 0 or made == len(plan)):
+            yield Checkpoint(sequence=number)
+
+
+def predict(
+    transport: Transport,
+    private: PrivateStates,
+    *,
+    batch_size: int = 16,
+    precision: Precision = "float16",
+) -> Tensor:
+    """Two-part: the tuned model's outputs [N, C] (logits of classes, or targets).
+
+    Raises:
+        VerificationError: the vendor's reply does not fit the texts.
+    """
+    found: list[Tensor] = []
+    for indices in _portions(len(private), batch_size):
+        hidden_TD, lengths = private.rows(indices)
+        request = Predict(precision=precision, hidden_TD=hidden_TD, lengths=lengths)
+        reply = transport.call(request)
+        if not isinstance(reply, Predictions) or len(reply.logits_BC) != len(indices):
+            raise VerificationError(f"expected predictions for {len(indices)} texts, got {reply!r}")
+        found.append(reply.logits_BC)
+    return torch.cat(found)
+
+
+def _portions(count: int, size: int) -> list[Sequence[int]]:
+    return [range(begin, min(begin + size, count)) for begin in range(0, count, size)]

@@ -1,0 +1,198 @@
+"""What a customer makes of private text before anything leaves: noised states, drawn once.
+
+Text -> token ids -> noise (by mode) -> the bottom's blocks -> states. Because the bottom is frozen,
+the states of a text never change: they are drawn once, kept on the customer's disk, and sent again
+in every epoch. That is also what keeps the guarantee: a fresh draw each epoch would spend eta each
+time, and averaging would remove the noise (`privacy.metric_dp`, `privacy.accounting`).
+
+Guarantee: the mechanism's, for the states of one call of `privatize`. Calling it again for the same
+text (another run, other options) spends again. Without a mechanism there is none.
+Not covered: lengths; labels in the two-part split; that a text's noise is smaller where CTI spares
+tokens (`privacy.token_importance`). The ids in `PrivateStates` are the private text: they stay.
+
+Shapes: B batch, L length, T tokens of all texts, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from blindtune.atomic import atomic_file
+from blindtune.errors import DataError
+from blindtune.exchange.messages import pack
+from blindtune.privacy.metric_dp import Mechanism, Privatizer
+from blindtune.privacy.token_importance import (
+    ContributingTokens,
+    ImportanceConfig,
+    count_tokens,
+)
+from blindtune.split.bottom import Bottom
+from blindtune.split.partition import Stack, longest_sequence, run_bottom
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class PrivateStates:
+    """Texts as the vendor may see them, and what stays with the customer."""
+
+    states: tuple[Tensor, ...]
+    """[L, D] of every text, after noise and bottom: sent."""
+    labels: Tensor | None
+    """[N] classes (int64), [N] or [N, C] targets (float32), or None: sent in the two-part split."""
+    ids: tuple[Tensor, ...]
+    """[L] of every text, without noise: never sent; the targets of causal language modelling."""
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def rows(self, indices: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+        """Packed states [T, D] of some texts, and their lengths."""
+        chosen = [self.states[i] for i in indices]
+        return torch.cat(chosen), tuple(len(state) for state in chosen)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to a file that must stay with the customer: it holds the text."""
+        tensors = {
+            "hidden_TD": torch.cat(self.states),
+            "ids_T": torch.cat(self.ids),
+            "lengths_N": torch.tensor([len(state) for state in self.states]),
+        }
+        if self.labels is not None:
+            tensors["labels"] = self.labels
+        with atomic_file(path) as partial:
+            save_file(tensors, partial)
+
+    @staticmethod
+    def load(path: str | Path) -> PrivateStates:
+        """Read what `save` wrote; DataError if that is not possible."""
+        try:
+            found = load_file(path)
+            lengths = found["lengths_N"].tolist()
+            return PrivateStates(
+                states=found["hidden_TD"].split(lengths),
+                labels=found.get("labels"),
+                ids=found["ids_T"].split(lengths),
+            )
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise DataError(f"{path}: expected privatized states, cannot read them") from error
+
+
+@torch.no_grad()
+def privatize(
+    bottom: Bottom,
+    texts: Sequence[str],
+    labels: Tensor | None = None,
+    *,
+    mechanism: Mechanism | None,
+    importance: ImportanceConfig | None = None,
+    classes: int = 0,
+    batch_size: int = 32,
+    testing_seed: int | None = None,
+) -> PrivateStates:
+    """Tokenise, noise and run the bottom, once.
+
+    Args:
+        bottom: from `open_bottom`.
+        texts: private; none may be without tokens.
+        labels: one a text; None for texts to predict, or for language modelling.
+        mechanism: the noise; None: no noise and no promise at all, for comparisons.
+        importance: CTI for training texts with classes; None: every token gets full noise, special
+            tokens are kept as they are.
+        classes: number of classes; needed with CTI.
+        batch_size: texts at once; changes speed only.
+        testing_seed: for tests only: noise that anyone can repeat. Warns.
+
+    Raises:
+        DataError: no texts, an empty text, other labels than texts.
+        ConfigError: options that contradict each other.
+    """
+    if not texts or (labels is not None and len(labels) != len(texts)):
+        raise DataError(
+            f"expected texts and as many labels, got {len(texts)} and "
+            f"{'none' if labels is None else len(labels)}"
+        )
+    ids = _encode(bottom, texts)
+    stack = bottom.stack
+    table_VD = stack.embedding.weight
+    assert isinstance(table_VD, Tensor)
+    spared = importance or ImportanceConfig(fraction=0.0)
+    counts = None
+    if spared.fraction and labels is not None and classes:
+        counts = count_tokens(ids, labels.tolist(), classes=classes, vocabulary_size=len(table_VD))
+    contributing = ContributingTokens(counts, bottom.tokenizer.all_special_ids, spared)
+    privatizer = None
+    if mechanism is not None:
+        table = table_VD if mechanism.mode == "token" else None
+        privatizer = Privatizer(mechanism, table, testing_seed=testing_seed)
+    padding = bottom.tokenizer.pad_token_id
+    states: list[Tensor] = []
+    for begin in range(0, len(ids), batch_size):
+        some = ids[begin : begin + batch_size]
+        ids_BL = torch.nn.utils.rnn.pad_sequence(
+            list(some), batch_first=True, padding_value=0 if padding is None else padding
+        )
+        lengths_B1 = torch.tensor([len(text) for text in some])[:, None]
+        mask_BL = (torch.arange(ids_BL.shape[1]) < lengths_B1).long()
+        classes_B = labels[begin : begin + batch_size] if counts is not None else None  # type: ignore[index]
+        factors_BL = contributing.factors(ids_BL, classes_B)
+        hidden_BLD = _noised(bottom, privatizer, ids_BL, mask_BL, factors_BL)
+        packed_TD, lengths = pack(hidden_BLD, mask_BL)
+        states += [state.clone() for state in packed_TD.float().cpu().split(lengths)]
+    return PrivateStates(states=tuple(states), labels=labels, ids=tuple(ids))
+
+
+def _encode(bottom: Bottom, texts: Sequence[str]) -> list[Tensor]:
+    limits = [n for n in (bottom.max_length, longest_sequence(bottom.stack)) if n is not None]
+    longest = min(limits, default=None)
+    encoded = bottom.tokenizer(
+        list(texts), truncation=longest is not None, max_length=longest, add_special_tokens=True
+    )["input_ids"]
+    ids = [torch.tensor(text, dtype=torch.int64) for text in encoded]
+    empty = next((i for i, text in enumerate(ids) if not len(text)), None)
+    if empty is not None:
+        raise DataError(f"text {empty} holds no token: leave it out")
+    return ids
+
+
+def _noised(
+    bottom: Bottom,
+    privatizer: Privatizer | None,
+    ids_BL: Tensor,
+    mask_BL: Tensor,
+    factors_BL: Tensor,
+) -> Tensor:
+    """States [B, L, D] after noise and bottom."""
+    stack, cut = bottom.stack, bottom.cut
+    mode = None if privatizer is None else privatizer.mechanism.mode
+    if privatizer is None:
+        return run_bottom(stack, cut, stack.begin(ids_BL, mask_BL))
+    if mode == "token":
+        ids_BL = privatizer.tokens(ids_BL, factors_BL)
+        return run_bottom(stack, cut, stack.begin(ids_BL, mask_BL))
+    if mode == "vector":
+        with _noisy_embedding(stack, privatizer, factors_BL):
+            return run_bottom(stack, cut, stack.begin(ids_BL, mask_BL))
+    return privatizer.block_outputs(run_bottom(stack, cut, stack.begin(ids_BL, mask_BL)))
+
+
+@contextmanager
+def _noisy_embedding(stack: Stack, privatizer: Privatizer, factors_BL: Tensor) -> Iterator[None]:
+    """Word embeddings get their noise where the model makes them, before anything else."""
+
+    def noise(_module: Any, _args: Any, embedding_BLD: Tensor) -> Tensor:
+        return privatizer.embeddings(embedding_BLD, factors_BL)
+
+    handle = stack.embedding.register_forward_hook(noise)
+    try:
+        yield
+    finally:
+        handle.remove()

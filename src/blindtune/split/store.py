@@ -1,0 +1,115 @@
+"""Jobs on the vendor's disk: what was agreed, and the latest checkpoints, each whole or absent.
+
+    jobs/<name>/job.json        owner, hash of the token, terms, state
+    jobs/<name>/at-<number>.pt  everything after request <number>; the last two are kept
+
+Never leaves the vendor. Checkpoints are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Literal, final
+
+import msgspec
+import torch
+
+from blindtune.atomic import atomic_file
+from blindtune.errors import OutputError
+from blindtune.exchange.messages import OpenJob
+
+_KEPT = 2
+_STATE = re.compile(r"at-([0-9]+)\.pt")
+_NAME = re.compile(r"job_[0-9a-f]{16}")
+
+
+class JobRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was agreed when a job was opened. The token itself is not stored."""
+
+    name: str
+    owner: str
+    token_sha256: str
+    task: Literal["classification", "regression", "hidden"]
+    outputs: int
+    precision: Literal["float32", "float16", "int8"]
+    options: dict[str, int | float | bool | str | None]
+    state: Literal["open", "cancelled"] = "open"
+
+    def agrees(self, opening: OpenJob) -> bool:
+        """Whether an opening asks for the same as before."""
+        return (self.task, self.outputs, self.precision, self.options) == (
+            opening.task, opening.outputs, opening.precision, opening.options,
+        )  # fmt: skip
+
+
+@final
+class JobStore:
+    """The jobs of one vendor.
+
+    Args:
+        root: a directory of the vendor's own.
+        bottom: id of the bottom package; jobs of another one are refused.
+
+    Raises:
+        OutputError: the directory holds jobs of another model or cut, or cannot be written.
+    """
+
+    def __init__(self, root: str | Path, bottom: str) -> None:
+        self._jobs = Path(root) / "jobs"
+        mark = Path(root) / "bottom.sha256"
+        if mark.exists() and mark.read_text() != bottom:
+            raise OutputError(
+                f"{root}: holds jobs of another model or cut: choose another directory"
+            )
+        with atomic_file(mark) as partial:
+            partial.write_text(bottom)
+
+    def records(self) -> list[JobRecord]:
+        """Every job that was opened."""
+        found = sorted(self._jobs.glob("*/job.json"))
+        return [
+            msgspec.json.decode(path.read_bytes(), type=JobRecord)
+            for path in found
+            if _NAME.fullmatch(path.parent.name)
+        ]
+
+    def write(self, record: JobRecord) -> None:
+        """Store what was agreed, durably."""
+        with atomic_file(self._jobs / record.name / "job.json") as partial:
+            partial.write_bytes(msgspec.json.encode(record))
+
+    def save(self, name: str, number: int, state: dict[str, Any]) -> None:
+        """Store the state after request `number`, durably; older ones but one are removed."""
+        folder = self._jobs / name
+        with atomic_file(folder / f"at-{number}.pt") as partial:
+            torch.save(state, partial)
+        for old in self.numbers(name)[:-_KEPT]:
+            (folder / f"at-{old}.pt").unlink()
+
+    def numbers(self, name: str) -> list[int]:
+        """The requests after which a state is stored, ascending."""
+        found = (_STATE.fullmatch(path.name) for path in (self._jobs / name).glob("at-*.pt"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def load(self, name: str, number: int) -> dict[str, Any]:
+        """The state after request `number`."""
+        state: dict[str, Any] = torch.load(
+            self._jobs / name / f"at-{number}.pt", map_location="cpu", weights_only=True
+        )
+        return state
+
+    def drop_after(self, name: str, number: int) -> None:
+        """Forget the states after request `number`: the job goes another way from there."""
+        for later in self.numbers(name):
+            if later > number:
+                (self._jobs / name / f"at-{later}.pt").unlink()
+
+    def forget(self, record: JobRecord) -> None:
+        """Remove a job's states; what was agreed stays, as cancelled."""
+        self.write(msgspec.structs.replace(record, state="cancelled"))
+        for number in self.numbers(record.name):
+            (self._jobs / record.name / f"at-{number}.pt").unlink()
+        for left in (self._jobs / record.name).glob(".*.partial"):
+            shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,210 @@
+"""The customer's loop of the U-shape: loss and head at home, the trunk's tuning at the vendor.
+
+An ordinary PyTorch loop over `RemoteTrunk`; write your own where this one does not fit. The
+customer's head is trained here; its layers and, for language models, the model's own head stay as
+they are. What the customer learns is stored before the vendor is asked for the checkpoint that
+belongs to it, so both can be taken back to the same step.
+
+Shapes: B batch, L length, T tokens, D hidden, F features, C outputs, N texts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor
+
+from blindtune.atomic import atomic_file
+from blindtune.errors import ConfigError, DataError
+from blindtune.exchange.messages import Precision, unpack
+from blindtune.exchange.transport import Transport
+from blindtune.split.bottom import Bottom
+from blindtune.split.customer import PassConfig
+from blindtune.split.partition import (
+    PooledHead,
+    lm_logits,
+    next_token_loss,
+    run_top,
+    task_loss,
+    vendor_calls,
+)
+from blindtune.split.private_states import PrivateStates
+from blindtune.split.remote import RemoteTrunk
+
+_KEPT = 2
+_NAME = re.compile(r"top-([0-9]+)\.pt")
+
+
+@final
+class Top:
+    """The customer's upper part: the last layers, and a head.
+
+    Args:
+        bottom: a U-shape package.
+        head: trained here; None: the language model's own head, which stays as it is.
+        learning_rate: of AdamW for the head.
+        directory: where the head's states are kept; None: nowhere, so a job cannot be resumed.
+
+    Raises:
+        ConfigError: a two-part package.
+    """
+
+    def __init__(
+        self,
+        bottom: Bottom,
+        head: PooledHead | None,
+        *,
+        learning_rate: float = 1e-3,
+        directory: Path | None = None,
+    ) -> None:
+        if bottom.cut.partition != "u-shape":
+            raise ConfigError("expected a bottom package of the u-shape: ask the vendor for one")
+        self._bottom, self._head, self._directory = bottom, head, directory
+        self._optimizer = (
+            None if head is None else torch.optim.AdamW(head.parameters(), learning_rate)
+        )
+
+    def loss(self, trunk_BLD: Tensor, mask_BL: Tensor, target: Tensor) -> Tensor:
+        """Mean loss; `target` is [B] or [B, C] labels with a head, token ids [B, L] without."""
+        outputs = self.outputs(trunk_BLD, mask_BL)
+        if self._head is None:
+            return next_token_loss(outputs, target, mask_BL)
+        return task_loss(
+            outputs, target, "regression" if target.is_floating_point() else "classification"
+        )
+
+    def outputs(self, trunk_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """Outputs [B, C] of the head, or logits [B, L, V], from what leaves the trunk."""
+        stack = self._bottom.stack
+        with torch.no_grad():
+            calls = vendor_calls(stack, mask_BL)
+        features_BLF = run_top(stack, self._bottom.cut, trunk_BLD, calls)
+        if self._head is None:
+            return lm_logits(stack, features_BLF)
+        outputs_BC: Tensor = self._head(features_BLF, mask_BL)
+        return outputs_BC
+
+    def step(self) -> None:
+        """The head's optimizer step."""
+        if self._optimizer is not None:
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+
+    def numbers(self) -> list[int]:
+        """The requests after which a state is kept, ascending: where the job can go on."""
+        if self._directory is None:
+            return []
+        found = (_NAME.fullmatch(path.name) for path in self._directory.glob("top-*.pt"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def save(self, number: int) -> None:
+        """Keep the state after request `number`, and one older one."""
+        if self._directory is None:
+            return
+        state = (
+            {}
+            if self._head is None or self._optimizer is None
+            else {"head": self._head.state_dict(), "optimizer": self._optimizer.state_dict()}
+        )
+        with atomic_file(self._directory / f"top-{number}.pt") as partial:
+            torch.save(state, partial)
+        for old in self.numbers()[:-_KEPT]:
+            (self._directory / f"top-{old}.pt").unlink()
+
+    def load(self, number: int) -> None:
+        """Go back to the state after request `number`; later ones are forgotten."""
+        assert self._directory is not None
+        state = torch.load(self._directory / f"top-{number}.pt", weights_only=True)
+        if self._head is not None and self._optimizer is not None:
+            self._head.load_state_dict(state["head"])
+            self._optimizer.load_state_dict(state["optimizer"])
+        for later in self.numbers():
+            if later > number:
+                (self._directory / f"top-{later}.pt").unlink()
+
+
+def train_u_shape(
+    transport: Transport,
+    top: Top,
+    private: PrivateStates,
+    config: PassConfig,
+    *,
+    language_model: bool,
+    applied: int = 0,
+    on_loss: Callable[[float], None] = lambda _loss: None,
+) -> list[float]:
+    """Tune the trunk and the customer's head.
+
+    Args:
+        transport: with an open job; to go on, resumed `at` a number of `top.numbers()`, with
+            `top.load` of the same number done.
+        private: states; with labels unless `language_model`.
+        config: the same as before when a job is gone on with.
+        language_model: predict the texts' own tokens (without noise, they never leave).
+        applied: the number that the job was resumed at.
+        on_loss: is told every batch's mean loss.
+
+    Returns:
+        The mean losses of the batches that were sent.
+
+    Raises:
+        DataError: no labels, or `applied` is not at the end of a step.
+    """
+    if private.labels is None and not language_model:
+        raise DataError("expected labels to train with: privatize the texts with their labels")
+    trunk = RemoteTrunk(transport, precision=config.precision)
+    losses: list[float] = []
+    plan, number = config.steps(len(private)), 0
+    for made, step in enumerate(plan, 1):
+        if number < applied:  # this step is part of the job already
+            number += 2 * len(step) + 1
+            continue
+        if number != trunk.applied:
+            if number != applied:
+                raise DataError(f"request {applied} is not the end of a step: resume at {number}")
+            trunk.applied = number
+        for indices in step:
+            hidden_BLD, mask_BL = unpack(*private.rows(indices))
+            target = _target(private, indices, language_model)
+            loss = top.loss(trunk(hidden_BLD, mask_BL), mask_BL, target)
+            (loss * len(indices) / sum(map(len, step))).backward()
+            losses.append(float(loss.detach()))
+            on_loss(losses[-1])
+        trunk.step()
+        top.step()
+        number = trunk.applied
+        if made % config.checkpoint_steps == 0 or made == len(plan):
+            top.save(number)
+            trunk.checkpoint()
+    return losses
+
+
+@torch.no_grad()
+def predict_u_shape(
+    transport: Transport,
+    top: Top,
+    private: PrivateStates,
+    *,
+    batch_size: int = 16,
+    precision: Precision = "float16",
+) -> list[Tensor]:
+    """Outputs of every batch in order: [B, C] of the head, or logits [B, L, V]."""
+    trunk = RemoteTrunk(transport, precision=precision)
+    found = []
+    for begin in range(0, len(private), batch_size):
+        indices = range(begin, min(begin + batch_size, len(private)))
+        hidden_BLD, mask_BL = unpack(*private.rows(indices))
+        found.append(top.outputs(trunk.predict(hidden_BLD, mask_BL), mask_BL))
+    return found
+
+
+def _target(private: PrivateStates, indices: list[int], language_model: bool) -> Tensor:
+    if language_model:
+        chosen = [private.ids[i] for i in indices]
+        return torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
+    assert private.labels is not None
+    return private.labels[indices]

@@ -1,0 +1,446 @@
+"""The vendor: one frozen model, many customers' jobs, a handler message -> message a stream.
+
+It runs behind any transport; `exchange.serving.Server` takes `Vendor.session` as it is. Requests
+of a job are applied once and in order (exchange.delivery), checked before anything is computed,
+and refused without effect when something is wrong with them. The model works for one request at a
+time, and takes turns in the order of arrival: a job with many requests waits behind a job with one.
+
+What the vendor sees: hidden states, lengths, times, and in the two-part split labels. No token
+ids. It knows nothing of privatizers (tests/test_architecture.py).
+
+Shapes: B sequences, T real tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import final
+
+import torch
+
+from blindtune.errors import ConfigError, MismatchError, VerificationError
+from blindtune.exchange.codec import MessageLimits
+from blindtune.exchange.delivery import Deliveries
+from blindtune.exchange.messages import (
+    PROTOCOL_VERSION,
+    WINDOW,
+    Backward,
+    Batch,
+    BatchResult,
+    Cancel,
+    Checkpoint,
+    Checkpointed,
+    Forward,
+    Gradients,
+    Hello,
+    JobState,
+    Message,
+    Numbered,
+    OpenJob,
+    Outputs,
+    Precision,
+    Predict,
+    Predictions,
+    Refusal,
+    ResumeJob,
+    Status,
+    Step,
+    Stepped,
+    Welcome,
+)
+from blindtune.exchange.transport import Handler
+from blindtune.split.admission import RefusedError, check_labels, check_opening, check_rows
+from blindtune.split.lora import JobLora, Served, serve
+from blindtune.split.partition import Cut, Stack, longest_sequence
+from blindtune.split.store import JobRecord, JobStore
+from blindtune.split.terms import VendorLimits, tuning_of
+
+PROGRAM = "blindtune 0.1.0"
+
+
+class _Turns:
+    """A lock that is given in the order in which it was asked for."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()
+        self._held = False
+
+    def __enter__(self) -> None:
+        gate = threading.Lock()
+        with self._mutex:
+            if self._held:
+                gate.acquire()
+                self._waiting.append(gate)
+            self._held = True
+        gate.acquire()  # open at once, or when the one before is done
+
+    def __exit__(self, *_exception: object) -> None:
+        with self._mutex:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._held = False
+
+
+@dataclass(eq=False)
+class _Job:
+    """A job in memory. `lora` is None until a stream asks for the job."""
+
+    record: JobRecord
+    lora: JobLora | None = None
+    deliveries: Deliveries = field(default_factory=Deliveries)
+    durable: int = 0
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held before the numbers' own lock and the turn at the model, never after them."""
+
+    def state(self) -> JobState:
+        return JobState(
+            job=self.record.name,
+            state=self.record.state,
+            applied=self.deliveries.applied,
+            durable=self.durable,
+            steps=self.steps,
+            tokens=self.tokens,
+        )
+
+
+@final
+class Vendor:
+    """Holds the whole model, runs and tunes the layers that are the vendor's.
+
+    Args:
+        stack: the whole model; it is frozen, and belongs to this object from now on.
+        cut: who holds what.
+        bottom: id of the bottom package that customers were given (`write_bottom`).
+        directory: where jobs and their checkpoints are kept.
+        limits: what a job may use.
+        payload: largest message.
+
+    Raises:
+        ConfigError: the cut is one of another model.
+        OutputError: the directory holds jobs of another model or cut.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        cut: Cut,
+        bottom: str,
+        directory: str | Path,
+        *,
+        limits: VendorLimits | None = None,
+        payload: MessageLimits | None = None,
+    ) -> None:
+        if stack.layer_count != cut.layers:
+            raise ConfigError(
+                f"expected a cut of a model of {stack.layer_count} layers, got one of {cut.layers}"
+            )
+        self.limits = limits or VendorLimits()
+        self._served: Served = serve(stack, cut)
+        self._bottom = bottom
+        self._payload = payload or MessageLimits()
+        self._store = JobStore(directory, bottom)
+        self._jobs = {r.name: _Job(record=r) for r in self._store.records()}
+        self._opening = threading.Lock()
+        self._turns = _Turns()
+        most = longest_sequence(stack) or 2**20
+        self._longest = min(most, self.limits.max_sequence_tokens or most)
+
+    @contextmanager
+    def session(self, customer: str) -> Iterator[Handler]:
+        """A handler for one stream of an authenticated customer."""
+        yield _Session(self, customer).handle
+
+    def welcome(self) -> Welcome:
+        """The terms that every customer is told."""
+        stack, cut = self._served.stack, self._served.cut
+        return Welcome(
+            version=PROTOCOL_VERSION,
+            program=PROGRAM,
+            model_type=stack.config.model_type,
+            partitions=(cut.partition,),
+            cut=cut.cut,
+            hidden_size=stack.hidden_size,
+            bottom=self._bottom,
+            max_tokens=self.limits.max_message_tokens,
+            max_payload_bytes=self._payload.max_payload_bytes,
+        )
+
+    def open(self, customer: str, opening: OpenJob) -> _Job:
+        """Open a job, or find it again; durable before it is returned."""
+        check_opening(opening, self._served.cut, self._bottom, self.limits)
+        name, digest = _name_of(opening.token)
+        with self._opening:
+            job = self._jobs.get(name)
+            if job is None:
+                record = JobRecord(
+                    name=name,
+                    owner=customer,
+                    token_sha256=digest,
+                    task=opening.task,
+                    outputs=opening.outputs,
+                    precision=opening.precision,
+                    options=opening.options,
+                )
+                self._check_room(customer)
+                job = _Job(record=record)
+                with self._turns:
+                    job.lora = self._attach(record)
+                    try:
+                        self._store.save(name, 0, _state_of(job))
+                        self._store.write(record)
+                    except BaseException:
+                        job.lora.remove()
+                        raise
+                self._jobs[name] = job
+        job = self.find(customer, opening.token)
+        if not job.record.agrees(opening):
+            raise MismatchError("this job was opened with other terms: use them, or another token")
+        return job
+
+    def find(self, customer: str, token: str) -> _Job:
+        """A customer's job by its token; PolicyError to everybody else."""
+        name, digest = _name_of(token)
+        job = self._jobs.get(name)
+        if (
+            job is None
+            or job.record.owner != customer
+            or not hmac.compare_digest(job.record.token_sha256, digest)
+        ):
+            raise RefusedError("unknown-job", "there is no such job: open it")
+        with job.lock:
+            if job.lora is None and job.record.state == "open":
+                self._go_back(job, self._store.numbers(name)[-1])
+        return job
+
+    def rewind(self, job: _Job, number: int) -> None:
+        """Take a job back to its checkpoint after request `number`."""
+        if number not in self._store.numbers(job.record.name):
+            raise MismatchError(
+                f"no checkpoint after request {number} is kept: resume at one that is"
+            )
+        with job.lock:
+            job.deliveries.take_over()  # streams before this one may change nothing more
+            self._go_back(job, number)
+            self._store.drop_after(job.record.name, number)
+
+    def _go_back(self, job: _Job, number: int) -> None:
+        state = self._store.load(job.record.name, number)
+        with self._turns:
+            job.lora = job.lora or self._attach(job.record)
+            job.lora.load(state["lora"])
+        replies = [bytes(frame.numpy()) for frame in state["replies"]]
+        job.deliveries = Deliveries(applied=number, replies=replies)
+        job.steps, job.tokens, job.seconds = state["steps"], state["tokens"], state["seconds"]
+        job.durable = number
+
+    def checkpoint(self, job: _Job, sequence: int) -> Message:
+        """Make the state after the last applied request durable."""
+        assert job.lora is not None
+        if sequence > job.deliveries.applied:
+            return Refusal(code="out-of-order", message=f"request {sequence} was not applied yet")
+        with self._turns:
+            if not job.lora.settled:
+                raise MismatchError("a checkpoint is made after a step: send the step first")
+            number = job.deliveries.applied
+            self._store.save(job.record.name, number, _state_of(job))
+        job.durable = number
+        return Checkpointed(sequence=number)
+
+    def cancel(self, job: _Job) -> None:
+        """End a job and forget what it learned."""
+        with job.lock:
+            if job.record.state == "cancelled":
+                return
+            job.deliveries.take_over()
+            self._store.forget(job.record)
+            job.record = next(r for r in self._store.records() if r.name == job.record.name)
+            job.durable = job.deliveries.applied
+            if job.lora is not None:
+                with self._turns:
+                    job.lora.remove()
+                job.lora = None
+
+    def apply(self, job: _Job, message: Message) -> Message:
+        """Apply a numbered request wholly, or raise and leave the job as it was."""
+        lora, precision = job.lora, job.record.precision
+        assert lora is not None
+        assert isinstance(message, Numbered)
+        number = message.sequence
+        tokens = len(message.hidden_TD) if isinstance(message, Batch | Forward) else 0
+        self._check_message(job, message)
+        with self._turns:
+            begin = time.monotonic()
+            reply = _work(lora, job.steps, message, precision, number)
+            job.seconds += time.monotonic() - begin
+        job.tokens += tokens
+        job.steps += isinstance(message, Step)
+        return reply
+
+    def predict(self, job: _Job, message: Predict) -> Message:
+        """Use the tuned model; changes nothing but the count of tokens."""
+        assert job.lora is not None
+        self._check_rows(job, message)
+        with self._turns:
+            out = job.lora.predict(message.hidden_TD, message.lengths)
+        job.tokens += len(message.hidden_TD)
+        if job.record.task == "hidden":
+            return Outputs(sequence=None, precision=job.record.precision, hidden_TD=out)
+        return Predictions(logits_BC=out)
+
+    def _attach(self, record: JobRecord) -> JobLora:
+        task = None if record.task == "hidden" else record.task
+        config = tuning_of(record.options)
+        return JobLora(self._served, record.name, config, task=task, outputs=record.outputs)
+
+    def _check_room(self, customer: str) -> None:
+        live = [job for job in self._jobs.values() if job.record.state == "open"]
+        own = sum(job.record.owner == customer for job in live)
+        if len(live) >= self.limits.max_jobs or own >= self.limits.max_jobs_per_customer:
+            raise RefusedError("limit", "too many jobs are open: cancel one, or ask again later")
+
+    def _check_message(self, job: _Job, message: Numbered) -> None:
+        headless = job.record.task == "hidden"
+        if isinstance(message, Batch) == headless and not isinstance(message, Step):
+            raise MismatchError(f"{type(message).__name__} does not belong to this job's partition")
+        if job.seconds >= self.limits.max_seconds:
+            raise RefusedError("limit", f"the job used its {self.limits.max_seconds:g} seconds")
+        if isinstance(message, Step) and job.steps >= self.limits.max_steps:
+            raise RefusedError("limit", f"the job used its {self.limits.max_steps} steps")
+        if isinstance(message, Batch | Forward):
+            self._check_rows(job, message)
+        if isinstance(message, Batch):
+            check_labels(message.labels, job.record.task, job.record.outputs)
+        assert job.lora is not None
+        if isinstance(message, Forward) and job.lora.open_forwards >= WINDOW:
+            raise RefusedError("limit", f"{WINDOW} forwards are open: send their gradients first")
+
+    def _check_rows(self, job: _Job, message: Batch | Forward | Predict) -> None:
+        check_rows(
+            message.hidden_TD, message.lengths, width=self._served.stack.hidden_size,
+            longest=self._longest, limits=self.limits,
+        )  # fmt: skip
+        if job.tokens + len(message.hidden_TD) > self.limits.max_job_tokens:
+            raise RefusedError("limit", f"the job used its {self.limits.max_job_tokens} tokens")
+
+
+class _Session:
+    """One stream: hello, then a job, then requests for that job."""
+
+    def __init__(self, vendor: Vendor, customer: str) -> None:
+        self._vendor, self._customer = vendor, customer
+        self._greeted = False
+        self._job: _Job | None = None
+        self._lease: tuple[Deliveries, int] | None = None
+
+    def handle(self, message: Message) -> Message:
+        """Answer one request."""
+        try:
+            return self._answer(message)
+        except RefusedError as error:
+            return Refusal(code=error.code, message=str(error))
+
+    def _answer(self, message: Message) -> Message:
+        vendor, job = self._vendor, self._job
+        if isinstance(message, Hello):
+            if PROTOCOL_VERSION not in message.versions:
+                raise VerificationError(f"expected version {PROTOCOL_VERSION} of the protocol")
+            self._greeted = True
+            return vendor.welcome()
+        if not self._greeted:
+            raise RefusedError("out-of-order", "expected hello first")
+        if isinstance(message, OpenJob | ResumeJob):
+            return self._take(message)
+        if job is None:
+            raise RefusedError("out-of-order", "expected a job to be opened or resumed first")
+        if isinstance(message, Status):
+            return job.state()
+        if isinstance(message, Cancel):
+            vendor.cancel(job)
+            return job.state()
+        assert self._lease is not None
+        deliveries, lease = self._lease
+        with job.lock:
+            if job.record.state != "open" or job.lora is None:
+                raise RefusedError("policy", "this job was cancelled")
+            if isinstance(message, Predict):
+                return vendor.predict(job, message)
+            if isinstance(message, Checkpoint):
+                if deliveries is not job.deliveries:
+                    raise RefusedError("out-of-order", "another stream has taken this job over")
+                return vendor.checkpoint(job, message.sequence)
+            if not isinstance(message, Numbered):
+                raise VerificationError(f"{message!r} is not a request")
+            return deliveries.deliver(message, partial(vendor.apply, job), lease=lease)
+
+    def _take(self, message: OpenJob | ResumeJob) -> JobState:
+        if self._job is not None:
+            raise RefusedError("out-of-order", "a stream serves one job: open another stream")
+        if isinstance(message, OpenJob):
+            job = self._vendor.open(self._customer, message)
+        else:
+            job = self._vendor.find(self._customer, message.token)
+            if message.at is not None and message.at != job.deliveries.applied:
+                self._vendor.rewind(job, message.at)
+        self._job = job
+        with job.lock:
+            self._lease = (job.deliveries, job.deliveries.take_over())
+            return job.state()
+
+
+def _work(
+    lora: JobLora, steps: int, message: Numbered, precision: Precision, number: int
+) -> Message:
+    if isinstance(message, Batch):
+        loss, metrics, gradient_TD = lora.batch(
+            message.hidden_TD,
+            message.lengths,
+            message.labels,
+            weight=message.weight,
+            input_gradient=message.input_gradient,
+            draw=number,
+        )
+        return BatchResult(
+            sequence=number, precision=precision, loss=loss, metrics=metrics,
+            gradient_TD=gradient_TD,
+        )  # fmt: skip
+    if isinstance(message, Forward):
+        out_TD = lora.forward(number, message.hidden_TD, message.lengths)
+        return Outputs(sequence=number, precision=precision, hidden_TD=out_TD)
+    if isinstance(message, Backward):
+        found_TD = lora.backward(message.forward, message.gradient_TD)
+        wanted = found_TD if message.input_gradient else None
+        return Gradients(sequence=number, precision=precision, gradient_TD=wanted)
+    return Stepped(sequence=number, steps=steps + 1, gradient_norm=lora.step())
+
+
+def _name_of(token: str) -> tuple[str, str]:
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    return f"job_{digest[:16]}", digest
+
+
+def _state_of(job: _Job) -> dict[str, object]:
+    assert job.lora is not None
+    frames = [
+        torch.frombuffer(bytearray(f), dtype=torch.uint8) for f in job.deliveries.remembered()
+    ]
+    return {
+        "lora": job.lora.state(),
+        "replies": frames,
+        "steps": job.steps,
+        "tokens": job.tokens,
+        "seconds": job.seconds,
+    }

@@ -1,0 +1,167 @@
+"""What leaves the customer: noised once, and nothing else."""
+
+import struct
+
+import pytest
+import torch
+from split_world import LABELS, TEXTS, World
+
+from blindtune.errors import ConfigError, DataError
+from blindtune.exchange.messages import Batch, Forward, Predict
+from blindtune.exchange.transcript import Recorder
+from blindtune.privacy.metric_dp import Mechanism
+from blindtune.privacy.token_importance import ImportanceConfig
+from blindtune.split.customer import PassConfig, predict, train
+from blindtune.split.private_states import PrivateStates, privatize
+from blindtune.split.ushape import Top, train_u_shape
+
+PLAN = PassConfig(epochs=2, batch_size=4, precision="float32")
+
+
+def noised(world, **options):
+    with pytest.warns(UserWarning, match="repeat"):
+        return world.private(testing_seed=1, **options)
+
+
+def spellings(text, ids):
+    """How a text or its ids could hide in bytes."""
+    yield text.encode()
+    for code in ("<b", "<h", "<i", "<q", ">h", ">i", ">q", "<f", "<e"):
+        yield b"".join(struct.pack(code, i) for i in ids)
+    yield ",".join(map(str, ids)).encode()
+    yield bytes([0x90 | min(len(ids), 15)]) + bytes(ids)
+
+
+@pytest.mark.parametrize("partition", ["two-part", "u-shape"])
+def test_the_wire_holds_no_text_and_no_ids(tmp_path, partition):
+    world = World(tmp_path, "smollm2", partition, cut=1, last=int(partition == "u-shape"))
+    recorder = Recorder()
+    job = world.job(tap=recorder)
+    private = noised(world, mechanism=Mechanism(eta=5.0))
+    if partition == "two-part":
+        train(job, private, PLAN)
+        predict(job, private)
+    else:
+        train_u_shape(job, Top(world.bottom, None), private, PLAN, language_model=True)
+    wire = recorder.transcript().wire()
+    assert len(wire) > 10_000
+    long = [(t, i.tolist()) for t, i in zip(TEXTS, private.ids, strict=True) if len(i) > 5]
+    assert len(long) > 5
+    for text, ids in long:
+        assert not any(spelling in wire for spelling in spellings(text, ids))
+    job.close()
+    seen = {type(c.message).__name__ for c in recorder.transcript().crossings()}
+    two_part = {"Batch", "BatchResult", "Predict", "Predictions"}
+    u_shape = {"Forward", "Outputs", "Backward", "Gradients"}
+    both = {"Hello", "Welcome", "OpenJob", "JobState", "Step", "Stepped", "Checkpoint",
+            "Checkpointed"}  # fmt: skip
+    assert seen == both | (two_part if partition == "two-part" else u_shape)
+
+
+def test_spellings_are_found_where_they_are():
+    ids = [5, 77, 120, 9, 33, 8]
+    for spelling in spellings("secret", ids):
+        assert any(s in b"xx" + spelling + b"yy" for s in spellings("secret", ids))
+
+
+def test_every_epoch_sends_the_same_draw(tmp_path):
+    world, recorder = World(tmp_path), Recorder()
+    job = world.job(tap=recorder)
+    private = noised(world, mechanism=Mechanism(eta=5.0, mode="vector"))
+    train(job, private, PassConfig(epochs=3, batch_size=1, precision="float32"))
+    job.close()
+    sent = [c.message for c in recorder.transcript().crossings() if isinstance(c.message, Batch)]
+    assert len(sent) == 3 * len(TEXTS)
+    assert len({m.hidden_TD.numpy().tobytes() for m in sent}) == len(TEXTS)
+    assert not any(m.input_gradient for m in sent)
+    assert not any(isinstance(c.message, Forward | Predict)
+                   for c in recorder.transcript().crossings())  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["token", "vector", "block-output"])
+def test_modes(tmp_path, mode):
+    world = World(tmp_path, "bert", cut=2)
+    clean = world.private()
+    states = {}
+    for eta in (1e5, 0.5):
+        states[eta] = noised(world, mechanism=Mechanism(eta=eta, mode=mode), batch_size=3)
+    for exact, weak, strong in zip(
+        clean.states, states[1e5].states, states[0.5].states, strict=True
+    ):
+        torch.testing.assert_close(weak, exact, rtol=0, atol=0.05)
+        assert exact.shape == strong.shape
+        assert (strong - exact).norm() > 0.1 * exact.norm()
+    assert all(torch.equal(a, b) for a, b in zip(clean.ids, states[0.5].ids, strict=True))
+
+
+def test_batches_change_nothing_without_noise(tmp_path):
+    world = World(tmp_path, "roberta", cut=2)
+    one, many = (world.private(batch_size=n) for n in (1, 10))
+    for a, b in zip(one.states, many.states, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_contributing_tokens_get_no_noise_in_training_texts_of_their_class(tmp_path):
+    world = World(tmp_path, cut=0)
+    mechanism = Mechanism(eta=1.0, mode="vector")
+    importance = ImportanceConfig(fraction=0.05, factor=0.0)
+    clean = world.private()
+    spared = noised(world, mechanism=mechanism, importance=importance, classes=2)
+    equal = [
+        (torch.isclose(a, b, atol=1e-5).all(1), ids)
+        for a, b, ids in zip(clean.states, spared.states, clean.ids, strict=True)
+    ]
+    share = sum(int(e.sum()) for e, _ in equal) / sum(len(e) for e, _ in equal)
+    assert 0.02 < share < 0.6
+    with pytest.warns(UserWarning, match="repeat"):
+        unlabelled = privatize(
+            world.bottom, TEXTS, mechanism=mechanism, importance=importance, classes=2,
+            testing_seed=1,
+        )  # fmt: skip
+    assert unlabelled.labels is None
+    for a, b in zip(clean.states, unlabelled.states, strict=True):
+        assert not torch.isclose(a, b, atol=1e-5).all(1).any()
+
+
+def test_two_calls_draw_twice(tmp_path):
+    world = World(tmp_path, cut=0)
+    first, second = (world.private(Mechanism(eta=1.0, mode="vector")) for _ in range(2))
+    assert not torch.equal(first.states[0], second.states[0])
+
+
+def test_states_are_kept_and_read_back(tmp_path):
+    world = World(tmp_path)
+    private = world.private()
+    private.save(tmp_path / "states")
+    again = PrivateStates.load(tmp_path / "states")
+    assert torch.equal(again.labels, LABELS)
+    for kind in ("states", "ids"):
+        pairs = zip(getattr(private, kind), getattr(again, kind), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    (tmp_path / "states").write_bytes(b"no")
+    with pytest.raises(DataError, match="cannot read"):
+        PrivateStates.load(tmp_path / "states")
+
+
+def test_bad_texts(tmp_path):
+    world = World(tmp_path)
+    with pytest.raises(DataError, match="as many labels"):
+        privatize(world.bottom, TEXTS, LABELS[:3], mechanism=None)
+    with pytest.raises(DataError, match="expected texts"):
+        privatize(world.bottom, [], mechanism=None)
+    with pytest.raises(DataError, match="text 1 holds no token"):
+        privatize(world.bottom, ["a", ""], mechanism=None)
+    with pytest.raises(DataError, match="labels"):
+        train(world.job(), privatize(world.bottom, TEXTS, mechanism=None), PLAN)
+    with pytest.raises(ConfigError):
+        PassConfig(epochs=0)
+    with pytest.raises(ConfigError, match="u-shape"):
+        Top(world.bottom, None)
+
+
+@pytest.mark.parametrize(("name", "longest"), [("bert", 64), ("roberta", 62), ("opt", 128)])
+def test_long_texts_are_cut_to_what_the_model_takes(tmp_path, name, longest):
+    world = World(tmp_path, name)
+    long = privatize(world.bottom, ["a" * 500], mechanism=None)
+    assert len(long.states[0]) == longest
+    assert predict(world.job(), long).shape == (1, 2)
