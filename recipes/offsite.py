@@ -11,6 +11,7 @@ text, and fine-tune the full model on the private data for comparison.
 import argparse
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -30,6 +31,7 @@ from blindtune.evaluation.scoreboard import (
     save,
 )
 from blindtune.models.loading import load_model, load_tokenizer
+from blindtune.training import checkpoint
 from blindtune.training.loop import fit
 from blindtune.training.text import load_dataset_file
 from sample_text import write_samples
@@ -49,10 +51,7 @@ def main() -> None:
         resume="never", save_steps=options.steps, eval_steps=max(1, options.steps // 4)
     )
     training = blindtune.TrainingConfig(
-        max_steps=options.steps,
-        learning_rate=options.learning_rate,
-        per_device_train_batch_size=4,
-        seed=options.seed,
+        max_steps=options.steps, per_device_train_batch_size=4, seed=options.seed
     )
 
     say("\n[bold]Model owner[/] studies the model on public text; the result stays private.")
@@ -67,16 +66,11 @@ def main() -> None:
     emulation = blindtune.emulate(out / "study", out / "emulator", overwrite=True)
 
     say("[bold]Data owner[/] tunes the emulator's adapter on private text. One sample, «trained»:")
+    look = partial(say, markup=False, style="dim")
     tuning = blindtune.tune(
-        out / "emulator",
-        private,
-        out / "adapter",
-        training=training,
-        reading=reading,
-        run=run,
-        overwrite=True,
-        on_sample=lambda sample: say(sample[-400:], markup=False, style="dim"),
-    )
+        out / "emulator", private, out / "adapter", None, training,
+        reading=reading, run=run, overwrite=True, on_sample=lambda text: look(text[-400:]),
+    )  # fmt: skip
 
     say("[bold]Model owner[/] plugs the returned adapter into the full model.")
     blindtune.plug_in(model, out / "adapter", out / "tuned", overwrite=True)
@@ -87,18 +81,26 @@ def main() -> None:
 
     say("Scoring all five on held-out text.")
     scoring = blindtune.EvaluationConfig(max_length=128, max_tokens=options.test_tokens)
-    scores = {
-        name: blindtune.evaluate(candidate, adapter=adapter, data=test, config=scoring).perplexity
-        for name, candidate, adapter in (
-            (ZS, model, None),
-            (EMULATOR_ZS, out / "emulator", None),
-            (EMULATOR_FT, out / "emulator", out / "adapter"),
-            (PLUG_IN, out / "tuned", None),
-            (FT, out / "ft", None),
-        )
-    }
+    candidates = (
+        (ZS, model, None),
+        (EMULATOR_ZS, out / "emulator", None),
+        (EMULATOR_FT, out / "emulator", out / "adapter"),
+        (PLUG_IN, out / "tuned", None),
+        (FT, out / "ft", None),
+    )
+    scores = {}
+    with stages() as show:
+        for name, candidate, adapter in candidates:
+            found = blindtune.evaluate(
+                candidate,
+                adapter=adapter,
+                data=test,
+                config=scoring,
+                on_progress=partial(show, name),
+            )
+            scores[name] = found.perplexity
     bytes_sent = sum(path.stat().st_size for path in (out / "emulator").iterdir())
-    tokens, steps = study.tokens, tuning.training
+    studied, steps = sum(study.tokens.values()), tuning.training
     board = Scoreboard(
         measure="nats",
         data=f"{scores[ZS].tokens:,} held-out tokens",
@@ -106,7 +108,7 @@ def main() -> None:
         costs=(
             Cost(name="full model", parameters=emulation.full_parameters),
             Cost(name="emulator", parameters=emulation.parameters, bytes=bytes_sent),
-            Cost(name="study", tokens=sum(tokens.values()), seconds=sum(study.seconds.values())),
+            Cost(name="study", tokens=studied, seconds=sum(study.seconds.values())),
             Cost(name="emulate", seconds=emulation.seconds),
             Cost(name="tune", tokens=steps.tokens, seconds=steps.seconds),
             Cost(name="FT", tokens=steps.tokens, seconds=ft_seconds),
@@ -122,7 +124,9 @@ def fine_tune(model, private, out, reading, training, run) -> float:
     """Full fine-tuning on the same examples for as many steps; returns its seconds."""
     full, tokenizer = load_model(model), load_tokenizer(model)
     train, held_out = load_dataset_file(private, tokenizer, reading).split(0.1, reading.seed)
-    result = fit(full, train, held_out, training, out.with_suffix(".work"), run=run)
+    work = out.with_suffix(".work")
+    result = fit(full, train, held_out, training, work, run=run)
+    checkpoint.clear(work)
     full.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return result.seconds
@@ -139,7 +143,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30, help="of tuning, 4 x 128 tokens each")
     parser.add_argument("--study-steps", type=int, default=16, help="of Dynamic LayerReplace")
     parser.add_argument("--test-tokens", type=int, default=4096)
-    parser.add_argument("--learning-rate", type=float, default=6e-4, help="of the adapter")
     parser.add_argument("--ft-learning-rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

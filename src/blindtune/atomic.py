@@ -58,7 +58,7 @@ def check_free(target: Path, *, overwrite: bool, mark: str) -> None:
         if not overwrite:
             raise OutputError(
                 f"{target}: expected a new or empty directory, something is there: choose another "
-                "place, or say that it may be overwritten"
+                "place, or say that it may be overwritten (--overwrite)"
             )
         if not (target / mark).is_file():
             raise OutputError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from blindtune.atomic import atomic_directory, check_free
 from blindtune.errors import ConfigError, DataError
 from blindtune.models.blocks import Harmonizer
-from blindtune.models.decoder import Decoder
+from blindtune.models.decoder import Decoder, check_context, context_limit
 from blindtune.models.fingerprint import fingerprint
 from blindtune.models.loading import load_model, load_tokenizer, preferred_device
 from blindtune.offsite.calibration import Calibration, calibrate
@@ -82,6 +82,7 @@ def study(
     network_model = load_model(model, device=preferred_device())
     network_model.requires_grad_(False)
     decoder = Decoder(network_model)
+    check_context(config.max_length, context_limit(network_model.config))
     windows_NL = _windows(model, data, config)
     middle = range(config.min_adapter_layers, decoder.layer_count - config.min_adapter_layers)
     if not middle:
