@@ -71,7 +71,6 @@ def main() -> None:
         out / "emulator", private, out / "adapter", None, training,
         reading=reading, run=run, overwrite=True, on_sample=lambda text: look(text[-400:]),
     )  # fmt: skip
-
     say("[bold]Model owner[/] plugs the returned adapter into the full model.")
     blindtune.plug_in(model, out / "adapter", out / "tuned", overwrite=True)
 
@@ -124,16 +123,15 @@ def fine_tune(model, private, out, reading, training, run) -> float:
     """Full fine-tuning on the same examples for as many steps; returns its seconds."""
     full, tokenizer = load_model(model), load_tokenizer(model)
     train, held_out = load_dataset_file(private, tokenizer, reading).split(0.1, reading.seed)
-    work = out.with_suffix(".work")
-    result = fit(full, train, held_out, training, work, run=run)
-    checkpoint.clear(work)
+    result = fit(full, train, held_out, training, out.with_suffix(".work"), run=run)
+    checkpoint.clear(out.with_suffix(".work"))
     full.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return result.seconds
 
 
 def parse_options() -> argparse.Namespace:
-    """Options with defaults that take a few minutes on two cores."""
+    """Options whose defaults take a few minutes on two cores."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="smollm2-135m", help="directory or hub name")
     parser.add_argument("--public", type=Path, help="public text for the study")

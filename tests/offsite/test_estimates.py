@@ -133,11 +133,13 @@ def test_a_study_costs_more_with_more_in_it(world):
     arguments = (world.path / "model", world.path / "public.txt")
     config = StudyConfig(max_length=32, calibration_tokens=1024, damage_tokens=256)
     bare = replace(config, warm_start="none", initial_scores="zero")
-    nothing = estimate_study(*arguments, bare)
+    nothing = estimate_study(*arguments, bare, DynamicConfig(steps=0))
     assert set(nothing.parts) == {"load"}
     assert nothing.tokens == 0
     full = estimate_study(*arguments, config, DynamicConfig(steps=5))
     assert full.written_bytes > nothing.written_bytes
     assert full.tokens > 1024
-    identity = estimate_study(*arguments, replace(bare, stand_in="identity"))
+    identity = estimate_study(
+        *arguments, replace(bare, stand_in="identity"), DynamicConfig(steps=0)
+    )
     assert identity.written_bytes == 0
