@@ -8,11 +8,12 @@ from blindtune.models.encoders import (
     empty_encoder,
     encoder_family_of,
     is_encoder,
+    load_any,
     load_encoder,
     meta_encoder,
 )
 from tiny_encoders import ENCODER_NAMES, LAYERS, tiny_encoder
-from tiny_models import tiny_config
+from tiny_models import tiny_config, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("name", ENCODER_NAMES)
@@ -62,3 +63,17 @@ def test_what_cannot_be_cut_is_refused():
         tiny_encoder("bert", is_decoder=True)
     with pytest.raises(UnsupportedModelError, match="AutoModel"):
         Encoder(BertForMaskedLM(tiny_encoder("bert").config))
+
+
+@pytest.mark.parametrize(("name", "build"), [("bert", tiny_encoder), ("gpt2", tiny_model)])
+def test_any_model_with_its_tokenizer(tmp_path, name, build):
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="tokenizer"):
+        load_any(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loaded, tokenizer = load_any(tmp_path)
+    assert type(loaded) is type(model)
+    assert tokenizer.pad_token_id is not None
+    with pytest.raises(ModelError):
+        load_any(tmp_path / "nowhere")

@@ -92,6 +92,13 @@ def test_modes(tmp_path, mode):
         assert exact.shape == strong.shape
         assert (strong - exact).norm() > 0.1 * exact.norm()
     assert all(torch.equal(a, b) for a, b in zip(clean.ids, states[0.5].ids, strict=True))
+    if mode == "token":
+        assert states[1e5].changed == 0
+        assert states[0.5].changed > 0.8
+        states[0.5].save(tmp_path / "states")
+        assert PrivateStates.load(tmp_path / "states").changed == states[0.5].changed
+    else:
+        assert states[0.5].changed is None
 
 
 def test_batches_change_nothing_without_noise(tmp_path):

@@ -16,12 +16,20 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from blindtune.errors import ModelError, UnsupportedModelError
 from blindtune.models.decoder import LayerCall, LayerInputs, _Recorder
-from blindtune.models.loading import _FOREIGN, _first_line, _load_config, _resolve, _some
+from blindtune.models.loading import (
+    _FOREIGN,
+    _first_line,
+    _load_config,
+    _resolve,
+    _some,
+    load_model,
+    load_tokenizer,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +94,8 @@ ENCODERS: tuple[EncoderFamily, ...] = (
     ),
 )
 _BY_MODEL_TYPE = {kind: family for family in ENCODERS for kind in family.model_types}
+
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spm.model")
 
 _REFUSED = (
     ("is_decoder", "as a decoder it is another model"),
@@ -256,6 +266,40 @@ def load_encoder(
         )
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
+
+
+def load_any(
+    name: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A decoder or an encoder, whichever the config names, and its tokenizer.
+
+    Args:
+        name, dtype, device: as for `load_model` and `load_encoder`.
+
+    Raises:
+        ModelError: it cannot be had; UnsupportedModelError if its family is in neither table.
+    """
+    source = _resolve(name)
+    folder = Path(source)
+    # Without its files transformers makes up an empty tokenizer.
+    if folder.is_dir() and not any((folder / file).is_file() for file in _VOCABULARIES):
+        raise ModelError(
+            f"expected a tokenizer in {source}, got none of {', '.join(_VOCABULARIES)}: put "
+            "tokenizer.json and tokenizer_config.json beside the weights"
+        )
+    if not is_encoder(_load_config(source)):
+        return load_model(name, dtype=dtype, device=device), load_tokenizer(name)
+    model = load_encoder(name, dtype=dtype, device=device)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except _FOREIGN as error:
+        raise ModelError(
+            f"expected a tokenizer in {source}, got: {_first_line(error)}: put tokenizer.json and "
+            "tokenizer_config.json beside the weights"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"expected a tokenizer with a padding token in {source}, got none: set it")
+    return model, tokenizer
 
 
 def empty_encoder(config: Any, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -50,6 +50,9 @@ class PrivateStates:
     """[N] classes (int64), [N] or [N, C] targets (float32), or None: sent in the two-part split."""
     ids: tuple[Tensor, ...]
     """[L] of every text, without noise: never sent; the targets of causal language modelling."""
+    changed: float | None = None
+    """Token mode: the share of tokens (special ones apart) that came out as another token. Who
+    inverts the bottom perfectly and guesses no further gets 1 - changed of them right."""
 
     def __len__(self) -> int:
         return len(self.states)
@@ -68,6 +71,8 @@ class PrivateStates:
         }
         if self.labels is not None:
             tensors["labels"] = self.labels
+        if self.changed is not None:
+            tensors["changed"] = torch.tensor(self.changed, dtype=torch.float64)
         with atomic_file(path) as partial:
             save_file(tensors, partial)
 
@@ -81,6 +86,7 @@ class PrivateStates:
                 states=found["hidden_TD"].split(lengths),
                 labels=found.get("labels"),
                 ids=found["ids_T"].split(lengths),
+                changed=float(found["changed"]) if "changed" in found else None,
             )
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise DataError(f"{path}: expected privatized states, cannot read them") from error
@@ -135,6 +141,7 @@ def privatize(
         privatizer = Privatizer(mechanism, table, testing_seed=testing_seed)
     padding = bottom.tokenizer.pad_token_id
     states: list[Tensor] = []
+    changed, content = 0, 0
     for begin in range(0, len(ids), batch_size):
         some = ids[begin : begin + batch_size]
         ids_BL = torch.nn.utils.rnn.pad_sequence(
@@ -144,10 +151,21 @@ def privatize(
         mask_BL = (torch.arange(ids_BL.shape[1]) < lengths_B1).long()
         classes_B = labels[begin : begin + batch_size] if counts is not None else None  # type: ignore[index]
         factors_BL = contributing.factors(ids_BL, classes_B)
-        hidden_BLD = _noised(bottom, privatizer, ids_BL, mask_BL, factors_BL)
+        sent_BL = ids_BL
+        if privatizer is not None and privatizer.mechanism.mode == "token":
+            sent_BL = privatizer.tokens(ids_BL, factors_BL)
+            counted_BL = mask_BL.bool() & ~contributing.is_special(ids_BL)
+            changed += int((counted_BL & (sent_BL != ids_BL)).sum())
+            content += int(counted_BL.sum())
+        hidden_BLD = _noised(bottom, privatizer, sent_BL, mask_BL, factors_BL)
         packed_TD, lengths = pack(hidden_BLD, mask_BL)
         states += [state.clone() for state in packed_TD.float().cpu().split(lengths)]
-    return PrivateStates(states=tuple(states), labels=labels, ids=tuple(ids))
+    return PrivateStates(
+        states=tuple(states),
+        labels=labels,
+        ids=tuple(ids),
+        changed=changed / content if content else None,
+    )
 
 
 def _encode(bottom: Bottom, texts: Sequence[str]) -> list[Tensor]:
@@ -170,15 +188,11 @@ def _noised(
     mask_BL: Tensor,
     factors_BL: Tensor,
 ) -> Tensor:
-    """States [B, L, D] after noise and bottom."""
+    """States [B, L, D] after the bottom; in token mode the ids have had their noise."""
     stack, cut = bottom.stack, bottom.cut
-    mode = None if privatizer is None else privatizer.mechanism.mode
-    if privatizer is None:
+    if privatizer is None or privatizer.mechanism.mode == "token":
         return run_bottom(stack, cut, stack.begin(ids_BL, mask_BL))
-    if mode == "token":
-        ids_BL = privatizer.tokens(ids_BL, factors_BL)
-        return run_bottom(stack, cut, stack.begin(ids_BL, mask_BL))
-    if mode == "vector":
+    if privatizer.mechanism.mode == "vector":
         with _noisy_embedding(stack, privatizer, factors_BL):
             return run_bottom(stack, cut, stack.begin(ids_BL, mask_BL))
     return privatizer.block_outputs(run_bottom(stack, cut, stack.begin(ids_BL, mask_BL)))

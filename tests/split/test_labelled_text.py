@@ -1,0 +1,55 @@
+import pytest
+
+from blindtune.errors import DataError
+from blindtune.split.labelled_text import read_labelled
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_both_kinds_of_file_read_the_same(tmp_path):
+    rows = ['{"text": "so, good", "label": 1}', "", '{"text": "bad", "label": 0}']
+    lines = "\n".join([*rows, '{"text": " ", "label": 0}'])
+    table = '\ufefftext,label\n"so, good",1\nbad,0\n'
+    for path in (write(tmp_path / "a.jsonl", lines), write(tmp_path / "a.csv", table)):
+        found = read_labelled(path)
+        assert found.texts == ("so, good", "bad")
+        assert found.labels_N.tolist() == [1, 0]
+        assert found.names == ("0", "1")
+
+
+def test_names_and_columns(tmp_path):
+    path = write(tmp_path / "a.csv", "s,mood\nx,up\ny,down\n")
+    found = read_labelled(path, text_column="s", label_column="mood", names=("down", "flat", "up"))
+    assert found.labels_N.tolist() == [2, 0]
+    with pytest.raises(DataError, match="got up"):
+        read_labelled(path, text_column="s", label_column="mood", names=("down", "flat"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("a.txt", "x", "ending"),
+        ("a.csv", "text\nx\n", "columns text"),
+        ("a.csv", "", "two classes"),
+        ("a.csv", "text,label\nx,1\n", "1 texts of 1"),
+        ("a.jsonl", '{"text": 3, "label": 1}', "a.jsonl:1"),
+        ("a.jsonl", '{"text": "x", "label": 0.5}', "class"),
+        ("a.jsonl", "[1]", "object"),
+        ("a.jsonl", "{", "malformed"),
+        ("a.jsonl", "[" * 100_000, "malformed"),
+    ],
+)
+def test_bad_files(tmp_path, name, text, match):
+    with pytest.raises(DataError, match=match):
+        read_labelled(write(tmp_path / name, text))
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(DataError, match="No such file"):
+        read_labelled(tmp_path / "none.csv")
+    (tmp_path / "b.csv").write_bytes(b"text,label\n\xff,1\n")
+    with pytest.raises(DataError, match="malformed"):
+        read_labelled(tmp_path / "b.csv")
