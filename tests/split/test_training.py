@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-from split_world import CONFIG, LABELS, TEXTS, World, build
+from split_world import CONFIG, FAST, LABELS, TEXTS, World, build
 from torch.nn.functional import cross_entropy
 
-from blindtune.exchange.messages import ResumeJob
-from blindtune.exchange.resuming import ResumingTransport
+from blindtune.exchange.messages import Status
 from blindtune.split.customer import PassConfig, new_token, predict, train
 from blindtune.split.partition import (
     PooledHead,
@@ -16,8 +15,9 @@ from blindtune.split.partition import (
     feature_size,
     stack_of,
 )
+from blindtune.split.private_states import PrivateStates
 from blindtune.split.terms import TuningConfig
-from blindtune.split.ushape import Top, predict_u_shape, train_u_shape
+from blindtune.split.ushape import Top, go_on, predict_u_shape, train_u_shape
 
 PLAN = PassConfig(epochs=2, batch_size=3, accumulate=2, precision="float32", checkpoint_steps=2)
 
@@ -178,8 +178,6 @@ def test_a_killed_customer_goes_on_where_the_vendor_is(tmp_path):
         if len(seen) == 4:
             raise Killed
 
-    from blindtune.split.private_states import PrivateStates
-
     private = PrivateStates.load(tmp_path / "private.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(private.ids, world.private().ids, strict=True))
     with pytest.raises(Killed):
@@ -189,7 +187,7 @@ def test_a_killed_customer_goes_on_where_the_vendor_is(tmp_path):
     assert again.job.applied > 4
     train(again, private, PLAN, applied=again.job.applied)
     state = again.job
-    assert (state.job, again.call(ask()).steps) == (job.job.job, 4)
+    assert (state.job, again.call(Status()).steps) == (job.job.job, 4)
     (tmp_path / "calm").mkdir()
     calm = World(tmp_path / "calm")
     whole = calm.job(DROPOUT)
@@ -198,13 +196,8 @@ def test_a_killed_customer_goes_on_where_the_vendor_is(tmp_path):
     assert torch.equal(first, predict(again, private, precision="float32"))
 
 
-def ask():
-    from blindtune.exchange.messages import Status
-
-    return Status()
-
-
-def test_u_shape_resumes_both_parties_at_the_same_step(tmp_path):
+@pytest.mark.parametrize("vendor_stored", [True, False])
+def test_u_shape_resumes_both_parties_at_the_same_step(tmp_path, vendor_stored):
     (tmp_path / "calm").mkdir()
     calm = World(tmp_path / "calm", "bert", "u-shape", cut=1, last=1)
     expected = train_u_shape(
@@ -222,18 +215,22 @@ def test_u_shape_resumes_both_parties_at_the_same_step(tmp_path):
         if len(seen) == 6:
             raise Killed
 
+    job = world.job(token=token)
     with pytest.raises(Killed):
-        train_u_shape(
-            world.job(token=token), top, private, PLAN, language_model=False, on_loss=kill
-        )
+        train_u_shape(job, top, private, PLAN, language_model=False, on_loss=kill)
+    job.close()
     world.start()
-    top = Top(world.bottom, head_of(world, seed=9), directory=tmp_path)
-    at = top.numbers()[-1]
-    top.load(at)
-    job = ResumingTransport(world.connect, ResumeJob(token=token, at=at), program="test")
+    if not vendor_stored:  # killed between the customer's state and the vendor's checkpoint
+        newest = max((tmp_path / "vendor").rglob("at-*.pt"), key=lambda p: int(p.stem[3:]))
+        newest.unlink()
+        world.start()
+    top = Top(world.bottom, head_of(world), directory=tmp_path)
+    job, at = go_on(world.connect, top, token, retries=FAST)
+    assert (at > 0) == vendor_stored
     losses = train_u_shape(job, top, private, PLAN, language_model=False, applied=at)
-    assert 0 < len(losses) < len(expected)
+    assert 0 < len(losses) <= len(expected)
     assert losses == expected[-len(losses) :]
+    assert (len(losses) < len(expected)) == vendor_stored
     job.close()
 
 

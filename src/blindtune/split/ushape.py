@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from blindtune.atomic import atomic_file
-from blindtune.errors import ConfigError, DataError
-from blindtune.exchange.messages import Precision, unpack
+from blindtune.errors import ConfigError, DataError, MismatchError, NetworkError
+from blindtune.exchange.messages import Precision, ResumeJob, unpack
+from blindtune.exchange.resuming import ResumingTransport, RetryConfig
 from blindtune.exchange.transport import Transport
 from blindtune.split.bottom import Bottom
-from blindtune.split.customer import PassConfig
+from blindtune.split.customer import PROGRAM, PassConfig
 from blindtune.split.partition import (
     PooledHead,
     lm_logits,
@@ -116,15 +117,49 @@ class Top:
             (self._directory / f"top-{old}.pt").unlink()
 
     def load(self, number: int) -> None:
-        """Go back to the state after request `number`; later ones are forgotten."""
+        """Go back to the state after request `number`; later ones are forgotten.
+
+        0 is the state at the start, which this object has when it is new.
+        """
         assert self._directory is not None
-        state = torch.load(self._directory / f"top-{number}.pt", weights_only=True)
-        if self._head is not None and self._optimizer is not None:
+        if number and self._head is not None and self._optimizer is not None:
+            state = torch.load(self._directory / f"top-{number}.pt", weights_only=True)
             self._head.load_state_dict(state["head"])
             self._optimizer.load_state_dict(state["optimizer"])
         for later in self.numbers():
             if later > number:
                 (self._directory / f"top-{later}.pt").unlink()
+
+
+def go_on(
+    connect: Callable[[], Transport],
+    top: Top,
+    token: str,
+    *,
+    retries: RetryConfig | None = None,
+) -> tuple[ResumingTransport, int]:
+    """Resume a U-shape job at the newest state that both parties kept.
+
+    Args:
+        connect: makes a connection to the vendor.
+        top: as at the start, with its directory; it is taken back to that state.
+        token: of the job.
+
+    Returns:
+        The transport, and the number to give `train_u_shape` as `applied`.
+
+    Raises:
+        NetworkError: no such state is left at both, or the vendor cannot be reached.
+    """
+    for number in reversed([0, *top.numbers()]):
+        opening = ResumeJob(token=token, at=number)
+        try:
+            transport = ResumingTransport(connect, opening, program=PROGRAM, retries=retries)
+        except MismatchError:  # the vendor does not have this one: it was stored here first
+            continue
+        top.load(number)
+        return transport, number
+    raise NetworkError("the vendor kept none of the states that are kept here: open a new job")
 
 
 def train_u_shape(
@@ -140,12 +175,11 @@ def train_u_shape(
     """Tune the trunk and the customer's head.
 
     Args:
-        transport: with an open job; to go on, resumed `at` a number of `top.numbers()`, with
-            `top.load` of the same number done.
+        transport: with an open job; to go on, from `go_on`.
         private: states; with labels unless `language_model`.
         config: the same as before when a job is gone on with.
         language_model: predict the texts' own tokens (without noise, they never leave).
-        applied: the number that the job was resumed at.
+        applied: from `go_on`; 0 for a new job.
         on_loss: is told every batch's mean loss.
 
     Returns:
