@@ -1,21 +1,40 @@
 """Split tuning without noise is the centralised one; with faults it is still the same."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
 from split_world import CONFIG, FAST, LABELS, TEXTS, World, build
 from torch.nn.functional import cross_entropy
 
-from blindtune.exchange.messages import Status
+from blindtune.errors import VerificationError
+from blindtune.exchange.messages import (
+    Backward,
+    Batch,
+    BatchResult,
+    Checkpoint,
+    Checkpointed,
+    Forward,
+    Gradients,
+    Outputs,
+    Predict,
+    Predictions,
+    Status,
+    Step,
+    Stepped,
+)
 from blindtune.split.customer import PassConfig, new_token, predict, train
 from blindtune.split.partition import (
     PooledHead,
     default_pooling,
     feature_size,
+    run_bottom,
+    run_vendor,
     stack_of,
 )
 from blindtune.split.private_states import PrivateStates
+from blindtune.split.remote import RemoteTrunk
 from blindtune.split.terms import TuningConfig
 from blindtune.split.ushape import Top, go_on, predict_u_shape, train_u_shape
 
@@ -243,3 +262,64 @@ def test_models_agree_before_training(tmp_path):
     logits = predict(job, world.private(), batch_size=10, precision="float32")
     loss = cross_entropy(logits, LABELS)
     torch.testing.assert_close(loss, central.loss(TEXTS, LABELS), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {Batch: lambda m: Stepped(sequence=m.sequence, steps=1, gradient_norm=0.0)},
+        {Batch: lambda m: BatchResult(sequence=m.sequence + 1, loss=0.5, metrics={})},
+        {Step: lambda m: Checkpointed(sequence=m.sequence)},
+        {Checkpoint: lambda m: Checkpointed(sequence=m.sequence - 1)},
+        {Predict: lambda m: Predictions(logits_BC=torch.zeros(len(m.lengths) + 1, 2))},
+        {Predict: lambda m: Outputs(sequence=None, hidden_TD=m.hidden_TD)},
+        {Forward: lambda m: Outputs(sequence=m.sequence, hidden_TD=m.hidden_TD[:, :-1])},
+        {Forward: lambda m: Gradients(sequence=m.sequence)},
+        {Backward: lambda m: Outputs(sequence=m.sequence, hidden_TD=m.gradient_TD)},
+        {Backward: lambda m: Gradients(sequence=m.sequence, gradient_TD=m.gradient_TD)},
+    ],
+)
+def test_a_vendor_that_answers_something_else_is_noticed(tmp_path, lie):
+    u_shape = bool({Forward, Backward} & set(lie))
+    world = World(tmp_path, partition="u-shape" if u_shape else "two-part")
+    session = world.vendor.session
+
+    @contextmanager
+    def lying(customer):
+        with session(customer) as handler:
+            yield lambda message: lie.get(type(message), handler)(message)
+
+    world.vendor.session = lying
+    job, private = world.job(), world.private()
+
+    def run():
+        if u_shape:
+            top = Top(world.bottom, head_of(world))
+            return train_u_shape(job, top, private, PLAN, language_model=False)
+        train(job, private, PLAN)
+        return predict(job, private)
+
+    with pytest.raises(VerificationError):
+        run()
+    job.close()
+
+
+def test_gradients_reach_what_the_customer_tunes_below_the_cut(tmp_path):
+    world = World(tmp_path, partition="u-shape", cut=1, last=1)
+    job = world.job()
+    trunk, top = RemoteTrunk(job, precision="float32"), Top(world.bottom, head_of(world))
+    coded = world.bottom.tokenizer(TEXTS[:2], padding=True, return_tensors="pt")
+    mask = coded["attention_mask"]
+    below, whole = (torch.zeros(32, requires_grad=True) for _ in range(2))
+
+    def states(shift):
+        return run_bottom(
+            world.bottom.stack, world.cut, world.bottom.stack.begin(coded["input_ids"], mask)
+        ) + shift  # fmt: skip
+
+    top.loss(trunk(states(below), mask), mask, LABELS[:2]).backward()
+    local = run_vendor(stack_of(world.model), world.cut, states(whole), mask)
+    top.loss(local, mask, LABELS[:2]).backward()
+    torch.testing.assert_close(below.grad, whole.grad, rtol=1e-4, atol=1e-6)
+    assert trunk.applied == 2
+    job.close()

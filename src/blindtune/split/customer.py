@@ -28,12 +28,14 @@ from blindtune.exchange.messages import (
     Batch,
     BatchResult,
     Checkpoint,
+    Checkpointed,
     Message,
     OpenJob,
     Precision,
     Predict,
     Predictions,
     Step,
+    Stepped,
 )
 from blindtune.exchange.resuming import ResumingTransport, RetryConfig
 from blindtune.exchange.transport import Transport
@@ -147,15 +149,18 @@ def train(
         The mean losses of the batches that were sent.
 
     Raises:
-        DataError: no labels. NetworkError: go on later. Others: the vendor refused.
+        DataError: no labels. NetworkError: go on later. VerificationError: the vendor's answers
+            are not those of the protocol. Others: the vendor refused.
     """
     if private.labels is None:
         raise DataError("expected labels to train with: privatize the texts with their labels")
     losses: list[float] = []
-    waiting: deque[Future[Message]] = deque()
+    waiting: deque[tuple[Message, Future[Message]]] = deque()
 
     def settle() -> None:
-        reply = waiting.popleft().result()
+        request, future = waiting.popleft()
+        reply = future.result()
+        _check_reply(request, reply)
         if isinstance(reply, BatchResult):
             losses.append(reply.loss)
             on_loss(reply.loss)
@@ -163,10 +168,24 @@ def train(
     for request in _requests(private, private.labels, config, applied):
         if len(waiting) >= WINDOW:
             settle()
-        waiting.append(transport.submit(request))
+        waiting.append((request, transport.submit(request)))
     while waiting:
         settle()
     return losses
+
+
+def _check_reply(request: Message, reply: Message) -> None:
+    """Whether a reply is of the kind and number that the request asks for."""
+    if (isinstance(request, Batch) and isinstance(reply, BatchResult)) or (
+        isinstance(request, Step) and isinstance(reply, Stepped)
+    ):
+        fits = request.sequence == reply.sequence
+    elif isinstance(request, Checkpoint) and isinstance(reply, Checkpointed):
+        fits = request.sequence <= reply.sequence
+    else:
+        fits = False
+    if not fits:
+        raise VerificationError(f"{reply!r} is no answer to {request!r}: ask the vendor")
 
 
 def _requests(

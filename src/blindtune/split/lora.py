@@ -169,7 +169,7 @@ class JobLora:
         assert self._head is not None
         assert self._task is not None
         with self._active(draw):
-            rows_TD = hidden_TD.to(self._served.device).requires_grad_(input_gradient)
+            rows_TD = hidden_TD.detach().to(self._served.device).requires_grad_(input_gradient)
             hidden_BLD, mask_BL = unpack(rows_TD, lengths)
             features_BLF = run_vendor(self._served.stack, self._served.cut, hidden_BLD, mask_BL)
             outputs_BC = self._head(features_BLF, mask_BL)
@@ -187,7 +187,7 @@ class JobLora:
     def forward(self, number: int, hidden_TD: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """U-shape: the trunk's outputs [T, D]; kept for the backward pass under its number."""
         with self._active(number):
-            rows_TD = hidden_TD.to(self._served.device).requires_grad_()
+            rows_TD = hidden_TD.detach().to(self._served.device).requires_grad_()
             hidden_BLD, mask_BL = unpack(rows_TD, lengths)
             out_BLD = run_vendor(self._served.stack, self._served.cut, hidden_BLD, mask_BL)
             out_TD = pack(out_BLD, mask_BL)[0]

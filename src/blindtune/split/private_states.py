@@ -7,6 +7,8 @@ time, and averaging would remove the noise (`privacy.metric_dp`, `privacy.accoun
 
 Guarantee: the mechanism's, for the states of one call of `privatize`. Calling it again for the same
 text (another run, other options) spends again. Without a mechanism there is none.
+In vector mode the noise is added to what the embedding module gives, in token mode to its table's
+rows: where the module scales its rows (Gemma), eta means different distances in the two.
 Not covered: lengths; labels in the two-part split; that a text's noise is smaller where CTI spares
 tokens (`privacy.token_importance`). The ids in `PrivateStates` are the private text: they stay.
 
