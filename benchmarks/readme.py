@@ -20,7 +20,9 @@ def part(name):
 
 
 def spread(values, digits):
-    """Mean and sample deviation, or the one value."""
+    """Mean and sample deviation, or the one value; nothing of nothing."""
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
@@ -70,17 +72,25 @@ def wiki_table(main):
         return spread([(zero - a) / (zero - b) for a, b in pairs], 2)
 
     delta = [f - p for f, p in zip(rows["Emulator FT"], rows["Plug-in"], strict=True)]
+    uniform = "Uniform LayerDrop: plug-in"
+    beside = f"Uniform LayerDrop of as many layers recovers {recovery(uniform, 'FT')}. "
     lines += [
         "",
         f"Recovery, the share of full fine-tuning's gain that the plug-in reaches: "
         f"**{recovery('Plug-in', 'FT')}**; of the gain of tuning the same layers directly: "
         f"**{recovery('Plug-in', 'Adapter tuned directly')}**. The plug-in is "
-        f"**{spread(delta, 2)}** nats better than the tuned emulator. Uniform LayerDrop of as many "
-        f"layers recovers {recovery('Uniform LayerDrop: plug-in', 'FT')}. {seeds_said(rows)}"
-        f"FT at its best learning rate, {best_rate(main):g}, of the grid "
-        f"{', '.join(f'{r:g}' for r in main['rates']['FT grid'] if f'FT-{r}-0' in main['rows'])}.",
+        f"**{spread(delta, 2)}** nats better than the tuned emulator. "
+        f"{beside if rows[uniform] else ''}{seeds_said(rows)}{grid_said(main)}",
     ]
     return lines
+
+
+def grid_said(main):
+    tried = [r for r in main["rates"]["FT grid"] if f"FT-{r}-0" in main["rows"]]
+    if len(tried) == 1:
+        return f"FT at learning rate {tried[0]:g}; the rest of its grid has not been run."
+    rates = ", ".join(f"{rate:g}" for rate in tried)
+    return f"FT at its best learning rate, {best_rate(main):g}, of {rates}."
 
 
 def seeds_said(rows):
