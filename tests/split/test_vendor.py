@@ -289,6 +289,9 @@ def test_a_vendor_refuses_what_does_not_belong(tmp_path, world):
         Vendor(stack, Cut(layers=4, cut=1), world.bottom.id, tmp_path / "v")
     with pytest.raises(OutputError, match="another model"):
         JobStore(tmp_path / "vendor", "00" * 32)
+    Stream(world, opened=opening(world))
+    with pytest.raises(ConfigError, match="has some"):
+        Vendor(world.vendor._served.stack, world.cut, world.bottom.id, tmp_path / "v")
     with pytest.raises(ConfigError):
         VendorLimits(max_steps=0)
     assert tuning_of(CONFIG.options()) == CONFIG

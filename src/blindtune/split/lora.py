@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from blindtune.errors import MismatchError, VerificationError
+from blindtune.errors import ConfigError, MismatchError, VerificationError
 from blindtune.exchange.messages import pack, unpack
 from blindtune.models.decoder import Decoder
 from blindtune.split.partition import (
@@ -55,7 +55,13 @@ class Served:
 
 
 def serve(stack: Stack, cut: Cut) -> Served:
-    """Freeze a model, and note where LoRA may go."""
+    """Freeze a model, and note where LoRA may go.
+
+    Raises:
+        ConfigError: the model has adapters already, of another vendor or a PEFT model's.
+    """
+    if any("lora_" in name for name, _ in stack.model.named_modules()):
+        raise ConfigError("expected a model without adapters, it has some: load it again")
     stack.model.requires_grad_(False).eval()
     attention, feed_forward = [], []
     for i in cut.vendor_layers:
