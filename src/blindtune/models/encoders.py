@@ -16,7 +16,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from blindtune.errors import ModelError, UnsupportedModelError
@@ -29,6 +29,7 @@ from blindtune.models.loading import (
     _some,
     load_model,
     load_tokenizer,
+    open_tokenizer,
 )
 
 
@@ -94,8 +95,6 @@ ENCODERS: tuple[EncoderFamily, ...] = (
     ),
 )
 _BY_MODEL_TYPE = {kind: family for family in ENCODERS for kind in family.model_types}
-
-_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spm.model")
 
 _REFUSED = (
     ("is_decoder", "as a decoder it is another model"),
@@ -280,23 +279,10 @@ def load_any(
         ModelError: it cannot be had; UnsupportedModelError if its family is in neither table.
     """
     source = _resolve(name)
-    folder = Path(source)
-    # Without its files transformers makes up an empty tokenizer.
-    if folder.is_dir() and not any((folder / file).is_file() for file in _VOCABULARIES):
-        raise ModelError(
-            f"expected a tokenizer in {source}, got none of {', '.join(_VOCABULARIES)}: put "
-            "tokenizer.json and tokenizer_config.json beside the weights"
-        )
     if not is_encoder(_load_config(source)):
         return load_model(name, dtype=dtype, device=device), load_tokenizer(name)
     model = load_encoder(name, dtype=dtype, device=device)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except _FOREIGN as error:
-        raise ModelError(
-            f"expected a tokenizer in {source}, got: {_first_line(error)}: put tokenizer.json and "
-            "tokenizer_config.json beside the weights"
-        ) from error
+    tokenizer = open_tokenizer(source)
     if tokenizer.pad_token_id is None:
         raise ModelError(f"expected a tokenizer with a padding token in {source}, got none: set it")
     return model, tokenizer

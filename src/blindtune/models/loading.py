@@ -28,6 +28,9 @@ from blindtune.models.families import family_of
 _FOREIGN = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spm.model")
+
+
 def load_model(
     name: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
@@ -92,13 +95,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         ModelError: there is no tokenizer, or it has no end-of-text token.
     """
     source = _resolve(name)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except _FOREIGN as error:
-        raise ModelError(
-            f"expected a tokenizer in {source}, got: {_first_line(error)}; put tokenizer.json and "
-            "tokenizer_config.json beside the weights"
-        ) from error
+    tokenizer = open_tokenizer(source)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"expected a tokenizer with an end-of-text token in {source}, got none; set eos_token "
@@ -108,6 +105,27 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     loaded: PreTrainedTokenizerBase = tokenizer
     return loaded
+
+
+def open_tokenizer(source: str) -> Any:
+    """The tokenizer at a resolved place, as it is.
+
+    Raises:
+        ModelError: there is none. (Without its files transformers makes up an empty one.)
+    """
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / file).is_file() for file in _VOCABULARIES):
+        raise ModelError(
+            f"expected a tokenizer in {source}, got none of {', '.join(_VOCABULARIES)}; put "
+            "tokenizer.json and tokenizer_config.json beside the weights"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except _FOREIGN as error:
+        raise ModelError(
+            f"expected a tokenizer in {source}, got: {_first_line(error)}; put tokenizer.json and "
+            "tokenizer_config.json beside the weights"
+        ) from error
 
 
 def _resolve(name: str | Path) -> str:
