@@ -51,7 +51,7 @@ def test_a_conversion_that_dies_leaves_nothing_under_the_name(cache, monkeypatch
 
 
 def test_the_rest_of_a_killed_conversion_is_removed(cache, monkeypatch):
-    stale = cache / f".{TARGET}.abc.partial"
+    stale = cache / f".{TARGET}.0a1b2c3d.partial"
     stale.mkdir(parents=True)
     (stale / "half").write_text("x")
     monkeypatch.setattr(embedded, "_convert", lambda source, target: None)
