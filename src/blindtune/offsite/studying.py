@@ -84,15 +84,30 @@ def study(
     decoder = Decoder(network_model)
     check_context(config.max_length, context_limit(network_model.config))
     windows_NL = _windows(model, data, config)
+    partial = _begin(model, decoder, config, dynamic)
+    work = WorkDirectory(out, partial, windows_NL, fresh=resume == "never")
+    _warm_up(partial, decoder, windows_NL, work, on_stage)
+    _measure(partial, decoder, windows_NL, work, on_stage)
+    _learn(partial, decoder, windows_NL, work, on_stage)
+    with atomic_directory(out, overwrite=overwrite, mark=FACTS_NAME) as directory:
+        save_study(partial, directory)
+    work.remove()
+    return partial
+
+
+def _begin(
+    model: str | Path, decoder: Decoder, config: StudyConfig, dynamic: DynamicConfig
+) -> Study:
+    """The study before its first stage; ConfigError if no middle layer is left."""
     middle = range(config.min_adapter_layers, decoder.layer_count - config.min_adapter_layers)
     if not middle:
         raise ConfigError(
             f"expected min_adapter_layers to leave a middle, got {config.min_adapter_layers} at "
             f"each end of {decoder.layer_count} layers: choose a smaller number"
         )
-    partial = Study(
+    return Study(
         model=str(Path(model).absolute()) if Path(model).is_dir() else str(model),
-        fingerprint=fingerprint(network_model),
+        fingerprint=fingerprint(decoder.model),
         layer_count=decoder.layer_count,
         first=middle.start,
         scores_M=torch.zeros(len(middle), dtype=torch.float64),
@@ -103,14 +118,6 @@ def study(
         config=config,
         dynamic=dynamic,
     )
-    work = WorkDirectory(out, partial, windows_NL, fresh=resume == "never")
-    _warm_up(partial, decoder, windows_NL, work, on_stage)
-    _measure(partial, decoder, windows_NL, work, on_stage)
-    _learn(partial, decoder, windows_NL, work, on_stage)
-    with atomic_directory(out, overwrite=overwrite, mark=FACTS_NAME) as directory:
-        save_study(partial, directory)
-    work.remove()
-    return partial
 
 
 def _windows(model: str | Path, data: str | Path, config: StudyConfig) -> Tensor:

@@ -86,11 +86,7 @@ def tune(
     sample = show_sample(train, opened.tokenizer)
     if on_sample is not None:
         on_sample(sample)
-    trained: torch.nn.Module = opened.model
-    if adapter.lora_rank:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(training.seed)  # of LoRA's first factors
-            trained = add_lora(opened, adapter)
+    trained = _trainable(opened, adapter, training.seed)
     work = out.absolute().parent / f"{out.absolute().name}.work"
     identity = {"emulator": opened.id, **asdict(adapter)}
     result = fit(trained, train, held_out, training, work, run=run, identity=identity)
@@ -105,6 +101,16 @@ def tune(
         trained_parameters=count,
         sample=sample,
     )
+
+
+def _trainable(emulator: Emulator, adapter: AdapterConfig, seed: int) -> torch.nn.Module:
+    """The model to train; LoRA's first factors are drawn from the seed."""
+    model: torch.nn.Module = emulator.model
+    if not adapter.lora_rank:
+        return model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return add_lora(emulator, adapter)
 
 
 def _write_once(emulator: Emulator, config: AdapterConfig, out: Path, overwrite: bool) -> str:
