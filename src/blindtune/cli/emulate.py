@@ -13,7 +13,7 @@ from blindtune.cli.verb import Facts, Settings, Verb
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from blindtune.offsite.estimates import Estimate
+    from blindtune.models.costs import Estimate
 
 HELP = """Make an emulator from a study, without training.
 

@@ -12,7 +12,7 @@ from blindtune.cli.verb import Facts, Settings, Verb
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from blindtune.offsite.estimates import Estimate
+    from blindtune.models.costs import Estimate
 
 HELP = """Put the returned adapter into the full model.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from blindtune.offsite.estimates import Estimate
+    from blindtune.models.costs import Estimate
 
 PLAIN_WIDTH = 120
 OnStage = Callable[[str, int, int], None]
@@ -92,6 +92,7 @@ def print_estimate(verb: str, estimate: Estimate, *, as_json: bool) -> None:
         ("tokens", f"{estimate.tokens:,}"),
         ("time", f"about {duration(estimate.seconds)}"),
         *((f"  {part}", duration(seconds)) for part, seconds in estimate.parts.items()),
+        *((name, size(count)) for name, count in estimate.sizes.items()),
     ]
     console = stdout_console()
     print_pairs(console, f"{verb}: an estimate, nothing was done", pairs)

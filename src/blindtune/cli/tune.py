@@ -13,7 +13,7 @@ from blindtune.cli.verb import Facts, Settings, Verb, process_rank
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from blindtune.offsite.estimates import Estimate
+    from blindtune.models.costs import Estimate
 
 HELP = """Tune an emulator's adapter on private data.
 

@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,7 +28,7 @@ from blindtune.errors import BlindtuneError, OutputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from blindtune.offsite.estimates import Estimate
+    from blindtune.models.costs import Estimate
 
 ConfigT = TypeVar("ConfigT")
 Facts = dict[str, Any]
@@ -44,6 +44,8 @@ class Settings:
     """By option name."""
     groups: Sequence[Group]
     overwrite: bool = False
+    announce: Callable[[Facts], None] = field(default=lambda facts: None)
+    """Prints facts now, as those of the end are printed: what is to be known while it runs."""
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -70,6 +72,8 @@ class Verb:
     """A file that every output of the verb has; --overwrite replaces nothing else."""
     out_is_file: bool = False
     """Whether `out` is an optional file for what --json prints, instead of a directory."""
+    goes_on: bool = False
+    """Whether the verb works on in the directory `out` that is there, and replaces nothing."""
     less_memory: str = "use a machine with more memory"
     """What to do when memory runs out."""
     interrupted: str = "nothing was left behind: run the same command again"
@@ -112,7 +116,7 @@ class Verb:
             click.Option(["--json"], is_flag=True, help="One JSON object on stdout instead."),
             click.Option(["--debug"], is_flag=True, help="Tracebacks and warnings."),
         ]
-        if self.writes:
+        if self.writes and not self.goes_on:
             again = "Replace an earlier output."
             options.insert(1, click.Option(["--overwrite"], is_flag=True, help=again))
         if self.estimate is not None:
@@ -174,7 +178,15 @@ def _run(verb: Verb, values: dict[str, Any]) -> None:
         name: tuple(values[name]) if isinstance(values[name], list) else values[name]
         for name in verb.known()
     }
-    settings = Settings(values=resolved, groups=verb.groups, overwrite=flags["overwrite"])
+    output = sys.stdout
+
+    def announce(facts: Facts) -> None:
+        with contextlib.redirect_stdout(output):
+            _print_facts(verb, facts, as_json=flags["json"])
+
+    settings = Settings(
+        values=resolved, groups=verb.groups, overwrite=flags["overwrite"], announce=announce
+    )
     out = None if resolved.get("out") is None else Path(resolved["out"])
     start = time.perf_counter()
     try:
@@ -190,7 +202,7 @@ def _run(verb: Verb, values: dict[str, Any]) -> None:
                 if out is not None:
                     _check_place(verb, out, settings.overwrite)
                 facts = verb.act(settings)
-                if out is not None and process_rank() == 0:
+                if out is not None and not verb.goes_on and process_rank() == 0:
                     facts["options"] = str(options_path(out))
                     if verb.out_is_file:
                         _write_facts(out, {"verb": verb.name, **facts})
@@ -206,8 +218,13 @@ def _run(verb: Verb, values: dict[str, Any]) -> None:
         return
     if facts is None:
         print_estimate(verb.name, found, as_json=flags["json"])
-    elif flags["json"]:
+    else:
         facts["wall_seconds"] = round(time.perf_counter() - start, 3)
+        _print_facts(verb, facts, as_json=flags["json"])
+
+
+def _print_facts(verb: Verb, facts: Facts, *, as_json: bool) -> None:
+    if as_json:
         print_json({"verb": verb.name, **facts})
     else:
         verb.show(facts, stdout_console())

@@ -9,7 +9,7 @@ Shapes: L length, D hidden.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from blindtune.models.decoder import Decoder
+from blindtune.models.encoders import is_encoder, meta_encoder
 from blindtune.models.loading import _load_config, _resolve
 from blindtune.models.surgery import meta_model
 
@@ -25,6 +26,10 @@ EFFICIENCY = 0.7
 0.85 forward, 0.73 forward and backward)."""
 LAYER_CALL_SECONDS = 3e-4
 """What calling one layer costs on top of its arithmetic; it matters for tiny models only."""
+FLOAT = 4
+"""Bytes of a float32."""
+READ_BYTES_PER_SECOND = 1e9
+"""Reading, hashing and writing weights (measured: 1 to 2 GB/s with a warm cache)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +124,13 @@ def sketch(name: str | Path) -> PreTrainedModel:
     """A model's shape without its weights, from its config alone (on the meta device).
 
     Args:
-        name: as for `load_model`.
+        name: as for `load_any`.
 
     Raises:
-        ModelError: as for `load_model`.
+        ModelError: as for `load_any`.
     """
-    return meta_model(_load_config(_resolve(name)))
+    config = _load_config(_resolve(name))
+    return meta_encoder(config) if is_encoder(config) else meta_model(config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,3 +157,63 @@ def matmul_rate(width: int = 1024, *, seconds: float = 0.3) -> Rate:
         flops_per_second=count * 2.0 * out.numel() * width / elapsed,
         threads=torch.get_num_threads(),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What an act will take. Estimated, not promised."""
+
+    memory_bytes: int
+    """At most in use at one time, by the whole process."""
+    written_bytes: int
+    """Of the output."""
+    scratch_bytes: int
+    """Beside the output while the act runs."""
+    seconds: float
+    parts: dict[str, float]
+    """Seconds by part of the act."""
+    tokens: int
+    """That go through a model, or parts of it."""
+    rate: Rate
+    """What the times were computed from."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Other bytes worth knowing, by name."""
+
+
+def estimated(
+    parts: dict[str, float],
+    rate: Rate,
+    *,
+    memory: float,
+    written: float,
+    scratch: float = 0.0,
+    tokens: int = 0,
+    sizes: dict[str, int] | None = None,
+) -> Estimate:
+    """An estimate of an act in this process; `memory` comes on top of what it uses already."""
+    return Estimate(
+        memory_bytes=_resident_bytes() + int(memory),
+        written_bytes=int(written),
+        scratch_bytes=int(scratch),
+        seconds=sum(parts.values()),
+        parts=parts,
+        tokens=tokens,
+        rate=rate,
+        sizes=sizes or {},
+    )
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of the weights in float32, tied ones once."""
+    return FLOAT * sum(p.numel() for p in model.parameters())
+
+
+def _resident_bytes() -> int:
+    """What this process, with its libraries, has in use now."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 400 << 20

@@ -10,15 +10,24 @@ Letters: L length, D hidden, M middle layers, B batch, V vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from blindtune.exchange.manifest import MANIFEST_NAME
 from blindtune.exchange.package import open_package
-from blindtune.models.costs import DecoderCost, Rate, decoder_cost, matmul_rate, sketch
+from blindtune.models.costs import (
+    FLOAT,
+    READ_BYTES_PER_SECOND,
+    DecoderCost,
+    Estimate,
+    Rate,
+    decoder_cost,
+    estimated,
+    matmul_rate,
+    sketch,
+    weight_bytes,
+)
 from blindtune.models.decoder import Decoder
 from blindtune.models.loading import load_tokenizer
 from blindtune.models.surgery import meta_model
@@ -32,9 +41,6 @@ from blindtune.offsite.study import Study, StudyConfig, open_study
 from blindtune.training.config import RunConfig, TrainingConfig
 from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file
 
-FLOAT = 4
-READ_BYTES_PER_SECOND = 1e9
-"""Reading, hashing and writing weights (measured: 1 to 2 GB/s with a warm cache)."""
 ADAMW_SECONDS = 5e-9
 """An optimizer step, for one parameter on one CPU thread."""
 EIGH_FLOPS = 30.0
@@ -43,45 +49,6 @@ SVD_FLOPS = 40.0
 """Singular vectors of n x n in float32, in the same unit (measured 34 .. 68)."""
 GREEDY_TRIES = 3
 """Mixes that the greedy order scores for every layer that it chooses, more or less."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """What an act will take. Estimated, not promised."""
-
-    memory_bytes: int
-    """At most in use at one time, by the whole process."""
-    written_bytes: int
-    """Of the output."""
-    scratch_bytes: int
-    """Beside the output while the act runs."""
-    seconds: float
-    parts: dict[str, float]
-    """Seconds by part of the act."""
-    tokens: int
-    """That go through a model, or parts of it."""
-    rate: Rate
-    """What the times were computed from."""
-
-
-def _estimate(
-    parts: dict[str, float],
-    rate: Rate,
-    *,
-    memory: float,
-    written: float,
-    scratch: float = 0.0,
-    tokens: int = 0,
-) -> Estimate:
-    return Estimate(
-        memory_bytes=_resident_bytes() + int(memory),
-        written_bytes=int(written),
-        scratch_bytes=int(scratch),
-        seconds=sum(parts.values()),
-        parts=parts,
-        tokens=tokens,
-        rate=rate,
-    )
 
 
 def estimate_study(
@@ -105,7 +72,7 @@ def estimate_study(
     damage = max(1, min(config.damage_tokens // length, len(text) // 2)) * length
     training = max(length, text.tokens - max(damage, text.tokens // 10))
     calibration = min(training, max(length, config.calibration_tokens // length * length))
-    parts: dict[str, float] = {"load": _bytes(full) / READ_BYTES_PER_SECOND}
+    parts: dict[str, float] = {"load": weight_bytes(full) / READ_BYTES_PER_SECOND}
     tokens, kept = 0, _stand_in_bytes(decoder, config, len(middle))
     if config.warm_start == "regression":
         moments, flops = _moments(decoder, first, config.feed_forward)
@@ -131,10 +98,10 @@ def estimate_study(
     logits = (6 if dynamic.steps else 3) * batch * decoder.config.vocab_size * FLOAT
     hidden = calibration * decoder.hidden_size * FLOAT
     stages = 1 + (config.initial_scores != "zero") + (dynamic.steps > 0)
-    return _estimate(
+    return estimated(
         parts,
         rate,
-        memory=_bytes(full) + max(hidden, logits) + kept,
+        memory=weight_bytes(full) + max(hidden, logits) + kept,
         written=kept,
         scratch=(stages + 1) * kept,
         tokens=tokens,
@@ -223,11 +190,11 @@ def estimate_emulate(study: str | Path | Study, config: EmulatorConfig | None = 
     written = numbers * size + files
     moments = sum(t.numel() * FLOAT for m in found.second_moments for t in m.values())
     parts = {
-        "load and check": 2 * _bytes(full) / READ_BYTES_PER_SECOND,
+        "load and check": 2 * weight_bytes(full) / READ_BYTES_PER_SECOND,
         "compress": flops / rate.flops_per_second,
         "write": 2 * written / READ_BYTES_PER_SECOND,
     }
-    return _estimate(parts, rate, memory=_bytes(full) + written + moments, written=written)
+    return estimated(parts, rate, memory=weight_bytes(full) + written + moments, written=written)
 
 
 def _compression(decoder: Decoder, i: int, config: EmulatorConfig) -> tuple[int, float]:
@@ -294,17 +261,17 @@ def estimate_tune(
     if not adapter.lora_rank:
         work += sum(cost.layers[i].weights for i in indices)
     parts = {
-        "load": 2 * _bytes(model) / READ_BYTES_PER_SECOND,
+        "load": 2 * weight_bytes(model) / READ_BYTES_PER_SECOND,
         "train": rate.seconds(tokens * work, 3 * calls) + steps * trained * ADAMW_SECONDS,
     }
     if held_out is not None:
         parts["validate"] = _validation_seconds(cost, held_out, steps, run, rate)
     micro = training.per_device_train_batch_size * length
     activations = _activation_bytes(decoder, micro, run.gradient_checkpointing, share)
-    return _estimate(
+    return estimated(
         parts,
         rate,
-        memory=_bytes(model) + 3 * FLOAT * trained + activations,
+        memory=weight_bytes(model) + 3 * FLOAT * trained + activations,
         written=FLOAT * trained,
         scratch=5 * FLOAT * trained,  # weights, two moments, the best weights, one in the making
         tokens=tokens,
@@ -355,7 +322,7 @@ def estimate_plug_in(model: str | Path, adapter: str | Path, *, dtype: str = "fl
     """
     package = open_package(adapter, "adapter")
     full = sketch(model)
-    weights, rate = _bytes(full), matmul_rate(Decoder(full).hidden_size)
+    weights, rate = weight_bytes(full), matmul_rate(Decoder(full).hidden_size)
     added = sum(end - begin for _, _, begin, end in package.header.values())
     size = torch.empty((), dtype=DTYPES[dtype]).element_size()
     written = weights / FLOAT * size
@@ -363,7 +330,7 @@ def estimate_plug_in(model: str | Path, adapter: str | Path, *, dtype: str = "fl
         "load and check": 2 * weights / READ_BYTES_PER_SECOND,
         "write": 2 * written / READ_BYTES_PER_SECOND,
     }
-    return _estimate(parts, rate, memory=weights + 2 * added, written=written)
+    return estimated(parts, rate, memory=weights + 2 * added, written=written)
 
 
 def estimate_evaluate(
@@ -398,25 +365,11 @@ def estimate_evaluate(
     cost, rate = decoder_cost(decoder, max_length), matmul_rate(decoder.hidden_size)
     calls = decoder.layer_count * tokens / max_length / batch_size
     parts = {
-        "load": 2 * _bytes(shape) / READ_BYTES_PER_SECOND,
+        "load": 2 * weight_bytes(shape) / READ_BYTES_PER_SECOND,
         "score": rate.seconds(tokens * cost.forward, calls),
     }
     batch = batch_size * max_length
-    memory = _bytes(shape) + FLOAT * batch * (16 * decoder.hidden_size + decoder.config.vocab_size)
-    return _estimate(parts, rate, memory=memory, written=0, tokens=tokens)
-
-
-def _bytes(model: nn.Module) -> int:
-    """Of the weights in float32, tied ones once."""
-    return FLOAT * sum(p.numel() for p in model.parameters())
-
-
-def _resident_bytes() -> int:
-    """What this process, with its libraries, has in use now."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 400 << 20
+    memory = weight_bytes(shape) + FLOAT * batch * (
+        16 * decoder.hidden_size + decoder.config.vocab_size
+    )
+    return estimated(parts, rate, memory=memory, written=0, tokens=tokens)
