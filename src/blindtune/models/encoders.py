@@ -229,7 +229,7 @@ def load_encoder(
     """Load an encoder of a known family, without head and pooler, in eval mode.
 
     Args:
-        name: a local directory or a hub name.
+        name: a local directory, a hub name, or `minilm` (the embedded encoder).
         dtype: of the weights.
         device: where the weights go.
 

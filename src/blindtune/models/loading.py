@@ -1,4 +1,4 @@
-"""Open models and tokenizers: a local directory, a hub name, or the embedded default.
+"""Open models and tokenizers: a local directory, a hub name, or an embedded model.
 
 No code from a model's directory is ever run, no pickle is ever read, and a checkpoint that lacks a
 weight is refused (transformers alone would fill it with random numbers and print a warning).
@@ -37,7 +37,7 @@ def load_model(
     """Load a causal language model of a known family, in eval mode.
 
     Args:
-        name: a local directory, a hub name, or `smollm2-135m` (the embedded default).
+        name: a local directory, a hub name, or `smollm2-135m` (the embedded default decoder).
         dtype: of the weights; bfloat16 is slow on CPUs.
         device: where the weights go.
 
@@ -130,8 +130,8 @@ def open_tokenizer(source: str) -> Any:
 
 def _resolve(name: str | Path) -> str:
     """What to hand to transformers for a model name: a directory, or a hub name."""
-    if str(name).lower() == embedded.NAME:
-        return str(embedded.model_directory())
+    if embedded.is_embedded(name):
+        return str(embedded.model_directory(name))
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "adapter_config.json").exists():
@@ -149,7 +149,7 @@ def _resolve(name: str | Path) -> str:
     if looks_local or path.exists():
         raise ModelError(
             f"expected a model directory, got {name}, which is not a directory; give a directory, "
-            f"a hub name, or {embedded.NAME}"
+            f"a hub name, or {' or '.join(embedded.NAMES)}"
         )
     return str(name)
 
