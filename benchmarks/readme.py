@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/choosing.md from benchmarks/results.
+"""Write the tables and figures of README.md and docs/choosing.md from benchmarks/results.
 
 python benchmarks/readme.py          # write
 python benchmarks/readme.py --check  # exit 1 if they differ from the results
@@ -9,6 +9,9 @@ import math
 import statistics
 import sys
 from pathlib import Path
+
+from blindtune.evaluation import plots
+from blindtune.evaluation.figures import standalone
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -139,6 +142,19 @@ def grid_table(grid):
     return lines
 
 
+def grid_figure(grid):
+    """Heat maps of the plug-in and of the tuned emulator over (alpha, share of rank removed)."""
+    panels = {
+        name: {
+            tuple(map(float, key.split("-"))): row[name]
+            for key, row in grid["rows"].items()
+            if name in row
+        }
+        for name in ("Plug-in", "Emulator FT")
+    }
+    return standalone(plots.grid(panels, beta="rank removed"))
+
+
 def ranking_table(ranking):
     lines = [
         "| study | rank correlation with the damage of each layer alone | emulator ZS, nats |",
@@ -186,8 +202,14 @@ TABLES = {
 }
 
 
+FIGURES = {"docs/figures/grid.svg": (grid_figure, "grid")}
+
+
 def render(path):
-    """The file with its generated blocks filled in."""
+    """What the file should be: a figure, or a document with its generated blocks filled in."""
+    if path in FIGURES:
+        draw, name = FIGURES[path]
+        return draw(part(name))
     text = (ROOT / path).read_text()
     for block, parts in BLOCKS[path].items():
         begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
@@ -203,13 +225,19 @@ def render(path):
 
 
 def main():
-    stale = [path for path in BLOCKS if render(path) != (ROOT / path).read_text()]
+    paths = {path: ROOT / path for path in (*BLOCKS, *FIGURES)}
+    stale = [
+        path
+        for path, file in paths.items()
+        if not file.exists() or render(path) != file.read_text()
+    ]
     if "--check" in sys.argv:
         if stale:
             sys.exit(f"differ from benchmarks/results: {', '.join(stale)}")
         return
     for path in stale:
-        (ROOT / path).write_text(render(path))
+        paths[path].parent.mkdir(parents=True, exist_ok=True)
+        paths[path].write_text(render(path))
 
 
 if __name__ == "__main__":

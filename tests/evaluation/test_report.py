@@ -7,6 +7,7 @@ import pytest
 
 from blindtune.errors import ConfigError, OutputError
 from blindtune.evaluation import plots, report, sections
+from blindtune.evaluation.figures import standalone
 from blindtune.evaluation.report import LayerStrip, Plot, Report, Section, Table
 from blindtune.evaluation.scoreboard import Cost, Scoreboard
 
@@ -223,3 +224,14 @@ def test_write(tmp_path, html):
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == html
     with pytest.raises(OutputError, match="cannot be"):
         report.write(full_report(), tmp_path)
+
+
+def test_a_plot_alone_is_a_whole_svg_file_in_the_colours_of_the_report():
+    drawn = standalone(plots.grid({"Plug-in": {(0.1, 0.5): 3.0}}, beta="rank removed"))
+    root = ElementTree.fromstring(drawn)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "rank removed" in "".join(root.itertext())
+    used = set(re.findall(r"var\((--[a-z]+)\)", drawn))
+    assert used
+    for name in used:
+        assert drawn.count(f"{name}:") == 2, f"{name} has a light and a dark colour"

@@ -198,6 +198,7 @@ def grid(
     panels: Mapping[str, Mapping[tuple[float, float], float]],
     *,
     measure: Literal["nats", "accuracy"] = "nats",
+    beta: str = "beta",
     caption: str = "",
 ) -> Plot:
     """Quality over (alpha, beta): one heat map a panel, deeper colour is a better model.
@@ -206,20 +207,22 @@ def grid(
         panels: title (Plug-in, Emulator FT) -> (alpha, beta) -> nats per token or accuracy;
             points may be missing.
         measure: of the values; nats are shown as perplexity.
+        beta: what the second number is called (a grid may be over the share of rank removed).
         caption: below the plot.
     """
 
     def draw_all(*all_axes: Axes) -> None:
         for axes, (name, values) in zip(all_axes, panels.items(), strict=True):
-            _heat_map(axes, name, values, nats=measure == "nats", left=axes is all_axes[0])
+            _heat_map(axes, name, values, nats=measure == "nats")
+        all_axes[0].set_ylabel(beta)
 
-    betas = {beta for values in panels.values() for _, beta in values}
+    rows = {row for values in panels.values() for _, row in values}
     unit = "perplexity" if measure == "nats" else "accuracy"
     return Plot(
         svg=_svg(
             draw_all,
-            size=(5.2, 0.95 + 0.4 * len(betas)),
-            title=f"{unit} over alpha and beta: {', '.join(panels)}",
+            size=(5.2, 0.95 + 0.4 * len(rows)),
+            title=f"{unit} over alpha and {beta}: {', '.join(panels)}",
             columns=len(panels),
         ),
         caption=caption,
@@ -228,7 +231,7 @@ def grid(
 
 
 def _heat_map(
-    axes: Axes, name: str, values: Mapping[tuple[float, float], float], *, nats: bool, left: bool
+    axes: Axes, name: str, values: Mapping[tuple[float, float], float], *, nats: bool
 ) -> None:
     from matplotlib.patches import Rectangle
 
@@ -250,8 +253,6 @@ def _heat_map(
     axes.set_yticks(range(len(betas)), [f"{beta:g}" for beta in betas])
     axes.tick_params(length=0)
     axes.set_xlabel("alpha")
-    if left:
-        axes.set_ylabel("beta")
     axes.set_title(name, loc="left", fontsize=9, color=INK, pad=8)
     for spine in axes.spines.values():
         spine.set_visible(False)
