@@ -1,0 +1,99 @@
+"""What an adversary of split tuning has: one frozen view for each kind of attack, nothing more.
+
+The adversary is the vendor, or whoever reads what the vendor keeps. It knows the whole model, hence
+the bottom, the embedding table and the tokenizer; it knows the mechanism and its eta, which are no
+secrets; it has public text of its own. It saw privatized states and, by partition, labels or
+gradients. It has neither the noise nor the private text: a view has no field for them, so no attack
+can read them by mistake.
+
+Shapes: L tokens of one text, D hidden, V vocabulary, N texts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blindtune.errors import ConfigError, DataError
+from blindtune.models.decoder import Decoder
+from blindtune.models.encoders import Encoder
+from blindtune.privacy.metric_dp import Mechanism
+
+Stack = Decoder | Encoder
+Guess = tuple[Tensor, ...]
+"""Token ids [L] of every text, int64, in the order of the view."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StatesView:
+    """States of private texts, and everything public about how they were made."""
+
+    model: Stack
+    """The model, or the part of it that holds embedding and bottom."""
+    cut: int
+    """Layers of the bottom; 0: the states are embeddings."""
+    states: tuple[Tensor, ...]
+    """[L, D] of every text, as they crossed. Row i belongs to token i."""
+    mechanism: Mechanism | None = None
+    """The announced noise; None: none."""
+    special_ids: tuple[int, ...] = ()
+    """The tokenizer's special tokens: sent without noise, their places are public."""
+    public: tuple[Tensor, ...] = ()
+    """Token ids [L] of public texts, int64: what the adversary learns from."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be of one model."""
+        if not 0 <= self.cut <= self.model.layer_count:
+            raise ConfigError(
+                f"expected a cut from 0 to {self.model.layer_count}, got {self.cut}: give the "
+                "layers of the bottom"
+            )
+        if not self.states:
+            raise DataError("expected the states of at least one text, got none")
+        width = self.model.hidden_size
+        for state in self.states:
+            if state.ndim != 2 or not len(state) or state.shape[1] != width:
+                raise DataError(
+                    f"expected states [tokens, {width}] of every text, got {list(state.shape)}: "
+                    "they are not of this model"
+                )
+            if not bool(state.isfinite().all()):
+                raise DataError("expected finite states, got inf or nan: record them again")
+        table = self.table_VD
+        for ids in self.public:
+            if ids.ndim != 1 or ids.is_floating_point() or not _within(ids, len(table)):
+                raise DataError(
+                    f"expected public texts as ids [L] below {len(table)}: use the bottom's own "
+                    "tokenizer"
+                )
+
+    @property
+    def table_VD(self) -> Tensor:
+        """The word embeddings."""
+        table = self.model.embedding.weight
+        assert isinstance(table, Tensor), type(table)
+        return table.detach()
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every text."""
+        return tuple(len(state) for state in self.states)
+
+    def require_public(self, attack: str, texts: int = 1) -> None:
+        """Refuse a view without public text; DataError."""
+        if len(self.public) < texts:
+            raise DataError(
+                f"expected at least {texts} public texts for {attack}, got {len(self.public)}: "
+                "give text of the kind that the private texts are"
+            )
+
+
+def as_guess(ids_T: Tensor, lengths: tuple[int, ...]) -> Guess:
+    """Ids of all tokens, text after text, as one tensor a text."""
+    return tuple(text.cpu() for text in ids_T.to(torch.int64).split(lengths))
+
+
+def _within(ids: Tensor, size: int) -> bool:
+    return not len(ids) or 0 <= int(ids.min()) <= int(ids.max()) < size

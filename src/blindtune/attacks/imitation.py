@@ -1,0 +1,114 @@
+"""The adversary plays the customer: public text through the public bottom, with or without noise.
+
+Everything about the customer's computation is public but its text and its noise, so an adversary
+can make as many pairs of text and states as it likes. Noise is drawn afresh, by the mechanism's own
+code.
+
+Shapes: B batch, L length, D hidden, W width of the word embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from blindtune.attacks.adversary import Stack
+from blindtune.privacy.metric_dp import Mechanism, Privatizer
+
+
+@final
+class Imitation:
+    """The customer's side without the customer.
+
+    Args:
+        model: holds embedding and bottom; its parameters are not trained.
+        cut: layers of the bottom.
+        mechanism: the noise; None: none.
+        special_ids: tokens that get none.
+        testing_seed: for tests and repeatable audits: the adversary's noise, which protects nobody.
+    """
+
+    def __init__(
+        self,
+        model: Stack,
+        cut: int,
+        mechanism: Mechanism | None = None,
+        special_ids: Sequence[int] = (),
+        *,
+        testing_seed: int | None = None,
+    ) -> None:
+        self.model, self.cut = model, cut
+        self._special = torch.tensor(sorted(set(special_ids)), dtype=torch.int64)
+        self._privatizer = None
+        if mechanism is not None:
+            table = model.embedding.weight if mechanism.mode == "token" else None
+            assert table is None or isinstance(table, Tensor), type(table)
+            self._privatizer = Privatizer(mechanism, table, testing_seed=testing_seed)
+
+    @torch.no_grad()
+    def states(self, texts: Sequence[Tensor], batch_size: int = 32) -> list[Tensor]:
+        """What a customer would send of these texts: [L, D] of each, with fresh noise."""
+        made: list[Tensor] = []
+        for begin in range(0, len(texts), batch_size):
+            some = texts[begin : begin + batch_size]
+            ids_BL, mask_BL = padded(some)
+            hidden_BLD = self._noised(ids_BL, mask_BL)
+            made += [row[: len(ids)] for row, ids in zip(hidden_BLD, some, strict=True)]
+        return made
+
+    def _noised(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        noise = self._privatizer
+        if noise is None:
+            return self.through(self.model.embedding(ids_BL), mask_BL)
+        if noise.mechanism.mode == "block-output":
+            return noise.block_outputs(self.through(self.model.embedding(ids_BL), mask_BL))
+        factors_BL = (~torch.isin(ids_BL, self._special)).float()
+        if noise.mechanism.mode == "vector":
+            embedding_BLW = noise.embeddings(self.model.embedding(ids_BL), factors_BL)
+        else:
+            embedding_BLW = self.model.embedding(noise.tokens(ids_BL, factors_BL))
+        return self.through(embedding_BLW, mask_BL)
+
+    def through(self, embedding_BLW: Tensor, mask_BL: Tensor, cut: int | None = None) -> Tensor:
+        """States [B, L, D] after the bottom, from what the embedding module would give [B, L, W].
+
+        Differentiable. Works for embeddings that belong to no word.
+
+        Args:
+            embedding_BLW: word embeddings, before positions, norms and the like are added.
+            mask_BL: 1 for tokens, 0 for padding at the right.
+            cut: layers to run; None: the bottom's.
+        """
+        # Ids only place the tokens: any that is not the padding's, which some models do not count.
+        padding = getattr(self.model.config, "pad_token_id", None)
+        ids_BL = torch.full_like(mask_BL, 1 if padding == 0 else 0)
+        with _in_place_of_words(self.model, embedding_BLW):
+            inputs = self.model.begin(ids_BL, mask_BL)
+        end = self.cut if cut is None else cut
+        return self.model.run_layers(inputs.hidden_BLD, inputs.calls, 0, end)
+
+
+@contextmanager
+def _in_place_of_words(model: Stack, embedding_BLW: Tensor) -> Iterator[None]:
+    """The embedding module gives these instead."""
+
+    def give(_module: Any, _args: Any, _words: Tensor) -> Tensor:
+        return embedding_BLW
+
+    handle = model.embedding.register_forward_hook(give)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Ids [B, L] with padding at the right, and their mask (int64)."""
+    ids_BL = pad_sequence(list(texts), batch_first=True)
+    mask_BL = pad_sequence([torch.ones(len(t), dtype=torch.int64) for t in texts], batch_first=True)
+    return ids_BL, mask_BL
