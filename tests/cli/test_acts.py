@@ -32,7 +32,8 @@ def test_study_tells_everything(made, blindtune, tmp_path):
     assert [step["step"] for step in facts["history"]] == [1, 2]
     assert {"calibrate", "measure", "learn"} <= set(facts["seconds"])
     assert facts["wall_seconds"] > 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["study", "study.options.yaml"]
+    beside = ["study", "study.done.json", "study.options.yaml"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == beside
 
 
 def test_emulate_inspect_and_evaluate_agree(made, blindtune, tmp_path):
@@ -111,11 +112,12 @@ def test_scores_are_written_with_their_options(made, blindtune, tmp_path):
     written = json.loads(out.read_text())
     assert (written["verb"], written["choices"]["items"]) == ("evaluate", 4)
     again = ["evaluate", "--config", tmp_path / "scores.json.options.yaml", "--overwrite", "--json"]
-    facts = blindtune(*again).facts
+    facts = blindtune(*again, "--resume", "never").facts
     assert facts["choices"] == written["choices"]
     assert facts.keys() - written.keys() == {"wall_seconds"}
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         out.name,
+        f"{out.name}.done.json",
         f"{out.name}.options.yaml",
     ]
 
@@ -161,12 +163,13 @@ def test_no_path_of_a_party_leaks_into_a_package(made):
             assert b"private.jsonl" not in content, name
 
 
-@pytest.mark.parametrize("verb", ["study", "emulate", "tune", "plug-in", "evaluate"])
+@pytest.mark.parametrize("verb", ["study", "emulate", "inspect", "tune", "plug-in", "evaluate"])
 def test_a_dry_run_estimates_and_writes_nothing(made, blindtune, tmp_path, monkeypatch, verb):
     monkeypatch.chdir(made)
     arguments = {
         "study": ["llama", "--data", "public.txt", "--out", tmp_path / "x", *STUDY_OPTIONS],
         "emulate": ["study", "--out", tmp_path / "x"],
+        "inspect": ["emulator", "--out", tmp_path / "x"],
         "tune": ["emulator", "--data", "private.jsonl", "--out", tmp_path / "x", *TUNE_OPTIONS],
         "plug-in": ["llama", "adapter", "--out", tmp_path / "x"],
         "evaluate": ["llama", "--data", "public.txt", "--choices", "choices.jsonl"],

@@ -152,7 +152,7 @@ OUTPUTS = {"study": "study", "emulator": "emulate", "adapter": "tune", "tuned": 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_an_output_in_the_way(made, blindtune, tmp_path, name):
     again = [OUTPUTS[name], "--config", made / f"{name}.options.yaml"]
-    done = blindtune(*again)
+    done = blindtune(*again, "--resume", "never")
     assert (done.code, done.out) == (USAGE, "")
     assert str(made / name) in done.err.splitlines()[-1]
     mine = tmp_path / "mine"

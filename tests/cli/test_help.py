@@ -42,7 +42,9 @@ def test_help_says_who_what_and_how(verb, capsys):
 def test_help_says_what_can_be_resumed(verb, capsys):
     assert run([verb, "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert ("--resume [auto|never]" in text) != ("there is no --resume" in text)
+    assert "--resume [auto|never]" in text
+    assert "an output that the same options and inputs made is taken as done" in text
+    assert ("an interrupted run goes on" in text) == (verb in {"study", "tune"})
 
 
 def test_emulate_tells_what_beta_does_by_default(capsys):

@@ -9,17 +9,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from blindtune.errors import ConfigError, MismatchError
 from blindtune.offsite.adapter import AdapterConfig
 from blindtune.offsite.emulation import EmulatorConfig, emulate
-from blindtune.offsite.estimates import (
+from blindtune.offsite.importance import DynamicConfig
+from blindtune.offsite.package_estimates import (
     estimate_emulate,
     estimate_evaluate,
+    estimate_inspect,
     estimate_plug_in,
-    estimate_study,
-    estimate_tune,
 )
-from blindtune.offsite.importance import DynamicConfig
 from blindtune.offsite.study import StudyConfig
+from blindtune.offsite.study_estimate import estimate_study
 from blindtune.offsite.studying import study
 from blindtune.offsite.tuning import tune
+from blindtune.offsite.tuning_estimate import estimate_tune
 from blindtune.training.config import RunConfig, TrainingConfig
 from blindtune.training.text import DataConfig
 from tiny_models import tiny_tokenizer
@@ -84,6 +85,8 @@ def test_all_acts_against_reality(wide):
     evaluated = estimate_evaluate(wide / "emulator", text, max_tokens=500)
     assert evaluated.tokens == 500
     assert time.perf_counter() - start < 20
+    read = estimate_inspect(wide / "emulator").parts["read and check"]
+    assert read == pytest.approx(2 * folder_bytes(wide / "emulator") / 1e9)
     assert estimate_plug_in(model, wide / "adapter").written_bytes == pytest.approx(
         (model / "model.safetensors").stat().st_size, rel=0.01
     )
@@ -127,6 +130,8 @@ def test_what_an_act_refuses_its_estimate_refuses(world):
         estimate_emulate(world.study, EmulatorConfig(alpha=1.0))
     with pytest.raises(MismatchError, match="expected an adapter package"):
         estimate_plug_in(world.path / "model", world.path / "emulator")
+    with pytest.raises(ConfigError, match="expected a package's directory"):
+        estimate_inspect(world.path / "none")
 
 
 def test_a_study_costs_more_with_more_in_it(world):

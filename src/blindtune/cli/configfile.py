@@ -112,7 +112,9 @@ def write_config(verb: str, out: Path, values: Mapping[str, Any]) -> Path:
         for key, value in values.items()
     }
     target = options_path(out)
-    text = f"# Repeat this run: blindtune {verb} --config {target.name} --overwrite\n"
+    text = (
+        f"# Repeat this run: blindtune {verb} --config {target.name} --overwrite --resume never\n"
+    )
     text += yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     with atomic_file(target) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import click
 
 from blindtune.cli.options import Group
+from blindtune.cli.output import Facts
 from blindtune.cli.printing import duration, print_pairs, size
-from blindtune.cli.verb import Facts, Settings, Verb
+from blindtune.cli.verb import Settings, Verb
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,10 +23,11 @@ stay as they are, the share ALPHA of the middle layers becomes harmonizers, the 
 keep the share BETA of the rank of their attention weights (with --reading removed they lose it).
 Larger alpha and smaller beta protect the model better and serve the data owner less.
 
-Finishes in one go: interrupted, it leaves nothing behind; there is no --resume.
+Finishes in one go: interrupted, it leaves nothing behind.
 
 \b
-Needs:   STUDY, from `blindtune study`, and the model where it was then.
+Needs:   STUDY, from `blindtune study`, and the model, where it was then
+         or where --model says.
 Writes:  the emulator package, which goes to the data owner (look at it
          first: blindtune inspect); NAME.options.yaml beside it, which does
          not.
@@ -48,6 +50,7 @@ def act(settings: Settings) -> Facts:
         settings["study"],
         settings["out"],
         settings.of(EmulatorConfig),
+        model=settings["model"],
         overwrite=settings.overwrite,
     )
     inspected = inspect(made.path)
@@ -84,9 +87,9 @@ def show(facts: Facts, console: Console) -> None:
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act."""
     from blindtune.offsite.emulation import EmulatorConfig
-    from blindtune.offsite.estimates import estimate_emulate
+    from blindtune.offsite.package_estimates import estimate_emulate
 
-    return estimate_emulate(settings["study"], settings.of(EmulatorConfig))
+    return estimate_emulate(settings["study"], settings.of(EmulatorConfig), model=settings["model"])
 
 
 VERB = Verb(
@@ -94,6 +97,11 @@ VERB = Verb(
     help=HELP,
     parameters=(
         click.Argument(["study"], metavar="STUDY"),
+        click.Option(
+            ["--model"],
+            metavar="MODEL",
+            help="Where the studied model is now; default: where it was when it was studied.",
+        ),
         click.Option(["--out"], required=True, metavar="DIR", help="Directory of the package."),
     ),
     groups=(

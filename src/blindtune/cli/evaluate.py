@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import click
 
 from blindtune.cli.options import Group
+from blindtune.cli.output import Facts
 from blindtune.cli.printing import duration, print_columns, print_pairs, stages
-from blindtune.cli.verb import Facts, Settings, Verb
+from blindtune.cli.verb import Settings, Verb
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +22,7 @@ Run by either party. Text gives perplexity; records with targets give the loss o
 multiple-choice records (question, choices, label) give accuracy; tasks of lm-evaluation-harness
 are run by name, where their data can be had.
 
-Finishes in one go: interrupted, it leaves nothing behind; there is no --resume.
+Finishes in one go: interrupted, it leaves nothing behind.
 
 \b
 Needs:   MODEL, a directory, a hub name, smollm2-135m, or an emulator
@@ -84,7 +85,7 @@ def _error(value: float | None) -> str:
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act, harness tasks left out."""
     from blindtune.evaluation.evaluating import EvaluationConfig
-    from blindtune.offsite.estimates import estimate_evaluate
+    from blindtune.offsite.package_estimates import estimate_evaluate
 
     config = settings.of(EvaluationConfig)
     return estimate_evaluate(
@@ -118,5 +119,6 @@ VERB = Verb(
     show=show,
     estimate=estimate,
     out_is_file=True,
+    untold=("tasks",),
     less_memory="lower --batch-size or --max-length",
 )

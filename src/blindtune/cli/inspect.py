@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from blindtune.cli.output import Facts
 from blindtune.cli.printing import print_columns, print_pairs, size
-from blindtune.cli.verb import Facts, Settings, Verb
+from blindtune.cli.verb import Settings, Verb
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from blindtune.models.costs import Estimate
 
 HELP = """Tell what a package holds and what it reveals.
 
@@ -19,11 +22,12 @@ byte is checked against the package's manifest, and no weight of an emulator is 
 package id with its maker over another channel, because a hash tells that a package is whole, not
 who made it.
 
-Finishes in one go: interrupted, it leaves nothing behind; there is no --resume.
+Finishes in one go: interrupted, it leaves nothing behind.
 
 \b
 Needs:   PACKAGE, the directory of an emulator or an adapter.
-Writes:  nothing.
+Writes:  nothing; with --out what it tells as JSON, as --json prints it, and
+         FILE.options.yaml beside it.
 
 \b
 Example:
@@ -40,8 +44,8 @@ def act(settings: Settings) -> Facts:
     from blindtune.offsite.inspection import inspect
 
     facts = asdict(inspect(settings["package"]))
-    facts["path"] = str(facts["path"])
-    return facts
+    facts["package"] = str(facts.pop("path"))
+    return facts if settings["out"] is None else {"path": settings["out"], **facts}
 
 
 def show(facts: Facts, console: Console) -> None:
@@ -53,6 +57,16 @@ def show(facts: Facts, console: Console) -> None:
     console.print("[bold]It reveals[/bold]")
     for line in facts["reveals"]:
         console.print(f"  - {line}", markup=False)
+    if "path" in facts:
+        pairs = [("told", facts["path"]), ("options", facts["options"])]
+        print_pairs(console, "Written", pairs)
+
+
+def estimate(settings: Settings) -> Estimate:
+    """Estimate the act."""
+    from blindtune.offsite.package_estimates import estimate_inspect
+
+    return estimate_inspect(settings["package"])
 
 
 def _show_emulator(facts: Facts, console: Console) -> None:
@@ -66,7 +80,7 @@ def _show_emulator(facts: Facts, console: Console) -> None:
         ("bytes", _of(facts, "bytes", size)),
         ("made by", facts["created_by"]),
     ]
-    print_pairs(console, f"Emulator {facts['path']}", pairs)
+    print_pairs(console, f"Emulator {facts['package']}", pairs)
     strip = "".join(
         f"[{_COLOURS[layer['kind']]}]{_LETTERS[layer['kind']]}[/]" for layer in facts["layers"]
     )
@@ -100,7 +114,7 @@ def _show_adapter(facts: Facts, console: Console) -> None:
         ("bytes", size(facts["bytes"])),
         ("made by", facts["created_by"]),
     ]
-    print_pairs(console, f"Adapter {facts['path']}", pairs)
+    print_pairs(console, f"Adapter {facts['package']}", pairs)
     rows = [
         (str(layer["index"]), f"{layer['parameters']:,}", f"{layer['norm']:.4g}")
         for layer in facts["layers"]
@@ -129,7 +143,12 @@ def _short(path: str) -> str:
 VERB = Verb(
     name="inspect",
     help=HELP,
-    parameters=(click.Argument(["package"], metavar="PACKAGE"),),
+    parameters=(
+        click.Argument(["package"], metavar="PACKAGE"),
+        click.Option(["--out"], metavar="FILE", help="Also write what it tells, as JSON."),
+    ),
     act=act,
     show=show,
+    estimate=estimate,
+    out_is_file=True,
 )

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from blindtune.cli.output import Facts
 from blindtune.cli.printing import print_columns, print_pairs
-from blindtune.cli.verb import Facts, Settings, Verb
+from blindtune.cli.verb import Settings, Verb
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +21,7 @@ Run by the model owner. The adapter is another party's work, and is believed in 
 name this very model, and hold exactly the adapter layers' tensors, all finite. The result is an
 ordinary Hugging Face directory, which opens without this project.
 
-Finishes in one go: interrupted, it leaves nothing behind; there is no --resume.
+Finishes in one go: interrupted, it leaves nothing behind.
 
 \b
 Needs:   MODEL, as it was studied; ADAPTER, the package that came back.
@@ -67,7 +68,7 @@ def show(facts: Facts, console: Console) -> None:
 
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act."""
-    from blindtune.offsite.estimates import estimate_plug_in
+    from blindtune.offsite.package_estimates import estimate_plug_in
 
     return estimate_plug_in(settings["model"], settings["adapter"], dtype=settings["dtype"])
 

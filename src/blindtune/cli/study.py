@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import click
 
 from blindtune.cli.options import Group
+from blindtune.cli.output import Facts
 from blindtune.cli.printing import duration, print_columns, print_pairs, stages
-from blindtune.cli.verb import Facts, Settings, Verb
+from blindtune.cli.verb import Settings, Verb
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,9 +97,9 @@ def _tokens(count: int | None) -> str:
 
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act."""
-    from blindtune.offsite.estimates import estimate_study
     from blindtune.offsite.importance import DynamicConfig
     from blindtune.offsite.study import StudyConfig
+    from blindtune.offsite.study_estimate import estimate_study
 
     return estimate_study(
         settings["model"],
@@ -117,13 +118,6 @@ VERB = Verb(
             ["--data"], required=True, metavar="FILE", help="Public text, a file or a hub name."
         ),
         click.Option(["--out"], required=True, metavar="DIR", help="Directory of the study."),
-        click.Option(
-            ["--resume"],
-            type=click.Choice(["auto", "never"]),
-            default="auto",
-            show_default=True,
-            help="auto goes on with an interrupted study; never starts anew.",
-        ),
     ),
     groups=(
         Group(heading="Study", module="blindtune.offsite.study", name="StudyConfig"),
@@ -138,6 +132,7 @@ VERB = Verb(
     show=show,
     estimate=estimate,
     mark="study.json",
+    keeps_progress=True,
     less_memory="lower --batch-size, --dynamic-batch-size or --max-length",
     interrupted="finished stages are kept: the same command goes on from there",
 )

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import click
 
 from blindtune.cli.options import Group
+from blindtune.cli.output import Facts
 from blindtune.cli.printing import duration, print_pairs, size
-from blindtune.cli.verb import Facts, Settings, Verb, process_rank
+from blindtune.cli.verb import Settings, Verb, process_rank
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +42,7 @@ On two GPUs (or two processes on CPUs, with the same flag):
 
 def act(settings: Settings) -> Facts:
     """Call the act."""
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from blindtune.offsite.adapter import AdapterConfig
     from blindtune.offsite.tuning import tune
@@ -59,7 +60,7 @@ def act(settings: Settings) -> Facts:
         settings.of(AdapterConfig),
         settings.of(TrainingConfig),
         reading=settings.of(DataConfig),
-        run=settings.of(RunConfig),
+        run=replace(settings.of(RunConfig), resume=settings["resume"]),
         validation=settings["validation"],
         overwrite=settings.overwrite,
         on_sample=on_sample,
@@ -105,7 +106,7 @@ def _ends(points: list[tuple[int, float]]) -> str:
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act."""
     from blindtune.offsite.adapter import AdapterConfig
-    from blindtune.offsite.estimates import estimate_tune
+    from blindtune.offsite.tuning_estimate import estimate_tune
     from blindtune.training.config import RunConfig, TrainingConfig
     from blindtune.training.text import DataConfig
 
@@ -149,13 +150,14 @@ VERB = Verb(
             heading="Speed and bookkeeping",
             module="blindtune.training.config",
             name="RunConfig",
-            left_out=frozenset({"threads", "silent"}),
+            left_out=frozenset({"resume", "threads", "silent"}),
         ),
     ),
     act=act,
     show=show,
     estimate=estimate,
     mark="manifest.json",
+    keeps_progress=True,
     less_memory="lower --per-device-train-batch-size (and raise --gradient-accumulation-steps) or "
     "--max-length, or add --gradient-checkpointing",
     interrupted="the same command goes on from the last checkpoint",

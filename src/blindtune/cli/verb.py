@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,8 +23,9 @@ import click
 
 from blindtune.cli.configfile import options_path, read_config, write_config
 from blindtune.cli.options import Field, Group
-from blindtune.cli.printing import json_line, print_estimate, print_json, stdout_console
-from blindtune.errors import BlindtuneError, OutputError
+from blindtune.cli.output import Facts, check_place, request, write_facts
+from blindtune.cli.printing import print_estimate, print_json, stdout_console
+from blindtune.errors import BlindtuneError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     from blindtune.models.costs import Estimate
 
 ConfigT = TypeVar("ConfigT")
-Facts = dict[str, Any]
-"""What an act returned, as plain JSON values."""
 _FLAGS = ("config", "dry_run", "json", "debug", "overwrite")
 
 
@@ -72,6 +72,10 @@ class Verb:
     """A file that every output of the verb has; --overwrite replaces nothing else."""
     out_is_file: bool = False
     """Whether `out` is an optional file for what --json prints, instead of a directory."""
+    keeps_progress: bool = False
+    """Whether an interrupted run leaves something that the same command goes on from."""
+    untold: Sequence[str] = ()
+    """Options that bring in files which only the act knows: no such output is taken as done."""
     goes_on: bool = False
     """Whether the verb works on in the directory `out` that is there, and replaces nothing."""
     less_memory: str = "use a machine with more memory"
@@ -119,10 +123,22 @@ class Verb:
         if self.writes and not self.goes_on:
             again = "Replace an earlier output."
             options.insert(1, click.Option(["--overwrite"], is_flag=True, help=again))
+            options.insert(1, self._resume_option())
         if self.estimate is not None:
             dry = "Estimate memory, bytes and time; write nothing."
             options.insert(1, click.Option(["--dry-run"], is_flag=True, help=dry))
         return options
+
+    def _resume_option(self) -> click.Option:
+        going_on = "an interrupted run goes on, and " if self.keeps_progress else ""
+        return click.Option(
+            ["--resume"],
+            type=click.Choice(["auto", "never"]),
+            default="auto",
+            show_default=True,
+            help=f"auto: {going_on}an output that the same options and inputs made is taken as "
+            "done; never: start anew.",
+        )
 
     def known(self) -> dict[str, Field]:
         """Every option that a file may set."""
@@ -139,6 +155,9 @@ class Verb:
             )
         for group in self.groups:
             known |= group.options()
+        if self.writes and not self.goes_on:
+            ways = ("auto", "never")
+            known["resume"] = Field(name="resume", kind=str, default="auto", help="", choices=ways)
         threads = Field(name="threads", kind=int, default=None, help="", optional=True)
         return known | {"threads": threads}
 
@@ -199,14 +218,7 @@ def _run(verb: Verb, values: dict[str, Any]) -> None:
                 assert verb.estimate is not None
                 found, facts = verb.estimate(settings), None
             else:
-                if out is not None:
-                    _check_place(verb, out, settings.overwrite)
-                facts = verb.act(settings)
-                if out is not None and not verb.goes_on and process_rank() == 0:
-                    facts["options"] = str(options_path(out))
-                    if verb.out_is_file:
-                        _write_facts(out, {"verb": verb.name, **facts})
-                    write_config(verb.name, out, resolved)
+                facts = _act(verb, settings, out)
     except KeyboardInterrupt:
         click.echo(f"interrupted; {verb.interrupted}", err=True)
         raise click.exceptions.Exit(130) from None
@@ -223,11 +235,39 @@ def _run(verb: Verb, values: dict[str, Any]) -> None:
         _print_facts(verb, facts, as_json=flags["json"])
 
 
+def _act(verb: Verb, settings: Settings, out: Path | None) -> Facts:
+    """Act, and save beside the output what was asked and told; or find that all is done."""
+    if out is None:
+        return verb.act(settings)
+    overwrite = settings.overwrite or verb.goes_on
+    check = partial(
+        check_place, verb.name, out, mark=verb.mark, is_file=verb.out_is_file, overwrite=overwrite
+    )
+    if verb.goes_on:
+        check()
+        return verb.act(settings)
+    inputs = [str(parameter.name) for parameter in verb.parameters]
+    asked = request(verb.name, out, settings.values, inputs, verb.untold)
+    if settings["resume"] == "auto" and (facts := asked.done()) is not None:
+        return facts | {"already_done": True}
+    check()
+    facts = verb.act(settings)
+    if process_rank() == 0:
+        facts["options"] = str(options_path(out))
+        if verb.out_is_file:
+            write_facts(out, {"verb": verb.name, **facts})
+        write_config(verb.name, out, settings.values)
+        asked.note_done(facts)
+    return facts
+
+
 def _print_facts(verb: Verb, facts: Facts, *, as_json: bool) -> None:
     if as_json:
         print_json({"verb": verb.name, **facts})
     else:
         verb.show(facts, stdout_console())
+        if facts.get("already_done"):
+            click.echo("Nothing was run: these options and inputs made what is there.", err=True)
 
 
 def _full_memory(error: Exception) -> str | None:
@@ -237,48 +277,6 @@ def _full_memory(error: Exception) -> str | None:
         return "GPU"
     refused = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return "CPU" if refused or isinstance(error, MemoryError) else None
-
-
-def _write_facts(out: Path, facts: Facts) -> None:
-    """Save what --json prints."""
-    from blindtune.atomic import atomic_file
-
-    with atomic_file(out) as partial:
-        partial.write_text(json_line(facts) + "\n", encoding="utf-8")
-
-
-def _check_place(verb: Verb, out: Path, overwrite: bool) -> None:
-    """Refuse at once an output that could not be made in the end, or would bury something else."""
-    place = out.absolute().parent
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise OutputError(f"{out}: cannot be made, {place} is a file: choose another --out")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise OutputError(f"{out}: cannot be made, {place} is not yours to write: choose another")
-    if verb.out_is_file:
-        if out.exists() and not (overwrite and _is_earlier_file(verb, out)):
-            raise OutputError(
-                f"{out}: expected a new file, or an earlier output of {verb.name} with "
-                "--overwrite, something is there: choose another --out"
-            )
-        return
-    foreign = out.is_file() or (
-        out.is_dir() and any(out.iterdir()) and not (out / verb.mark).is_file()
-    )
-    if foreign or out.resolve() == Path.cwd():
-        raise OutputError(
-            f"{out}: expected a new directory, or an earlier output of {verb.name} with "
-            "--overwrite, something else is there: choose another --out"
-        )
-
-
-def _is_earlier_file(verb: Verb, out: Path) -> bool:
-    if not out.is_file():
-        return False
-    beginning = f'{{"verb": "{verb.name}"'.encode()
-    with out.open("rb") as file:
-        return file.read(len(beginning)) == beginning
 
 
 @contextlib.contextmanager

@@ -28,6 +28,10 @@ LAYER_CALL_SECONDS = 3e-4
 """What calling one layer costs on top of its arithmetic; it matters for tiny models only."""
 FLOAT = 4
 """Bytes of a float32."""
+EIGH_FLOPS = 30.0
+"""Eigenvectors of n x n in float64, as float32 FLOPs of a product over n^3 (measured 25 .. 47)."""
+SVD_FLOPS = 40.0
+"""Singular vectors of n x n in float32, in the same unit (measured 34 .. 68)."""
 READ_BYTES_PER_SECOND = 1e9
 """Reading, hashing and writing weights (measured: 1 to 2 GB/s with a warm cache)."""
 

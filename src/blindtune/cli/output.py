@@ -1,0 +1,172 @@
+"""Where an output goes, and whether it is there already: `--out`, `--overwrite`, `--resume`.
+
+Beside every finished output stands `NAME.done.json`: which options and inputs made it, what its
+bytes are, and what was told about it. With `--resume auto` the same command finds all of them
+unchanged and has nothing to do. Nothing of it goes into the output itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from blindtune import __version__
+from blindtune.cli.configfile import options_path
+from blindtune.cli.printing import json_line, plain
+from blindtune.errors import OutputError
+
+Facts = dict[str, Any]
+"""What an act returned, as plain JSON values."""
+_NO_IDENTITY = frozenset({"out", "resume", "threads"})
+"""Options that do not decide what is made."""
+
+
+def record_path(out: Path) -> Path:
+    """Where it is noted that an output is done: beside it, never inside."""
+    out = out.absolute()
+    return out.parent / f"{out.name}.done.json"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a command line asks for, told by values and by the bytes of its files."""
+
+    verb: str
+    out: Path
+    identity: Mapping[str, Any] | None
+    """None where the inputs cannot be told apart: such an output is never taken as done."""
+
+    def done(self) -> Facts | None:
+        """What was told about the output, if this very request made what stands there."""
+        path = record_path(self.out)
+        if self.identity is None or not path.is_file() or not self.out.exists():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            same = found["identity"] == self.identity and found["output"] == digest(self.out)
+            facts = dict(found["facts"]) if same else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # a damaged note says nothing
+        if facts is None:
+            return None
+        return facts | {"path": str(self.out), "options": str(options_path(self.out))}
+
+    def note_done(self, facts: Facts) -> None:
+        """Note that the output is whole.
+
+        Raises:
+            OutputError: the note cannot be written.
+        """
+        from blindtune.atomic import atomic_file
+
+        note = {"identity": self.identity, "output": digest(self.out), "facts": facts}
+        with atomic_file(record_path(self.out)) as partial:
+            partial.write_text(json_line(note) + "\n", encoding="utf-8")
+
+
+def request(
+    verb: str, out: Path, values: Mapping[str, Any], inputs: Iterable[str], untold: Iterable[str]
+) -> Request:
+    """The request of a command line; its input files are hashed (about 1 GB a second).
+
+    Args:
+        verb: its name.
+        out: where the output goes.
+        values: resolved options, by name.
+        inputs: options that name a file, a directory, or something on the hub. What is no file
+            counts as the same while its name is.
+        untold: options that, once given, bring in files that are not known here.
+    """
+    told = not any(values.get(name) for name in untold)
+    bytes_of: dict[str, str | None] = {}
+    for name in inputs:
+        place = None if values.get(name) is None else Path(values[name]).expanduser()
+        if place is not None and name != "out" and place.exists():
+            bytes_of[name] = digest(place)
+    options = {name: value for name, value in values.items() if name not in _NO_IDENTITY}
+    identity = {"verb": verb, "version": __version__, "options": options, "inputs": bytes_of}
+    told = told and None not in bytes_of.values()
+    return Request(verb=verb, out=out, identity=plain(identity) if told else None)
+
+
+def digest(path: Path) -> str | None:
+    """sha256 (hex) of a file, or of the names and bytes of all files in a directory.
+
+    None for what has no bytes of its own (a pipe), or cannot be read.
+    """
+    whole = hashlib.sha256()
+    try:
+        if path.is_dir():
+            for file in sorted(p for p in path.rglob("*") if p.is_file()):
+                whole.update(json.dumps([str(file.relative_to(path)), digest(file)]).encode())
+        elif path.is_file():
+            with path.open("rb") as opened:
+                return hashlib.file_digest(opened, "sha256").hexdigest()
+        else:
+            return None
+    except OSError:
+        return None
+    return whole.hexdigest()
+
+
+def check_place(verb: str, out: Path, *, mark: str, is_file: bool, overwrite: bool) -> None:
+    """Refuse at once an output that could not be made in the end, or would bury something else.
+
+    Args:
+        verb: its name.
+        out: where the output shall be.
+        mark: a file that every output directory of the verb holds.
+        is_file: whether the output is one file of JSON instead.
+        overwrite: an earlier output of the verb may be replaced.
+
+    Raises:
+        OutputError: it cannot be made there.
+    """
+    place = out.absolute().parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise OutputError(f"{out}: cannot be made, {place} is a file: choose another --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"{out}: cannot be made, {place} is not yours to write: choose another")
+    if is_file:
+        free, earlier, kind = not out.exists(), _is_earlier_file(verb, out), "file"
+    else:
+        free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+        earlier, kind = (out / mark).is_file(), "directory"
+    if (not free and not earlier) or out.resolve() == Path.cwd():
+        raise OutputError(
+            f"{out}: expected a new {kind}, or an earlier output of {verb} with --overwrite, "
+            "something else is there: choose another --out"
+        )
+    if not free and not overwrite:
+        raise OutputError(
+            f"{out}: expected a new {kind}, or the output of this very command, an output of other "
+            "options or inputs is there: choose another --out, or replace it with --overwrite"
+        )
+
+
+def _is_earlier_file(verb: str, out: Path) -> bool:
+    if not out.is_file():
+        return False
+    beginning = f'{{"verb": "{verb}"'.encode()
+    with out.open("rb") as file:
+        return file.read(len(beginning)) == beginning
+
+
+def write_facts(out: Path, facts: Facts) -> None:
+    """Save what --json prints.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from blindtune.atomic import atomic_file
+
+    with atomic_file(out) as partial:
+        partial.write_text(json_line(facts) + "\n", encoding="utf-8")

@@ -1,0 +1,129 @@
+"""What tuning an emulator's adapter will take, before it starts: memory, bytes on disk, time.
+
+Shapes and counts come from the package's manifest and header and from the data, which is read; no
+weight is used. Times: see `models/costs.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from blindtune.exchange.package import open_package
+from blindtune.models.costs import (
+    FLOAT,
+    READ_BYTES_PER_SECOND,
+    DecoderCost,
+    Estimate,
+    Rate,
+    decoder_cost,
+    estimated,
+    matmul_rate,
+    weight_bytes,
+)
+from blindtune.models.decoder import Decoder
+from blindtune.models.surgery import meta_model
+from blindtune.models.tokenizers import FILE_NAMES, tokenizer_from_files
+from blindtune.offsite.adapter import AdapterConfig
+from blindtune.offsite.emulator import adapter_indices, assemble, read_config
+from blindtune.training.config import RunConfig, TrainingConfig
+from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file
+
+ADAMW_SECONDS = 5e-9
+"""An optimizer step, for one parameter on one CPU thread."""
+
+
+def estimate_tune(
+    emulator: str | Path,
+    data: str | Path,
+    adapter: AdapterConfig | None = None,
+    training: TrainingConfig | None = None,
+    *,
+    reading: DataConfig | None = None,
+    run: RunConfig | None = None,
+    validation: str | Path | None = None,
+) -> Estimate:
+    """Estimate `tune`: forward, activations' gradients through every layer, weights' gradients.
+
+    The package is checked as always, but of its weights only the header is used.
+
+    Raises:
+        PackageError, DataError, ConfigError: as for `tune`.
+    """
+    adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
+    reading, run = reading or DataConfig(max_length=128), run or RunConfig()
+    package = open_package(emulator, "emulator")
+    manifest = package.manifest
+    names = [name for name in FILE_NAMES if name in manifest.files]
+    tokenizer = tokenizer_from_files({name: package.read_file(name) for name in names})
+    train = load_dataset_file(data, tokenizer, reading)
+    held_out = None if validation is None else load_dataset_file(validation, tokenizer, reading)
+    if held_out is None and reading.validation_split:
+        train, held_out = train.split(reading.validation_split, reading.seed)
+    model = assemble(meta_model(read_config(manifest)), manifest.layers)
+    decoder = Decoder(model)
+    length = max(1, train.tokens // len(train))
+    cost, rate = decoder_cost(decoder, length), matmul_rate(decoder.hidden_size)
+    indices = adapter_indices(manifest.adapter_layers, len(manifest.layers))
+    trained = _trained_numbers(decoder, indices, adapter)
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    steps = training.max_steps or math.ceil(len(train) * training.num_train_epochs / batch)
+    tokens, calls = steps * batch * length, steps * batch * decoder.layer_count
+    calls //= training.per_device_train_batch_size
+    stack, share = cost.stack(), train.trained_share
+    work = stack.forward * (2 if run.gradient_checkpointing else 1) + stack.backward
+    work += share * (cost.head.forward + cost.head.backward)
+    if not adapter.lora_rank:
+        work += sum(cost.layers[i].weights for i in indices)
+    parts = {
+        "load": 2 * weight_bytes(model) / READ_BYTES_PER_SECOND,
+        "train": rate.seconds(tokens * work, 3 * calls) + steps * trained * ADAMW_SECONDS,
+    }
+    if held_out is not None:
+        parts["validate"] = _validation_seconds(cost, held_out, steps, run, rate)
+    micro = training.per_device_train_batch_size * length
+    activations = _activation_bytes(decoder, micro, run.gradient_checkpointing, share)
+    return estimated(
+        parts,
+        rate,
+        memory=weight_bytes(model) + 3 * FLOAT * trained + activations,
+        written=FLOAT * trained,
+        scratch=5 * FLOAT * trained,  # weights, two moments, the best weights, one in the making
+        tokens=tokens,
+    )
+
+
+def _trained_numbers(decoder: Decoder, indices: tuple[int, ...], adapter: AdapterConfig) -> int:
+    if not adapter.lora_rank:
+        return sum(p.numel() for i in indices for p in decoder.layers[i].parameters())
+    return sum(
+        adapter.lora_rank * (p.in_features + sum(p.sizes))
+        for i in indices
+        for p in (*decoder.projections(i), *decoder.feed_forward(i))
+        if not adapter.lora_targets or p.path in adapter.lora_targets
+    )
+
+
+def _validation_seconds(
+    cost: DecoderCost, held_out: TokenDataset, steps: int, run: RunConfig, rate: Rate
+) -> float:
+    every = run.eval_steps or max(1, steps // 10)
+    batches = math.ceil(len(held_out) / run.per_device_eval_batch_size)
+    return math.ceil(steps / every) * rate.seconds(
+        held_out.tokens * cost.forward, batches * len(cost.layers)
+    )
+
+
+def _activation_bytes(
+    decoder: Decoder, tokens: int, checkpointing: bool, trained_share: float
+) -> float:
+    """Roughly: what a layer keeps for its backward pass, and the logits with their gradient."""
+    inner, vocabulary = (
+        max(p.in_features for p in decoder.feed_forward(0)),
+        int(decoder.config.vocab_size),
+    )
+    layer = tokens * (12 * decoder.hidden_size + 4 * inner)
+    layers = decoder.layer_count * tokens * decoder.hidden_size + layer
+    if not checkpointing:
+        layers = decoder.layer_count * layer
+    return FLOAT * (layers + 3 * trained_share * tokens * vocabulary)

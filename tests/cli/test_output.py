@@ -1,0 +1,132 @@
+"""`--resume auto` for every verb: what is done is done, and what is not is made."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from command_line import STUDY_OPTIONS, TUNE_OPTIONS
+
+from blindtune.cli.output import request
+
+OUTPUTS = {
+    "study": ["study", "llama", "--data", "public.txt", *STUDY_OPTIONS],
+    "emulator": ["emulate", "study"],
+    "adapter": ["tune", "emulator", "--data", "private.jsonl", *TUNE_OPTIONS],
+    "tuned": ["plug-in", "llama", "adapter"],
+    "scores.json": ["evaluate", "tuned", "--choices", "choices.jsonl", "--max-items", "3"],
+    "told.json": ["inspect", "emulator"],
+}
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch):
+    """A copy of everything, as the working directory."""
+    shutil.copytree(made, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+@pytest.fixture
+def run(place, blindtune):
+    """Make one of the outputs, and tell whether it was made or found."""
+
+    def call(name, *more):
+        done = blindtune(*OUTPUTS[name], "--out", f"new-{name}", *more, "--json")
+        found = None if done.facts is None else done.facts.pop("already_done", False)
+        return SimpleNamespace(code=done.code, err=done.err, facts=done.facts, found=found)
+
+    return call
+
+
+def state(place):
+    """Every file of the outputs, by what changes when it is written anew."""
+    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in place.rglob("new-*")}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_what_is_done_is_not_done_again(place, run, name):
+    first = run(name)
+    assert (first.code, first.found) == (0, False), first.err
+    before = state(place)
+    again = run(name)
+    assert (again.code, again.found) == (0, True)
+    assert state(place) == before
+    for facts in (first.facts, again.facts):
+        facts.pop("wall_seconds")
+    assert again.facts == first.facts
+    assert run(name, "--resume", "never").code == 2
+    assert state(place) == before
+    anew = run(name, "--resume", "never", "--overwrite")
+    assert (anew.code, anew.found) == (0, False)
+    assert state(place) != before
+
+
+def test_people_are_told_that_nothing_was_run(place, blindtune):
+    asked = ["emulate", "study", "--out", "e"]
+    assert "Nothing was run" not in blindtune(*asked).err
+    done = blindtune(*asked)
+    assert "Emulator written" in done.out
+    assert "Nothing was run" in done.err
+
+
+def test_other_options_are_another_output(run):
+    assert run("emulator").code == 0
+    refused = run("emulator", "--alpha", "0.5")
+    assert refused.code == 2
+    assert "an output of other options or inputs is there" in refused.err
+    assert run("emulator", "--alpha", "0.5", "--overwrite").found is False
+    assert run("emulator", "--alpha", "0.5", "--overwrite").found is True
+    assert run("emulator", "--alpha", "0.5", "--threads", "1").found is True  # speed only
+
+
+def test_another_input_is_another_output(place, run):
+    assert run("scores.json").code == 0
+    with (place / "choices.jsonl").open("a") as file:
+        file.write("\n")
+    assert run("scores.json").code == 2
+    assert run("scores.json", "--overwrite").found is False
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "manifest.json", "more.txt"])
+def test_a_changed_output_is_not_taken_as_done(place, run, name):
+    assert run("emulator").code == 0
+    with (place / "new-emulator" / name).open("ab") as file:
+        file.write(b" ")
+    assert run("emulator").code == 2
+    again = run("emulator", "--overwrite")
+    if name == "more.txt":  # somebody's own file, which is not thrown away
+        assert (again.code, (place / "new-emulator" / name).read_text()) == (2, " ")
+    else:
+        assert again.found is False
+
+
+def test_a_damaged_note_says_nothing(place, run):
+    assert run("emulator").code == 0
+    note = place / "new-emulator.done.json"
+    for text in ("", "[]", "{}", '{"identity": null, "output": null, "facts": null}'):
+        note.write_text(text)
+        assert run("emulator").code == 2
+    note.unlink()
+    assert run("emulator").code == 2
+
+
+def test_files_that_only_a_task_knows_are_not_vouched_for():
+    def identity(tasks):
+        values = {"model": "hub/name", "tasks": tasks}
+        return request("evaluate", Path("x"), values, ["model"], ["tasks"]).identity
+
+    assert identity(["arc"]) is None
+    assert identity([]) is not None
+
+
+def test_a_moved_model_is_named(place, run):
+    (place / "llama").rename(place / "elsewhere")
+    facts = place / "study" / "study.json"
+    facts.write_text(facts.read_text().replace("llama", "gone"))
+    assert run("emulator").code == 2
+    assert run("emulator", "--model", "elsewhere", "--dry-run").code == 0
+    assert run("emulator", "--model", "elsewhere").found is False
+    wrong = run("emulator", "--model", "smollm2", "--overwrite")
+    assert wrong.code == 3
+    assert "expected the model that was studied" in wrong.err
