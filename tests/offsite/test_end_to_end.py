@@ -258,7 +258,7 @@ def test_an_interrupted_study_with_other_options_is_not_continued(tmp_path, monk
     save_tiny("llama", tmp_path / "model")
     save_text(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(studying, "_measure", lambda *_: 1 / 0)
+        patch.setattr(studying, "measured_damage", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             study_tiny(tmp_path)
     with pytest.raises(ConfigError, match="other options"):

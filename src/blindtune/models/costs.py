@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from blindtune.models.decoder import Decoder
 from blindtune.models.encoders import is_encoder, meta_encoder
-from blindtune.models.loading import _load_config, _resolve
+from blindtune.models.loading import load_config, model_source
 from blindtune.models.surgery import meta_model
 
 EFFICIENCY = 0.7
@@ -133,7 +133,7 @@ def sketch(name: str | Path) -> PreTrainedModel:
     Raises:
         ModelError: as for `load_any`.
     """
-    config = _load_config(_resolve(name))
+    config = load_config(model_source(name))
     return meta_encoder(config) if is_encoder(config) else meta_model(config)
 
 

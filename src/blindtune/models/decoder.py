@@ -5,10 +5,10 @@ Shapes: B batch, L length, D hidden, V vocabulary, I input features, O output fe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from functools import partial
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from blindtune.errors import ConfigError, ModelError, UnsupportedModelError
 from blindtune.models.blocks import LowRankLinear, split_parts
 from blindtune.models.families import Family, Linear, family_of
-
-
-class LayerCall(NamedTuple):
-    """What the backbone passes to one layer after the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class LayerInputs:
-    """Everything that the layers of a model need for one batch."""
-
-    hidden_BLD: Tensor
-    """What enters layer 0: embedded tokens, with positions where the family adds them."""
-    calls: tuple[LayerCall, ...]
-    """One call a layer: masks, position embeddings; they differ by layer type (Gemma)."""
+from blindtune.models.layer_inputs import LayerCall, LayerInputs, layer_inputs, run_layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,34 +78,6 @@ class Projection:
             with torch.no_grad():
                 module.bias.copy_(self.bias_O)
         return module
-
-
-class _Recorder(nn.Module):
-    """Stands in for a layer: notes its arguments and returns the hidden states unchanged."""
-
-    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
-        super().__init__()
-        self._wrapped = (layer,)  # in a tuple, so that it is not registered as a submodule
-        self._returns_tuple = returns_tuple
-        self.hidden: Tensor | None = None
-        self.call: LayerCall | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_wrapped"][0], name)
-
-    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(hidden_states, Tensor) or hidden_states.ndim != 3:
-            raise UnsupportedModelError(
-                "expected the backbone to pass hidden states [B, L, D] from layer to layer, got "
-                f"{type(hidden_states).__name__}; check the family's `returns_tuple` against the "
-                "installed version of transformers (docs/families.md)"
-            )
-        self.hidden = hidden_states
-        self.call = LayerCall(args, kwargs)
-        return (hidden_states, None) if self._returns_tuple else hidden_states
 
 
 @final
@@ -206,38 +162,21 @@ class Decoder:
         Raises:
             UnsupportedModelError: the backbone does not treat its layers as the table says.
         """
-        with self._recording() as recorders:
-            backbone = self.model.get_submodule(self.family.layers.rpartition(".")[0])
-            backbone(input_ids=input_ids_BL, attention_mask=attention_mask_BL, use_cache=False)
-        first = recorders[0].hidden
-        calls = tuple(recorder.call for recorder in recorders if recorder.call is not None)
-        if first is None or len(calls) != len(recorders):
-            raise UnsupportedModelError(
-                f"expected the {self.family.name} backbone to run all {len(recorders)} layers, got "
-                f"{len(calls)}; the config and the list of layers disagree"
-            )
-        return LayerInputs(first, calls)
-
-    @contextmanager
-    def _recording(self) -> Iterator[list[_Recorder]]:
-        layers = self.layers
-        originals = list(layers)
-        recorders = [_Recorder(layer, self.family.returns_tuple) for layer in originals]
-        try:
-            for i, recorder in enumerate(recorders):
-                layers[i] = recorder
-            yield recorders
-        finally:
-            for i, layer in enumerate(originals):
-                layers[i] = layer
+        backbone = self.model.get_submodule(self.family.layers.rpartition(".")[0])
+        return layer_inputs(
+            partial(backbone, use_cache=False),
+            self.layers,
+            input_ids_BL,
+            attention_mask_BL,
+            returns_tuple=self.family.returns_tuple,
+            family=self.family.name,
+        )
 
     def run_layer(
         self, i: int, hidden_BLD: Tensor, call: LayerCall, layer: nn.Module | None = None
     ) -> Tensor:
         """Hidden states [B, L, D] after layer `i`, or after `layer` in its place."""
-        out = (self.layers[i] if layer is None else layer)(hidden_BLD, *call.args, **call.kwargs)
-        hidden: Tensor = out[0] if isinstance(out, tuple) else out
-        return hidden
+        return run_layer(self.layers[i] if layer is None else layer, hidden_BLD, call)
 
     def run_layers(
         self, hidden_BLD: Tensor, calls: Sequence[LayerCall], start: int, stop: int

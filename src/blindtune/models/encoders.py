@@ -20,15 +20,14 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from blindtune.errors import ModelError, UnsupportedModelError
-from blindtune.models.decoder import LayerCall, LayerInputs, _Recorder
+from blindtune.models.layer_inputs import LayerCall, LayerInputs, layer_inputs, run_layer
 from blindtune.models.loading import (
-    _FOREIGN,
-    _first_line,
-    _load_config,
-    _resolve,
-    _some,
+    first_line,
+    load_checked,
+    load_config,
     load_model,
     load_tokenizer,
+    model_source,
     open_tokenizer,
 )
 
@@ -194,23 +193,14 @@ class Encoder:
         Raises:
             UnsupportedModelError: the model does not treat its layers as the table says.
         """
-        layers = self.layers
-        originals = list(layers)
-        recorders = [_Recorder(layer, self.family.returns_tuple) for layer in originals]
-        try:
-            for i, recorder in enumerate(recorders):
-                layers[i] = recorder
-            self.model(input_ids=input_ids_BL, attention_mask=attention_mask_BL)
-        finally:
-            for i, layer in enumerate(originals):
-                layers[i] = layer
-        calls = tuple(recorder.call for recorder in recorders if recorder.call is not None)
-        if recorders[0].hidden is None or len(calls) != len(recorders):
-            raise UnsupportedModelError(
-                f"expected the {self.family.name} encoder to run all {len(recorders)} layers, got "
-                f"{len(calls)}: the config and the list of layers disagree"
-            )
-        return LayerInputs(recorders[0].hidden, calls)
+        return layer_inputs(
+            self.model,
+            self.layers,
+            input_ids_BL,
+            attention_mask_BL,
+            returns_tuple=self.family.returns_tuple,
+            family=self.family.name,
+        )
 
     def run_layers(
         self, hidden_BLD: Tensor, calls: Sequence[LayerCall], start: int, stop: int
@@ -218,8 +208,7 @@ class Encoder:
         """Hidden states [B, L, D] after the layers start .. stop-1."""
         assert 0 <= start <= stop <= self.layer_count, (start, stop, self.layer_count)
         for i in range(start, stop):
-            out = self.layers[i](hidden_BLD, *calls[i].args, **calls[i].kwargs)
-            hidden_BLD = out[0] if isinstance(out, tuple) else out
+            hidden_BLD = run_layer(self.layers[i], hidden_BLD, calls[i])
         return hidden_BLD
 
 
@@ -237,34 +226,18 @@ def load_encoder(
         UnsupportedModelError: the model's family is not in the table.
         ModelError: no such model, no safetensors weights, or weights missing or misshapen.
     """
-    source = _resolve(name)
-    config = _load_config(source)
+    source = model_source(name)
+    config = load_config(source)
     family = encoder_family_of(config)
-    try:
-        model, info = AutoModel.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            **_without_pooler(family),
-        )
-    except _FOREIGN as error:
-        raise ModelError(
-            f"expected safetensors weights that fit the config in {source}, got: "
-            f"{_first_line(error)}: check that the download or copy is complete"
-        ) from error
-    absent = sorted(info["missing_keys"])
-    surplus = sorted(key for key in info["unexpected_keys"] if family.layers in key)
-    if absent or surplus:
-        raise ModelError(
-            f"expected every weight of the layers in {source} and no other, got {len(absent)} "
-            f"missing and {len(surplus)} more ({_some(absent + surplus)}): config.json and the "
-            "weights are not of one model"
-        )
-    loaded: PreTrainedModel = model.to(device).eval()
-    return loaded
+    return load_checked(
+        AutoModel,
+        source,
+        config,
+        surplus=lambda key: family.layers in key,
+        dtype=dtype,
+        device=device,
+        **_without_pooler(family),
+    )
 
 
 def load_any(
@@ -278,8 +251,8 @@ def load_any(
     Raises:
         ModelError: it cannot be had; UnsupportedModelError if its family is in neither table.
     """
-    source = _resolve(name)
-    if not is_encoder(_load_config(source)):
+    source = model_source(name)
+    if not is_encoder(load_config(source)):
         return load_model(name, dtype=dtype, device=device), load_tokenizer(name)
     model = load_encoder(name, dtype=dtype, device=device)
     tokenizer = open_tokenizer(source)
@@ -309,7 +282,7 @@ def _from_config(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     except (ValueError, TypeError, RuntimeError, KeyError, ZeroDivisionError) as error:
         raise ModelError(
             f"expected a config that builds a {family.name} encoder, got one that transformers "
-            f"refuses: {_first_line(error)}: check its sizes"
+            f"refuses: {first_line(error)}: check its sizes"
         ) from error
     return model.eval()
 

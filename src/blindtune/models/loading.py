@@ -6,6 +6,7 @@ weight is refused (transformers alone would fill it with random numbers and prin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +46,57 @@ def load_model(
         UnsupportedModelError: the model's family is not in the table of families.
         ModelError: no such model, no safetensors weights, or weights missing or misshapen.
     """
-    source = _resolve(name)
-    config = _load_config(source)
+    source = model_source(name)
+    config = load_config(source)
     family_of(config)
+    # Old checkpoints carry buffers that are computed now; a weight too many is another model.
+    return load_checked(
+        AutoModelForCausalLM,
+        source,
+        config,
+        surplus=lambda key: key.endswith(".weight"),
+        dtype=dtype,
+        device=device,
+    )
+
+
+def load_checked(
+    kind: Any,
+    source: str,
+    config: Any,
+    *,
+    surplus: Callable[[str], bool],
+    dtype: torch.dtype,
+    device: str | torch.device,
+    **options: Any,
+) -> PreTrainedModel:
+    """Load a model of which every weight is there, in eval mode.
+
+    Args:
+        kind: the auto class that builds it.
+        source: from `model_source`.
+        config: from `load_config`.
+        surplus: which weight that the checkpoint has too many means that it is another model's.
+        dtype, device: of the weights.
+        options: more for the model class.
+
+    Raises:
+        ModelError: no safetensors weights, or weights missing, misshapen or too many.
+    """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             source,
             config=config,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
     except _FOREIGN as error:
         raise ModelError(
             f"expected safetensors weights that fit the config in {source}, got: "
-            f"{_first_line(error)}; check that the download or copy is complete, and convert "
+            f"{first_line(error)}; check that the download or copy is complete, and convert "
             "pickled weights with save_pretrained"
         ) from error
     absent = sorted(info["missing_keys"])
@@ -69,12 +105,11 @@ def load_model(
             f"expected every weight of the model in {source}, got a checkpoint without "
             f"{len(absent)} of them ({_some(absent)}); get the complete checkpoint"
         )
-    # Old checkpoints carry buffers that are computed now; a weight too many is another model.
-    surplus = sorted(key for key in info["unexpected_keys"] if key.endswith(".weight"))
-    if surplus:
+    more = sorted(key for key in info["unexpected_keys"] if surplus(key))
+    if more:
         raise ModelError(
-            f"expected only weights that the config in {source} describes, got {len(surplus)} more "
-            f"({_some(surplus)}); config.json and the weights are not of one model"
+            f"expected only weights that the config in {source} describes, got {len(more)} more "
+            f"({_some(more)}); config.json and the weights are not of one model"
         )
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
@@ -94,7 +129,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is no tokenizer, or it has no end-of-text token.
     """
-    source = _resolve(name)
+    source = model_source(name)
     tokenizer = open_tokenizer(source)
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -123,13 +158,17 @@ def open_tokenizer(source: str) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except _FOREIGN as error:
         raise ModelError(
-            f"expected a tokenizer in {source}, got: {_first_line(error)}; put tokenizer.json and "
+            f"expected a tokenizer in {source}, got: {first_line(error)}; put tokenizer.json and "
             "tokenizer_config.json beside the weights"
         ) from error
 
 
-def _resolve(name: str | Path) -> str:
-    """What to hand to transformers for a model name: a directory, or a hub name."""
+def model_source(name: str | Path) -> str:
+    """What to hand to transformers for a model name: a directory, or a hub name.
+
+    Raises:
+        ModelError: it names a place that is no whole model.
+    """
     if embedded.is_embedded(name):
         return str(embedded.model_directory(name))
     path = Path(name).expanduser()
@@ -154,7 +193,12 @@ def _resolve(name: str | Path) -> str:
     return str(name)
 
 
-def _load_config(source: str) -> Any:
+def load_config(source: str) -> Any:
+    """The config at a resolved place; no code of it is run.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except _FOREIGN as error:
@@ -166,12 +210,13 @@ def _load_config(source: str) -> Any:
                 f"without a network give a local directory or {embedded.NAME}; a private model "
                 "needs `hf auth login`"
             )
-        raise ModelError(f"expected {what}, got: {_first_line(error)}; {advice}") from error
+        raise ModelError(f"expected {what}, got: {first_line(error)}; {advice}") from error
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if names[3:] else "")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, in one line."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

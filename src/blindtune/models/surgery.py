@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 from blindtune.errors import ModelError
 from blindtune.models.decoder import Decoder
 from blindtune.models.families import family_of
+from blindtune.models.loading import first_line
 
 
 def replace_layer(model: PreTrainedModel, i: int, module: nn.Module) -> None:
@@ -144,13 +145,9 @@ def _from_config(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     except Exception as error:  # from a stranger's config, transformers may raise anything
         raise ModelError(
             f"expected a config that builds a {family.name} model, got one that transformers "
-            f"refuses: {_first_line(error)}; check its sizes"
+            f"refuses: {first_line(error)}; check its sizes"
         ) from error
     return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from blindtune.models.blocks import Harmonizer
-from blindtune.models.decoder import Decoder, LayerCall
+from blindtune.models.decoder import Decoder
+from blindtune.models.layer_inputs import LayerCall
 from blindtune.offsite.harmonizers import Moments, fit_harmonizer
 
 SINK_POSITIONS = 1

@@ -13,21 +13,19 @@ Shapes: B batch, L length, D hidden, V vocabulary, M middle layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, final
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from blindtune.errors import ConfigError
-from blindtune.models.decoder import Decoder, LayerInputs
+from blindtune.offsite.mixed_network import MixedNetwork, Objective
 
 Reward = Literal["paper", "scale-free"]
 Grouping = Literal["count", "size"]
-Objective = Literal["lm", "distill"]
 Practice = Literal["half", "ordered"]
 
 
@@ -146,184 +144,6 @@ def update_scores(
         kept_M = torch.tensor([i not in mix for i in range(len(scores_M))], dtype=scores_M.dtype)
         step_M += kept_M * reward
     return scores_M + config.rate * step_M * p_M * (1 - p_M)
-
-
-@final
-class MixedNetwork:
-    """A frozen decoder whose middle layers can each be run raw or by their stand-in.
-
-    Args:
-        decoder: the full model, frozen.
-        stand_ins: one module a middle layer (a harmonizer, or `nn.Identity` for LayerDrop).
-        first: index of the first middle layer in the decoder.
-    """
-
-    def __init__(self, decoder: Decoder, stand_ins: Sequence[nn.Module], first: int) -> None:
-        self.decoder = decoder
-        self.stand_ins = stand_ins
-        self.first = first
-        self.stop = first + len(stand_ins)
-
-    @torch.no_grad()
-    def prefix(self, input_ids_BL: Tensor) -> LayerInputs:
-        """The hidden states that enter the first middle layer: the same for every mix."""
-        start = self.decoder.begin(input_ids_BL.to(self.decoder.model.device))
-        hidden_BLD = self.decoder.run_layers(start.hidden_BLD, start.calls, 0, self.first)
-        return LayerInputs(hidden_BLD, start.calls)
-
-    def _step(self, i: int, hidden_BLD: Tensor, inputs: LayerInputs, replaced: bool) -> Tensor:
-        layer = self.stand_ins[i - self.first] if replaced else None
-        if isinstance(layer, nn.Identity):
-            return hidden_BLD
-        return self.decoder.run_layer(i, hidden_BLD, inputs.calls[i], layer)
-
-    def loss(
-        self,
-        inputs: LayerInputs,
-        mix: frozenset[int],
-        input_ids_BL: Tensor,
-        objective: Objective = "lm",
-    ) -> Tensor:
-        """Loss of one mix in nats a token, with gradients to the stand-ins in it.
-
-        Args:
-            inputs: from `prefix`.
-            mix: the middle layers to replace.
-            input_ids_BL: the batch.
-            objective: "lm": cross-entropy of the next token; "distill": KL(full model || mix) of
-                the next token's distribution. What both have below the first replaced layer is
-                computed once.
-        """
-        first = self.first + min(mix, default=0)
-        with torch.no_grad():
-            hidden_BLD = self.decoder.run_layers(inputs.hidden_BLD, inputs.calls, self.first, first)
-        mixed_BLD = hidden_BLD
-        for i in range(first, self.stop):
-            mixed_BLD = self._step(i, mixed_BLD, inputs, i - self.first in mix)
-        if objective == "lm":
-            return self._tail(mixed_BLD, inputs, input_ids_BL)
-        last = self.decoder.layer_count
-        with torch.no_grad():
-            full_BLD = self.decoder.run_layers(hidden_BLD, inputs.calls, first, last)
-            full_BLV = self.decoder.logits(full_BLD[:, 1:]).float().log_softmax(-1)
-        mixed_BLD = self.decoder.run_layers(mixed_BLD, inputs.calls, self.stop, last)
-        mixed_BLV = self.decoder.logits(mixed_BLD[:, 1:]).float().log_softmax(-1)
-        return F.kl_div(
-            mixed_BLV.flatten(0, 1), full_BLV.flatten(0, 1), reduction="batchmean", log_target=True
-        )
-
-    @torch.no_grad()
-    def losses(
-        self, inputs: LayerInputs, mixes: Sequence[frozenset[int]], input_ids_BL: Tensor
-    ) -> list[float]:
-        """Cross-entropies of several mixes on one batch.
-
-        Mixes that agree on all layers so far share their hidden states: a layer runs once per
-        distinct prefix. Depth first, so at most one state a mix is alive.
-        """
-        found: dict[frozenset[int], float] = {}
-
-        def descend(i: int, hidden_BLD: Tensor, alive: list[frozenset[int]]) -> None:
-            while i < self.stop:
-                out = [mix for mix in alive if i - self.first in mix]
-                if out and len(out) < len(alive):
-                    descend(i + 1, self._step(i, hidden_BLD, inputs, True), out)
-                    alive = [mix for mix in alive if i - self.first not in mix]
-                    out = []
-                hidden_BLD = self._step(i, hidden_BLD, inputs, bool(out))
-                i += 1
-            loss = float(self._tail(hidden_BLD, inputs, input_ids_BL))
-            found.update(dict.fromkeys(alive, loss))
-
-        descend(self.first, inputs.hidden_BLD, list(dict.fromkeys(mixes)))
-        return [found[mix] for mix in mixes]
-
-    def _tail(self, hidden_BLD: Tensor, inputs: LayerInputs, input_ids_BL: Tensor) -> Tensor:
-        last = self.decoder.layer_count
-        hidden_BLD = self.decoder.run_layers(hidden_BLD, inputs.calls, self.stop, last)
-        logits_BLV = self.decoder.logits(hidden_BLD[:, :-1])
-        targets_N = input_ids_BL[:, 1:].flatten().to(logits_BLV.device)
-        return F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_N)
-
-
-@torch.no_grad()
-def measured_damage(
-    network: MixedNetwork,
-    windows_NL: Tensor,
-    batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
-) -> Tensor:
-    """How much the loss rises when each middle layer alone is replaced, in nats a token.
-
-    The slow but direct answer that the learned scores try to predict; the layers below the replaced
-    one are computed once for all (half of the work of one full pass a layer).
-
-    Returns:
-        Damage of every middle layer [M], float64; negative where the stand-in does better.
-    """
-    singles = [frozenset[int](), *(frozenset({i}) for i in range(len(network.stand_ins)))]
-    total = torch.zeros(len(singles), dtype=torch.float64)
-    for batch_BL in windows_NL.split(batch_size):
-        losses = network.losses(network.prefix(batch_BL), singles, batch_BL)
-        total += torch.tensor(losses, dtype=torch.float64) * len(batch_BL)
-        if on_batch is not None:
-            on_batch(len(batch_BL))
-    mean = total / len(windows_NL)
-    return mean[1:] - mean[0]
-
-
-@torch.no_grad()
-def greedy_damage(
-    network: MixedNetwork,
-    windows_NL: Tensor,
-    batch_size: int,
-    single_M: Tensor,
-    count: int,
-    on_choice: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Damage in company: replace layers one after the other, each time the one that costs least.
-
-    The damage of several replaced layers is more than the sum of their own, and layers side by side
-    are replaced more cheaply than their own damage says. Costs rarely fall as others are replaced,
-    so a layer is measured again only when its last known cost makes it the next choice (lazy
-    greedy; Minoux 1978).
-
-    Args:
-        single_M: the damage of each layer alone, from `measured_damage`.
-        count: how many layers to order; the others keep their last known cost.
-
-    Returns:
-        Cost of every layer in the order of choice [M], made non-decreasing along that order, so
-        that sorting by it gives the order back.
-    """
-    everything = tuple(windows_NL.split(batch_size))
-    prefixes = [network.prefix(batch_BL) for batch_BL in everything]
-
-    def loss(mix: frozenset[int]) -> float:
-        losses = [
-            network.losses(prefix, [mix], batch_BL)[0] * len(batch_BL)
-            for prefix, batch_BL in zip(prefixes, everything, strict=True)
-        ]
-        return sum(losses) / len(windows_NL)
-
-    current, chosen = loss(frozenset()), list[int]()
-    known = {i: (float(single_M[i]), 0) for i in range(len(single_M))}
-    cost_M = torch.zeros(len(single_M), dtype=torch.float64)
-    highest = float("-inf")
-    while len(chosen) < count:
-        i = min(known, key=lambda i: (known[i][0], i))
-        if known[i][1] < len(chosen):
-            known[i] = (loss(frozenset({*chosen, i})) - current, len(chosen))
-            continue
-        current += known[i][0]
-        highest = max(highest + 1e-9, known.pop(i)[0])
-        cost_M[i] = highest
-        chosen.append(i)
-        if on_choice is not None:
-            on_choice(len(chosen))
-    for i, (cost, _) in known.items():
-        cost_M[i] = max(cost, highest + 1e-9)
-    return cost_M
 
 
 @dataclass(kw_only=True)

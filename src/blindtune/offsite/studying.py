@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,9 @@ from blindtune.models.decoder import Decoder, check_context, context_limit
 from blindtune.models.fingerprint import fingerprint
 from blindtune.models.loading import load_model, load_tokenizer, preferred_device
 from blindtune.offsite.calibration import Calibration, calibrate
-from blindtune.offsite.importance import (
-    DynamicConfig,
-    MixedNetwork,
-    greedy_damage,
-    measured_damage,
-    run_dynamic,
-    start_dynamic,
-)
+from blindtune.offsite.damage import greedy_damage, measured_damage
+from blindtune.offsite.importance import DynamicConfig, run_dynamic, start_dynamic
+from blindtune.offsite.mixed_network import MixedNetwork
 from blindtune.offsite.study import (
     FACTS_NAME,
     Study,
@@ -86,9 +81,10 @@ def study(
     windows_NL = _windows(model, data, config)
     partial = _begin(model, decoder, config, dynamic)
     work = WorkDirectory(out, partial, windows_NL, fresh=resume == "never")
-    _warm_up(partial, decoder, windows_NL, work, on_stage)
-    _measure(partial, decoder, windows_NL, work, on_stage)
-    _learn(partial, decoder, windows_NL, work, on_stage)
+    stages = _Stages(partial, decoder, windows_NL, work, on_stage)
+    stages.calibrate()
+    stages.measure()
+    stages.learn()
     with atomic_directory(out, overwrite=overwrite, mark=FACTS_NAME) as directory:
         save_study(partial, directory)
     work.remove()
@@ -135,50 +131,122 @@ def _windows(model: str | Path, data: str | Path, config: StudyConfig) -> Tensor
     return torch.stack(full)[order]
 
 
-def _split(study: Study, windows_NL: Tensor) -> tuple[Tensor, Tensor]:
-    """(training, validation) windows: a tenth, and what measuring damage needs, is validation."""
-    length = study.config.max_length
-    count = max(1, len(windows_NL) // 10)
-    count = min(max(count, study.config.damage_tokens // length), len(windows_NL) // 2)
-    return windows_NL[count:], windows_NL[:count]
+@final
+class _Stages:
+    """The stages of one study: each takes up what an interrupted run kept, or runs and keeps it.
 
+    Args:
+        study: filled in stage by stage.
+        decoder: the model, frozen.
+        windows_NL: the public text, shuffled.
+        work: keeps finished stages.
+        on_stage: progress.
+    """
 
-def _warm_up(
-    study: Study,
-    decoder: Decoder,
-    windows_NL: Tensor,
-    work: WorkDirectory,
-    on_stage: OnStage | None,
-) -> None:
-    if work.load(study, "calibrated"):
-        return
-    config, start = study.config, time.perf_counter()
-    train_NL, _ = _split(study, windows_NL)
-    train_NL = train_NL[: max(1, config.calibration_tokens // config.max_length)]
-    if train_NL.numel() < decoder.hidden_size:
-        raise DataError(
-            f"expected at least {decoder.hidden_size} tokens to calibrate on, got "
-            f"{train_NL.numel()}: give more public text"
-        )
-    found: Calibration | None = None
-    if config.warm_start == "regression":
-        found = calibrate(
-            decoder,
-            train_NL,
-            study.middle,
-            rank=config.harmonizer_rank,
-            batch_size=config.batch_size,
-            feed_forward=config.feed_forward,
-            on_layer=_report(on_stage, "calibrate (layers)", study.middle.stop),
-        )
-        study.explained, study.second_moments = found.explained, found.second_moments
-        study.tokens["calibrate"] = train_NL.numel()
-    if config.stand_in == "harmonizer":
-        study.stand_ins = nn.ModuleList(
-            found.harmonizers if found else _untrained_harmonizers(study, decoder)
-        )
-    study.seconds["calibrate"] = time.perf_counter() - start
-    work.save(study, "calibrated")
+    def __init__(
+        self,
+        study: Study,
+        decoder: Decoder,
+        windows_NL: Tensor,
+        work: WorkDirectory,
+        on_stage: OnStage | None,
+    ) -> None:
+        self.study, self.decoder, self.work, self.on_stage = study, decoder, work, on_stage
+        length = study.config.max_length
+        # A tenth, and what measuring damage needs, is validation.
+        count = max(len(windows_NL) // 10, study.config.damage_tokens // length, 1)
+        count = min(count, len(windows_NL) // 2)
+        self.train_NL, self.validation_NL = windows_NL[count:], windows_NL[:count]
+
+    def calibrate(self) -> None:
+        """Stand-ins: harmonizers in closed form, untrained ones, or identities."""
+        study, config = self.study, self.study.config
+        if self.work.load(study, "calibrated"):
+            return
+        start = time.perf_counter()
+        train_NL = self.train_NL[: max(1, config.calibration_tokens // config.max_length)]
+        if train_NL.numel() < self.decoder.hidden_size:
+            raise DataError(
+                f"expected at least {self.decoder.hidden_size} tokens to calibrate on, got "
+                f"{train_NL.numel()}: give more public text"
+            )
+        found: Calibration | None = None
+        if config.warm_start == "regression":
+            found = calibrate(
+                self.decoder,
+                train_NL,
+                study.middle,
+                rank=config.harmonizer_rank,
+                batch_size=config.batch_size,
+                feed_forward=config.feed_forward,
+                on_layer=self._report("calibrate (layers)", study.middle.stop),
+            )
+            study.explained, study.second_moments = found.explained, found.second_moments
+            study.tokens["calibrate"] = train_NL.numel()
+        if config.stand_in == "harmonizer":
+            study.stand_ins = nn.ModuleList(
+                found.harmonizers if found else _untrained_harmonizers(study, self.decoder)
+            )
+        study.seconds["calibrate"] = time.perf_counter() - start
+        self.work.save(study, "calibrated")
+
+    def measure(self) -> None:
+        """Initial scores: what replacing each layer costs, alone or in company."""
+        study, config = self.study, self.study.config
+        if config.initial_scores == "zero" or self.work.load(study, "measured"):
+            return
+        start = time.perf_counter()
+        windows_NL = self.validation_NL[: max(1, config.damage_tokens // config.max_length)]
+        report, done = self._report("measure damage (windows)", len(windows_NL)), 0
+
+        def on_batch(count: int) -> None:
+            nonlocal done
+            done += count
+            report(done - 1)
+
+        network, batch_size = self._network(), config.batch_size
+        cost_M = study.damage_M = measured_damage(network, windows_NL, batch_size, on_batch)
+        if config.initial_scores == "greedy":
+            count = len(study.stand_ins) // 2
+            report = self._report("order layers (choices)", count)
+            cost_M = greedy_damage(
+                network, windows_NL, batch_size, cost_M, count, lambda chosen: report(chosen - 1)
+            )
+        study.scores_M = standard_scores(cost_M)
+        study.tokens["measure"] = windows_NL.numel()
+        study.seconds["measure"] = time.perf_counter() - start
+        self.work.save(study, "measured")
+
+    def learn(self) -> None:
+        """Dynamic LayerReplace."""
+        study, dynamic = self.study, self.study.dynamic
+        if dynamic.steps == 0:
+            return
+        network = self._network()
+        state = start_dynamic(study.scores_M, study.stand_ins, dynamic, study.config.seed)
+        self.work.load_dynamic(study, state)
+        report, start = self._report("learn (alternations)", dynamic.steps), time.perf_counter()
+        before = study.seconds.get("learn", 0.0)
+        steps = run_dynamic(state, network, self.train_NL, self.validation_NL, dynamic)
+        for step in steps:
+            study.scores_M = state.scores_M
+            study.history.append(asdict(step))
+            study.seconds["learn"] = before + time.perf_counter() - start
+            study.tokens["learn"] = state.step * dynamic.batch_size * self.train_NL.shape[1]
+            report(step.step - 1)
+            if step.step % SAVE_EVERY == 0:
+                self.work.save_dynamic(study, state)
+
+    def _network(self) -> MixedNetwork:
+        self.study.stand_ins.to(self.decoder.model.device)
+        return MixedNetwork(self.decoder, list(self.study.stand_ins), self.study.first)
+
+    def _report(self, stage: str, total: int) -> Callable[[int], None]:
+        def report(index: int) -> None:
+            if self.on_stage is not None:
+                self.on_stage(stage, index + 1, total)
+
+        return report
 
 
 def _untrained_harmonizers(study: Study, decoder: Decoder) -> list[Harmonizer]:
@@ -194,45 +262,6 @@ def _untrained_harmonizers(study: Study, decoder: Decoder) -> list[Harmonizer]:
         ]
 
 
-def _measure(
-    study: Study,
-    decoder: Decoder,
-    windows_NL: Tensor,
-    work: WorkDirectory,
-    on_stage: OnStage | None,
-) -> None:
-    if study.config.initial_scores == "zero" or work.load(study, "measured"):
-        return
-    start = time.perf_counter()
-    _, validation_NL = _split(study, windows_NL)
-    windows = validation_NL[: max(1, study.config.damage_tokens // study.config.max_length)]
-    report, done = _report(on_stage, "measure damage (windows)", len(windows)), 0
-
-    def on_batch(count: int) -> None:
-        nonlocal done
-        done += count
-        report(done - 1)
-
-    network = _network(study, decoder)
-    batch_size = study.config.batch_size
-    cost_M = study.damage_M = measured_damage(network, windows, batch_size, on_batch)
-    if study.config.initial_scores == "greedy":
-        count = len(study.stand_ins) // 2
-        report = _report(on_stage, "order layers (choices)", count)
-        cost_M = greedy_damage(
-            network, windows, batch_size, cost_M, count, lambda chosen: report(chosen - 1)
-        )
-    study.scores_M = standard_scores(cost_M)
-    study.tokens["measure"] = windows.numel()
-    study.seconds["measure"] = time.perf_counter() - start
-    work.save(study, "measured")
-
-
-def _network(study: Study, decoder: Decoder) -> MixedNetwork:
-    study.stand_ins.to(decoder.model.device)
-    return MixedNetwork(decoder, list(study.stand_ins), study.first)
-
-
 def standard_scores(damage_M: Tensor) -> Tensor:
     """Scores [M] with the order of the damage, mean 0 and spread 1 on a logarithmic scale.
 
@@ -241,37 +270,3 @@ def standard_scores(damage_M: Tensor) -> Tensor:
     floor = damage_M.abs().max() * 1e-3 + 1e-9
     logs_M = torch.log((damage_M - damage_M.min()) + floor)
     return (logs_M - logs_M.mean()) / logs_M.std(correction=0).clamp_min(1e-9)
-
-
-def _learn(
-    study: Study,
-    decoder: Decoder,
-    windows_NL: Tensor,
-    work: WorkDirectory,
-    on_stage: OnStage | None,
-) -> None:
-    dynamic = study.dynamic
-    if dynamic.steps == 0:
-        return
-    network = _network(study, decoder)
-    state = start_dynamic(study.scores_M, study.stand_ins, dynamic, study.config.seed)
-    work.load_dynamic(study, state)
-    train_NL, validation_NL = _split(study, windows_NL)
-    report, start = _report(on_stage, "learn (alternations)", dynamic.steps), time.perf_counter()
-    before = study.seconds.get("learn", 0.0)
-    for step in run_dynamic(state, network, train_NL, validation_NL, dynamic):
-        study.scores_M = state.scores_M
-        study.history.append(asdict(step))
-        study.seconds["learn"] = before + time.perf_counter() - start
-        study.tokens["learn"] = state.step * dynamic.batch_size * train_NL.shape[1]
-        report(step.step - 1)
-        if step.step % SAVE_EVERY == 0:
-            work.save_dynamic(study, state)
-
-
-def _report(on_stage: OnStage | None, stage: str, total: int) -> Callable[[int], None]:
-    def report(index: int) -> None:
-        if on_stage is not None:
-            on_stage(stage, index + 1, total)
-
-    return report

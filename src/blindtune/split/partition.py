@@ -27,8 +27,9 @@ from transformers import PreTrainedModel
 
 from blindtune.errors import ConfigError
 from blindtune.exchange.messages import Partition
-from blindtune.models.decoder import Decoder, LayerCall, LayerInputs
+from blindtune.models.decoder import Decoder
 from blindtune.models.encoders import Encoder, is_encoder
+from blindtune.models.layer_inputs import LayerCall, LayerInputs
 
 Stack = Decoder | Encoder
 """A model seen as embedding and layers."""
