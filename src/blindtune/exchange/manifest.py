@@ -114,27 +114,37 @@ class LoraFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     targets: Annotated[list[ModuleName], Meta(min_length=1, max_length=64)]
 
 
-class EmulatorManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Model owner to data owner: what the emulator is made of.
+class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every manifest says; each kind adds its `format`. Abstract.
 
     Attributes:
+        files: every other file of the package; filled in by `write_package`.
         model: fingerprint of the full model: hex sha256 over its config and weights.
-        model_type, config: the Hugging Face model type and its configuration as plain JSON,
-            bounded here and judged by whoever builds the model.
-        adapter_layers: N_a, the number of adapter layers at each end.
-        layers: the emulator's layers, first to last.
-        max_length: longest sequence in tokens that the emulator was made for, or None.
-        files: filled in by `write_package`.
+        model_type: the Hugging Face model type.
+        dtype: of the weights in the package.
     """
 
-    format: Literal["blindtune-emulator"] = "blindtune-emulator"
     version: Literal[1] = 1
     created_by: Creator = CREATED_BY
     files: dict[str, FileEntry] = {}
     model: Sha256
     model_type: ModelType
-    config: dict[str, Any]
     dtype: Dtype
+
+
+class EmulatorManifest(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Model owner to data owner: what the emulator is made of.
+
+    Attributes:
+        config: the Hugging Face configuration as plain JSON, bounded here and judged by whoever
+            builds the model.
+        adapter_layers: N_a, the number of adapter layers at each end.
+        layers: the emulator's layers, first to last.
+        max_length: longest sequence in tokens that the emulator was made for, or None.
+    """
+
+    format: Literal["blindtune-emulator"] = "blindtune-emulator"
+    config: dict[str, Any]
     adapter_layers: LayerCount
     layers: Annotated[list[LayerEntry], Meta(min_length=1, max_length=MAX_LAYERS)]
     full_model: FullModelFacts
@@ -156,27 +166,19 @@ class EmulatorManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             )
 
 
-class AdapterManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class AdapterManifest(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Data owner to model owner: which emulator was tuned, and how. Nothing about the data.
 
     Attributes:
         emulator: package id of the emulator that the adapter was tuned on.
-        model: fingerprint of the full model, copied from that emulator.
         kind: "full" (the adapter layers' weights) or "lora" (low-rank updates of them).
         adapter_layers, layers: N_a and the layer count of that emulator.
         lora: LoRA settings; present exactly when kind is "lora".
-        files: filled in by `write_package`.
     """
 
     format: Literal["blindtune-adapter"] = "blindtune-adapter"
-    version: Literal[1] = 1
-    created_by: Creator = CREATED_BY
-    files: dict[str, FileEntry] = {}
     emulator: PackageId
-    model: Sha256
     kind: Literal["full", "lora"]
-    model_type: ModelType
-    dtype: Dtype
     adapter_layers: LayerCount
     layers: LayerCount
     lora: LoraFacts | None
@@ -191,27 +193,19 @@ class AdapterManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             )
 
 
-class BottomManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BottomManifest(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Vendor to customer of split tuning: the layers that the customer runs.
 
     Attributes:
-        model: fingerprint of the whole model.
-        model_type, config: as in an emulator, with the customer's number of layers.
+        config: as in an emulator, with the customer's number of layers.
         partition: who holds the last part and the loss.
         cut, last: layers of the customer's bottom and, in the U-shape, of its top.
         layers: of the whole model.
         max_length: longest sequence in tokens that the model was made for, or None.
-        files: filled in by `write_package`.
     """
 
     format: Literal["blindtune-bottom"] = "blindtune-bottom"
-    version: Literal[1] = 1
-    created_by: Creator = CREATED_BY
-    files: dict[str, FileEntry] = {}
-    model: Sha256
-    model_type: ModelType
     config: dict[str, Any]
-    dtype: Dtype
     partition: Literal["two-part", "u-shape"]
     cut: Annotated[int, Meta(ge=0, le=MAX_LAYERS)]
     last: Annotated[int, Meta(ge=0, le=MAX_LAYERS)]
