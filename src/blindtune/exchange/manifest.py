@@ -245,7 +245,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     try:
         plain = msgspec.to_builtins(manifest)
         _check_plain(plain, depth=1)
-        data = _canonical(msgspec.to_builtins(_convert(plain, type(manifest))))
+        data = canonical_bytes(msgspec.to_builtins(_convert(plain, type(manifest))))
         _check_size(data)
     except (ValueError, TypeError, RecursionError) as error:
         raise OutputError(
@@ -271,7 +271,7 @@ def decode_manifest(data: bytes) -> Manifest:
         )
         _check_plain(plain, depth=1)
         manifest = _convert(plain, _type_of(plain))
-        if _canonical(msgspec.to_builtins(manifest)) != data:
+        if canonical_bytes(msgspec.to_builtins(manifest)) != data:
             raise ValueError(
                 "not in canonical form (keys sorted, no spaces, every field present, "
                 "numbers in their shortest notation)"
@@ -288,7 +288,8 @@ def _check_size(data: bytes) -> None:
         raise ValueError(f"{len(data)} bytes, at most {MAX_MANIFEST_BYTES} are allowed")
 
 
-def _canonical(plain: Any) -> bytes:
+def canonical_bytes(plain: Any) -> bytes:
+    """The one spelling of plain JSON (docs/package-format.md); ValueError if it has none."""
     text = json.dumps(
         plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )

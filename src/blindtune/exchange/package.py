@@ -4,8 +4,9 @@ It holds `manifest.json`, `manifest.sha256`, the weights, and a few small files 
 (docs/package-format.md). Nothing in it is executed or unpickled. Opening checks, in this order:
 names, sizes, hashes, and only then what the files say.
 
-What is not covered: the hashes show that a package is whole, not who made it. Compare the package
-id with its maker over another channel.
+What is not covered: the hashes show that a package is whole, not who made it. That is what a
+signature is for (signing.py), and the reader's `Trust`; a reader without one opens packages of
+anybody.
 """
 
 from __future__ import annotations
@@ -45,6 +46,13 @@ from blindtune.exchange.manifest import (
     decode_manifest,
     encode_manifest,
     package_id,
+)
+from blindtune.exchange.signing import (
+    SIGNATURE_NAME,
+    Signature,
+    Signer,
+    Trust,
+    read_signature,
 )
 from blindtune.exchange.tensors import (
     Expected,
@@ -87,6 +95,7 @@ class Package(Generic[ManifestT]):
         manifest: what it says about itself.
         header: facts of every tensor, of all shards.
         shards: tensor names by weights file.
+        signature: who signed it; None if nobody did.
     """
 
     path: Path
@@ -94,6 +103,7 @@ class Package(Generic[ManifestT]):
     manifest: ManifestT
     header: Mapping[str, TensorFacts]
     shards: Mapping[str, tuple[str, ...]]
+    signature: Signature | None = None
 
     def read_tensors(self, expected: Expected) -> dict[str, Tensor]:
         """Read exactly the expected tensors (shape and dtype by name), all of them finite.
@@ -129,22 +139,42 @@ class Package(Generic[ManifestT]):
 
 @overload
 def open_package(
-    directory: Path | str, kind: Literal["emulator"], *, max_bytes: int = ...
+    directory: Path | str,
+    kind: Literal["emulator"],
+    *,
+    max_bytes: int = ...,
+    trust: Trust | None = ...,
 ) -> Package[EmulatorManifest]: ...
 @overload
 def open_package(
-    directory: Path | str, kind: Literal["adapter"], *, max_bytes: int = ...
+    directory: Path | str,
+    kind: Literal["adapter"],
+    *,
+    max_bytes: int = ...,
+    trust: Trust | None = ...,
 ) -> Package[AdapterManifest]: ...
 @overload
 def open_package(
-    directory: Path | str, kind: Literal["bottom"], *, max_bytes: int = ...
+    directory: Path | str,
+    kind: Literal["bottom"],
+    *,
+    max_bytes: int = ...,
+    trust: Trust | None = ...,
 ) -> Package[BottomManifest]: ...
 @overload
 def open_package(
-    directory: Path | str, kind: Literal["any"] = ..., *, max_bytes: int = ...
+    directory: Path | str,
+    kind: Literal["any"] = ...,
+    *,
+    max_bytes: int = ...,
+    trust: Trust | None = ...,
 ) -> Package[Manifest]: ...
 def open_package(
-    directory: Path | str, kind: Kind = "any", *, max_bytes: int = MAX_PACKAGE_BYTES
+    directory: Path | str,
+    kind: Kind = "any",
+    *,
+    max_bytes: int = MAX_PACKAGE_BYTES,
+    trust: Trust | None = None,
 ) -> Package[Manifest]:
     """Open a package that the other party made, trusting none of it.
 
@@ -152,11 +182,13 @@ def open_package(
         directory: where it is.
         kind: which kind of package is wanted.
         max_bytes: refuse a package whose files are larger together.
+        trust: whose packages are opened; None: anybody's.
 
     Raises:
         ConfigError: there is no such directory.
         PackageError: anything in it is not as docs/package-format.md demands.
         MismatchError: it is a sound manifest of another kind.
+        PolicyError: nobody whom `trust` names signed it, or it is older than one seen before.
     """
     path = Path(directory)
     try:
@@ -169,7 +201,15 @@ def open_package(
         if name not in names:
             raise PackageError(f"{path}: {name} is missing: ask for the package again")
     manifest_bytes = _read_manifest(path)
+    signature = read_signature(path, manifest_bytes) if SIGNATURE_NAME in names else None
+    if trust is not None:  # before a byte of what it says is parsed
+        signature = trust.admit(path, signature)
     manifest = decode_manifest(manifest_bytes)
+    if signature is not None and signature.package != manifest.format:
+        raise PackageError(
+            f"{path}: signed as a {signature.package} package, this is a {manifest.format} "
+            "package: ask for the package again"
+        )
     if kind != "any" and manifest.format != f"blindtune-{kind}":
         raise MismatchError(
             f"{path}: expected an {kind} package, this is a {manifest.format} package: "
@@ -178,6 +218,24 @@ def open_package(
     weights = _check_entries(path, manifest, names, max_bytes)
     for name, entry in manifest.files.items():
         verify(path / name, size=entry.bytes, sha256=entry.sha256)
+    header, shards = _read_headers(path, weights)
+    identity = package_id(manifest_bytes)
+    if trust is not None:
+        trust.check_order(path, signature, manifest, identity)
+    return Package(
+        path=path,
+        id=identity,
+        manifest=manifest,
+        header=header,
+        shards=shards,
+        signature=signature,
+    )
+
+
+def _read_headers(
+    path: Path, weights: Iterable[str]
+) -> tuple[dict[str, TensorFacts], dict[str, tuple[str, ...]]]:
+    """Facts of every tensor, and tensor names by weights file."""
     header: dict[str, TensorFacts] = {}
     shards: dict[str, tuple[str, ...]] = {}
     for name in weights:
@@ -189,9 +247,7 @@ def open_package(
             )
         header |= found
         shards[name] = tuple(found)
-    return Package(
-        path=path, id=package_id(manifest_bytes), manifest=manifest, header=header, shards=shards
-    )
+    return header, shards
 
 
 def write_package(
@@ -202,6 +258,7 @@ def write_package(
     *,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    signer: Signer | None = None,
 ) -> str:
     """Write a package under `directory`, whole or not at all, and return its id.
 
@@ -215,6 +272,7 @@ def write_package(
         files: small files by name, each from SMALL_FILES.
         overwrite: replace an earlier package (and nothing else) that is in the way.
         max_shard_bytes: more tensor bytes than that go into several files.
+        signer: signs the package; None: it stays unsigned.
 
     Raises:
         OutputError: it cannot be written, something is in the way, or the manifest, a tensor or
@@ -232,7 +290,7 @@ def write_package(
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir()
-            manifest_bytes = _fill(partial, manifest, shards, files)
+            manifest_bytes = _fill(partial, manifest, shards, files, signer)
             _publish(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -247,6 +305,7 @@ def _fill(
     manifest: Manifest,
     shards: list[dict[str, Tensor]],
     files: Mapping[str, bytes],
+    signer: Signer | None,
 ) -> bytes:
     entries: dict[str, FileEntry] = {}
     for name, part in zip(_shard_names(len(shards)), shards, strict=True):
@@ -258,6 +317,9 @@ def _fill(
     manifest_bytes = encode_manifest(msgspec.structs.replace(manifest, files=entries))
     write_durably(partial / MANIFEST_NAME, [manifest_bytes])
     write_durably(partial / DIGEST_NAME, [_digest_line(manifest_bytes)])
+    if signer is not None:
+        signature = signer.sign(manifest, manifest_bytes)
+        write_durably(partial / SIGNATURE_NAME, [signature])
     sync_directory(partial)
     return manifest_bytes
 
@@ -279,6 +341,18 @@ def _publish(partial: Path, target: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
+def package_files(package: Package[Manifest]) -> list[str]:
+    """Names of all files of a package, what vouches for the others first."""
+    signature = [SIGNATURE_NAME] if package.signature is not None else []
+    return [MANIFEST_NAME, DIGEST_NAME, *signature, *sorted(package.manifest.files)]
+
+
+def can_hold(name: str) -> bool:
+    """Whether some package has a file of this name."""
+    own = (MANIFEST_NAME, DIGEST_NAME, SIGNATURE_NAME, "weights.safetensors")
+    return name in own or name in SMALL_FILES or _SHARD.fullmatch(name) is not None
+
+
 def _shard_names(count: int) -> list[str]:
     if count == 1:
         return ["weights.safetensors"]
@@ -296,8 +370,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
     names = {entry.name for entry in target.iterdir()} if target.exists() else set()
     if names and not overwrite:
         raise OutputError(f"{target}: exists and is not empty: choose another directory")
-    own = {MANIFEST_NAME, DIGEST_NAME, "weights.safetensors", *SMALL_FILES}
-    foreign = sorted(name for name in names - own if not _SHARD.fullmatch(name))
+    foreign = sorted(name for name in names if not can_hold(name))
     if foreign or (names and MANIFEST_NAME not in names):
         raise OutputError(
             f"{target}: only an earlier package is overwritten, this directory is none "
@@ -362,7 +435,7 @@ def _check_entries(path: Path, manifest: Manifest, names: set[str], max_bytes: i
         raise _disagreement(path, "its weights files are not a complete set", weights)
     if missing := listed - names:
         raise _disagreement(path, "files are missing", missing)
-    if extra := names - listed - {MANIFEST_NAME, DIGEST_NAME}:
+    if extra := names - listed - {MANIFEST_NAME, DIGEST_NAME, SIGNATURE_NAME}:
         raise _disagreement(path, "files are not in the manifest", extra)
     large = [
         n for n, limit in SMALL_FILES.items() if n in listed and manifest.files[n].bytes > limit
