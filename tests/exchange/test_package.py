@@ -18,6 +18,7 @@ import torch
 from blindtune.errors import ConfigError, MismatchError, OutputError, PackageError
 from blindtune.exchange import manifest as manifest_module
 from blindtune.exchange import package as package_module
+from blindtune.exchange import signing as signing_module
 from blindtune.exchange import tensors as tensors_module
 from blindtune.exchange.manifest import decode_manifest
 from blindtune.exchange.package import SMALL_FILES, open_package, write_package
@@ -496,7 +497,7 @@ def test_the_limits_in_the_spec_are_those_of_the_code():
     stated = dict(re.findall(r"^\| `(MAX_[A-Z_]+)` \|.*\| ([0-9,]+) \|$", spec(), re.MULTILINE))
     found = {
         name: f"{value:,}"
-        for module in (manifest_module, tensors_module, package_module)
+        for module in (manifest_module, tensors_module, package_module, signing_module)
         for name, value in vars(module).items()
         if name.startswith("MAX_") and isinstance(value, int)
     }
