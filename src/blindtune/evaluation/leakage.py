@@ -165,8 +165,18 @@ class RecordLeakage:
         return (self.accuracy - self.blind_accuracy) / open_share if open_share else 0.0
 
 
-def record_privacy(guess_N: Tensor, truth_N: Tensor, *, confidence: float = 0.95) -> RecordLeakage:
+def record_privacy(
+    guess_N: Tensor, truth_N: Tensor, *, unnamed: bool = False, confidence: float = 0.95
+) -> RecordLeakage:
     """Score a guess of one class a record, such as a label or an attribute.
+
+    Args:
+        guess_N: from an attack.
+        truth_N: the private classes.
+        unnamed: the guess tells groups apart without naming them: each is named by its commonest
+            class, as if somebody had told the adversary. By this help even a random grouping is
+            a little better than blind guessing where records are few.
+        confidence: of the interval.
 
     Raises:
         DataError: no records, or another number than the truth's.
@@ -176,6 +186,11 @@ def record_privacy(guess_N: Tensor, truth_N: Tensor, *, confidence: float = 0.95
             f"expected one class for each of at least one record, got {list(guess_N.shape)} for "
             f"{list(truth_N.shape)}"
         )
+    if unnamed:
+        guess_N = guess_N.clone()
+        for group in guess_N.unique():
+            guess_N[guess_N == group] = -1 - truth_N[guess_N == group].mode().values
+        guess_N = -1 - guess_N
     privacy = scored([(int(g == t), 1) for g, t in zip(guess_N, truth_N, strict=True)], confidence)
     assert privacy is not None
     most = int(truth_N.unique(return_counts=True)[1].max())

@@ -1,0 +1,77 @@
+"""What fresh draws would give away: the same texts sent again and again, with new noise each time.
+
+The mean of m draws has 1 / sqrt(m) of the noise, so every mechanism without reuse is undone by
+patience: m draws spend m eta (`privacy.accounting`). blindtune draws once and sends the same
+states in every epoch; then all submissions are one and the same, and this attack says so and finds
+what one draw gives.
+
+Vector and block-output mode: the states are averaged, which is exact at cut 0 and nearly so where
+the noise is small against what the blocks bend. Token mode: each draw is read and the tokens are
+put to the vote; where no word wins, the nearest to the mean of the words that were read.
+
+Shapes: L length of one text, D hidden, M submissions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from blindtune.attacks.adversary import Guess, StatesView
+from blindtune.attacks.embedding_inversion import nearest_tokens
+from blindtune.errors import DataError
+from blindtune.privacy.nearest import NearestRows
+
+
+def fresh_draws(submissions: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
+    """The submissions (states of all texts) that differ from every earlier one."""
+    kept: list[Sequence[Tensor]] = []
+    for states in submissions:
+        known = (
+            all(torch.equal(a, b) for a, b in zip(states, earlier, strict=True)) for earlier in kept
+        )
+        if not any(known):
+            kept.append(states)
+    return kept
+
+
+def averaged_tokens(
+    view: StatesView,
+    resubmissions: Sequence[Sequence[Tensor]],
+    attack: Callable[[StatesView], Guess] = nearest_tokens,
+) -> Guess:
+    """What an attack reads when it may use every submission of the same texts.
+
+    Args:
+        view: the first submission.
+        resubmissions: states of the same texts in the same order, as they were sent later.
+        attack: reads one set of states.
+
+    Raises:
+        DataError: a resubmission of other texts.
+    """
+    for states in resubmissions:
+        if [s.shape for s in states] != [s.shape for s in view.states]:
+            raise DataError("expected resubmissions of the same texts, got other lengths")
+    draws = fresh_draws([view.states, *resubmissions])
+    if view.mechanism is not None and view.mechanism.mode == "token" and len(draws) > 1:
+        return _voted(view, [attack(replace(view, states=tuple(states))) for states in draws])
+    mean = tuple(torch.stack(rows).mean(0) for rows in zip(*draws, strict=True))
+    return attack(replace(view, states=mean))
+
+
+def _voted(view: StatesView, readings: Sequence[Guess]) -> Guess:
+    """The word that was read most often; among equals the nearest to the mean of all."""
+    table_VD = view.table_VD.cpu()
+    rows = NearestRows(table_VD)
+    found = []
+    for of_text in zip(*readings, strict=True):
+        read_ML = torch.stack(of_text)
+        votes_ML = (read_ML[:, None] == read_ML[None]).sum(0)
+        won_L = read_ML.gather(0, votes_ML.argmax(0, keepdim=True))[0]
+        nearest_L = rows.find(table_VD[read_ML].double().mean(0))
+        found.append(torch.where(votes_ML.amax(0) > 1, won_L, nearest_L))
+    return tuple(found)

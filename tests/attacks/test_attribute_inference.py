@@ -1,0 +1,46 @@
+"""An attribute of texts is read from what crossed, and not from pure noise."""
+
+import pytest
+import torch
+from attacked import observe, open_tiny_bottom, sentences
+
+from blindtune.attacks.adversary import StatesView
+from blindtune.attacks.attribute_inference import AttributeConfig, infer_attribute
+from blindtune.attacks.fitting import FitConfig
+from blindtune.errors import ConfigError, DataError
+from blindtune.evaluation.leakage import record_privacy
+from blindtune.privacy.metric_dp import Mechanism
+from blindtune.split.private_states import privatize
+
+
+def of_author(texts):
+    """One author writes of films and stories, the other of the rest."""
+    return torch.tensor([int(t.split()[1] in ("film", "story", "plot", "joke")) for t in texts])
+
+
+def attack(bottom, mechanism):
+    mine, known = sentences(40, seed=5), sentences(200, seed=6)
+    view, _ = observe(bottom, mechanism, texts=mine)
+    public = tuple(privatize(bottom, known, mechanism=None).ids)
+    view = StatesView(
+        model=view.model, cut=view.cut, states=view.states, mechanism=mechanism,
+        special_ids=view.special_ids, public=public,
+    )  # fmt: skip
+    config = AttributeConfig(fit=FitConfig(epochs=60, learning_rate=3e-3, patience=10))
+    return record_privacy(infer_attribute(view, of_author(known), config), of_author(mine))
+
+
+def test_it_reads_an_attribute_of_undefended_texts_and_less_under_noise(tmp_path):
+    bottom = open_tiny_bottom(tmp_path, cut=2)
+    clean = attack(bottom, None)
+    noisy = attack(bottom, Mechanism(eta=1e-3, mode="vector"))
+    assert clean.advantage > 0.6
+    assert noisy.advantage < 0.3
+
+
+def test_bad_auxiliary_data(tmp_path):
+    view, _ = observe(open_tiny_bottom(tmp_path), public=5)
+    with pytest.raises(DataError, match="class from 0 for each of 5"):
+        infer_attribute(view, torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ConfigError, match="at least 1"):
+        AttributeConfig(draws=0)

@@ -1,0 +1,196 @@
+"""What a U-shape's gradients tell: the true next tokens, and which texts have one label."""
+
+import pytest
+import torch
+from attacked import observe, open_tiny_bottom, sentences, share_right
+
+from blindtune.attacks.averaging import averaged_tokens, fresh_draws
+from blindtune.attacks.gradient_matching import (
+    NO_GUESS,
+    DummyConfig,
+    GradientsView,
+    SolveConfig,
+    tokens_by_dummies,
+    tokens_from_gradients,
+)
+from blindtune.attacks.label_inference import groups_of_gradients, groups_of_states
+from blindtune.attacks.observation import seen_gradients, seen_texts
+from blindtune.errors import ConfigError, DataError
+from blindtune.evaluation.leakage import record_privacy
+from blindtune.exchange.transcript import Recorder, Transcript
+from blindtune.exchange.transport import InProcessTransport
+from blindtune.models.decoder import Decoder
+from blindtune.privacy.metric_dp import Mechanism
+from blindtune.split.bottom import open_bottom, write_bottom
+from blindtune.split.customer import PassConfig, new_token, open_job
+from blindtune.split.partition import Cut, PooledHead, stack_of
+from blindtune.split.private_states import privatize
+from blindtune.split.terms import TuningConfig
+from blindtune.split.ushape import Top, train_u_shape
+from blindtune.split.vendor import Vendor
+from tiny_models import tiny_model, tiny_tokenizer
+
+PURE_NOISE = Mechanism(eta=1e-3, mode="vector")
+
+
+def u_shape(
+    folder, name, last, *, labels=None, precision="float32", epochs=1, mechanism=PURE_NOISE
+):
+    """A run of the U-shape: model, transcript, and the customer's private states."""
+    model = tiny_model(name)
+    stack = stack_of(model)
+    cut = Cut(partition="u-shape", layers=stack.layer_count, cut=1, last=last)
+    write_bottom(model, tiny_tokenizer(), folder / "bottom", cut)
+    bottom, recorder = open_bottom(folder / "bottom"), Recorder()
+    vendor = Vendor(stack, cut, bottom.id, folder / "vendor")
+    texts = sentences(10, seed=1) if labels is None else sentences(len(labels), seed=1)
+    private = privatize(bottom, texts, labels, mechanism=mechanism)
+    head = None if labels is None else PooledHead(stack.hidden_size, 2, "last")
+    with vendor.session("anna") as handler:
+        job = open_job(
+            lambda: InProcessTransport(handler, tap=recorder), bottom, new_token(),
+            TuningConfig(lora_rank=2, learning_rate=1e-3), task="hidden", outputs=0,
+            precision=precision,
+        )  # fmt: skip
+        plan = PassConfig(epochs=epochs, batch_size=4, precision=precision)
+        train_u_shape(job, Top(bottom, head), private, plan, language_model=labels is None)
+        job.close()
+    return model, recorder.transcript(), private
+
+
+def place_of(seen, private):
+    """Which private text each seen one is."""
+    return [
+        next(i for i, mine in enumerate(private.states)
+             if mine.shape == state.shape and torch.allclose(mine, state, rtol=1e-2, atol=1.0))
+        for state in seen.states
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "precision"),
+    [
+        ("smollm2", 0, "float32"), ("smollm2", 0, "float16"), ("smollm2", 2, "float32"),
+        ("gpt2", 1, "float32"), ("gemma2", 1, "float32"), ("phi", 0, "float32"),
+        ("opt-350m", 1, "float32"),
+    ],
+)  # fmt: skip
+def test_gradients_tell_the_text_whatever_the_noise(tmp_path, name, last, precision):
+    model, transcript, private = u_shape(tmp_path, name, last, precision=precision)
+    seen = seen_texts(transcript)
+    place = place_of(seen, private)
+    for step in seen_gradients(transcript, seen):
+        view = GradientsView(
+            model=Decoder(model), last=last, outputs=step.outputs, gradients=step.gradients
+        )
+        guess = tokens_from_gradients(view)
+        truth = [private.ids[place[i]] for i in step.texts]
+        assert all(int(text[0]) == NO_GUESS for text in guess)
+        assert share_right([g[1:] for g in guess], [t[1:] for t in truth]) > 0.9
+
+
+def test_noise_in_place_of_gradients_tells_nothing(tmp_path):
+    model, transcript, private = u_shape(tmp_path, "smollm2", 1)
+    seen = seen_texts(transcript)
+    step, place = seen_gradients(transcript, seen)[0], place_of(seen, private)
+    draw = torch.Generator().manual_seed(0)
+    noise = tuple(torch.randn(g.shape, generator=draw) for g in step.gradients)
+    view = GradientsView(model=Decoder(model), last=1, outputs=step.outputs, gradients=noise)
+    guess = tokens_from_gradients(view, SolveConfig(iterations=20))
+    assert share_right(guess, [private.ids[place[i]] for i in step.texts]) < 0.1
+
+
+def test_gradients_group_texts_by_their_label(tmp_path):
+    labels = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 1, 0])
+    _, transcript, private = u_shape(tmp_path, "smollm2", 0, labels=labels)
+    seen = seen_texts(transcript)
+    place, gradients, order = place_of(seen, private), [], []
+    for step in seen_gradients(transcript, seen):
+        gradients += step.gradients
+        order += [place[i] for i in step.texts]
+    found = record_privacy(groups_of_gradients(gradients, 2), labels[order], unnamed=True)
+    assert found.accuracy == 1.0
+    draw = torch.Generator().manual_seed(0)
+    noise = [torch.randn(g.shape, generator=draw) for g in gradients]
+    assert record_privacy(groups_of_gradients(noise, 2), labels[order], unnamed=True).accuracy < 0.9
+
+
+def test_states_that_tuning_drew_apart_are_grouped():
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(30) % 3
+    centre = torch.randn(3, 16, generator=draw) * 4
+    states = [centre[k] + torch.randn(5, 16, generator=draw) for k in labels]
+    assert record_privacy(groups_of_states(states, 3), labels, unnamed=True).accuracy == 1.0
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_dummy_embeddings_mend_a_poor_guess(tmp_path, name):
+    view, private = observe(open_tiny_bottom(tmp_path, name, cut=1))
+    draw = torch.Generator().manual_seed(0)
+    start = tuple(
+        torch.where(
+            torch.rand(len(t), generator=draw) < 0.3,
+            torch.randint(4, 99, (len(t),), generator=draw),
+            t,
+        )
+        for t in private.ids
+    )
+    assert share_right(start, private.ids) < 0.75
+    mended = tokens_by_dummies(view, start, DummyConfig(steps=200, learning_rate=0.05))
+    assert share_right(mended, private.ids) > 0.9
+
+
+def test_dummy_embeddings_find_nothing_in_noise(tmp_path):
+    mechanism = Mechanism(eta=1e-3, mode="block-output")
+    view, private = observe(open_tiny_bottom(tmp_path, cut=1), mechanism)
+    guess = tokens_by_dummies(view, config=DummyConfig(steps=20, learning_rate=0.02))
+    assert share_right(guess, private.ids) < 0.2
+
+
+@pytest.mark.parametrize(("mode", "eta"), [("token", 9.0), ("vector", 5.0)])
+def test_averaging_reads_fresh_draws_and_nothing_more_of_reused_ones(tmp_path, mode, eta):
+    bottom, mechanism = open_tiny_bottom(tmp_path, "smollm2"), Mechanism(eta=eta, mode=mode)
+    view, private = observe(bottom, mechanism)
+    fresh = [observe(bottom, mechanism, seed=seed)[0].states for seed in range(2, 26)]
+    shares = [
+        share_right(averaged_tokens(view, fresh[:count]), private.ids) for count in (0, 4, 24)
+    ]
+    assert shares[0] < shares[1] - 0.1
+    assert shares[2] > 0.95
+    reused = averaged_tokens(view, [view.states] * 24)
+    assert share_right(reused, private.ids) == shares[0]
+    assert len(fresh_draws([view.states] * 24)) == 1
+
+
+def test_epochs_of_split_tuning_are_one_draw(tmp_path):
+    _, transcript, private = u_shape(tmp_path, "smollm2", 0, epochs=3)
+    seen = seen_texts(transcript)
+    assert len(seen.states) == len(private)
+    assert set(seen.times) == {3}
+    assert set(seen.labels) == {None}
+
+
+def test_bad_views(tmp_path):
+    model = Decoder(tiny_model("smollm2"))
+    rows = torch.zeros(3, 32)
+    with pytest.raises(ConfigError, match="customer's top"):
+        GradientsView(model=model, last=8, outputs=(rows,), gradients=(rows,))
+    with pytest.raises(DataError, match="gradient for every row"):
+        GradientsView(model=model, last=0, outputs=(rows,), gradients=(rows[:2],))
+    with pytest.raises(DataError, match="outputs"):
+        GradientsView(model=model, last=0, outputs=(), gradients=())
+    with pytest.raises(DataError, match="without hidden states"):
+        seen_texts(Transcript(()))
+    for gradients, classes in (([], 2), ([rows + 1], 2), ([rows + 1, rows + 2], 1)):
+        with pytest.raises(DataError, match="at least 2 classes"):
+            groups_of_gradients(gradients, classes)
+    with pytest.raises(DataError, match="zeros alone"):
+        groups_of_gradients([rows, rows], 2)
+    view, _ = observe(open_tiny_bottom(tmp_path))
+    with pytest.raises(DataError, match="same texts"):
+        averaged_tokens(view, [view.states[:1]])
+    with pytest.raises(DataError, match="one token for every state"):
+        tokens_by_dummies(view, view.public)
+    for bad in (lambda: SolveConfig(iterations=0), lambda: DummyConfig(steps=0)):
+        with pytest.raises(ConfigError, match="at least 1"):
+            bad()
