@@ -7,7 +7,7 @@ import pytest
 import torch
 from split_world import CONFIG, World
 
-from blindtune.errors import BlindtuneError, ConfigError, MismatchError, OutputError, PolicyError
+from blindtune.errors import ConfigError, MismatchError, OutputError, PolicyError
 from blindtune.exchange.messages import (
     Backward,
     Batch,
@@ -28,7 +28,7 @@ from blindtune.split.customer import PassConfig, new_token, open_job, predict, t
 from blindtune.split.partition import Cut, stack_of
 from blindtune.split.store import JobStore
 from blindtune.split.terms import TuningConfig, VendorLimits, tuning_of
-from blindtune.split.vendor import Vendor, _Turns
+from blindtune.split.vendor import Vendor
 
 PLAN = PassConfig(epochs=2, batch_size=3, precision="float32", checkpoint_steps=3)
 LIMITS = VendorLimits(
@@ -300,25 +300,3 @@ def test_a_vendor_refuses_what_does_not_belong(tmp_path, world):
     stranger = dataclasses.replace(world.bottom, id="00" * 32)
     with pytest.raises(MismatchError, match="ask for its bottom"):
         open_job(world.connect, stranger, new_token(), CONFIG, task="classification", outputs=2)
-
-
-def test_turns_are_taken_in_order():
-    turns, order, threads = _Turns(), [], []
-
-    def work(i):
-        with turns:
-            order.append(i)
-
-    with turns:
-        for i in range(5):
-            threads.append(threading.Thread(target=work, args=(i,)))
-            threads[-1].start()
-            while len(turns._waiting) <= i:
-                pass
-    for thread in threads:
-        thread.join()
-    assert order == list(range(5))
-    with pytest.raises(BlindtuneError), turns:
-        raise BlindtuneError
-    with turns:
-        pass

@@ -11,20 +11,24 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import logging
 import secrets
 import socket
 import ssl
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from blindtune.atomic import atomic_file
 from blindtune.errors import ConfigError, NetworkError, VerificationError
 from blindtune.exchange.messages import Name, Sha256
+
+logger = logging.getLogger(__name__)
 
 _MAX_FILE_BYTES = 16 << 20
 
@@ -99,6 +103,13 @@ class VendorTrust:
         return roots, key, _read(self.certificate) if self.certificate else None
 
 
+class Doorkeeper(Protocol):
+    """Knows customers by their tokens."""
+
+    def who(self, token: str) -> str | None:
+        """The customer that has this token, or None."""
+
+
 class Customers:
     """The customers that a vendor serves: names and the sha256 of their tokens."""
 
@@ -112,6 +123,41 @@ class Customers:
             if hmac.compare_digest(known, digest):
                 found = name
         return found
+
+
+class CustomerFile:
+    """The customers of a file that `add_customer` writes, as it is at every moment.
+
+    A customer whose token is new, or was taken out, is known or unknown from the next stream on.
+    While the file cannot be read, nobody is known.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._seen: tuple[int, ...] = ()
+        self._customers = Customers({})
+        self._look()
+
+    def who(self, token: str) -> str | None:
+        """The customer that has this token, or None."""
+        with self._lock:
+            try:
+                self._look()
+            except ConfigError as error:
+                logger.error("%s", error)
+                self._seen, self._customers = (), Customers({})
+            customers = self._customers
+        return customers.who(token)
+
+    def _look(self) -> None:
+        try:
+            facts = self._path.stat()
+        except OSError as error:
+            raise ConfigError(f"{self._path}: cannot be read ({error.strerror})") from error
+        seen = (facts.st_ino, facts.st_mtime_ns, facts.st_size)
+        if seen != self._seen:
+            self._customers, self._seen = open_customers(self._path), seen
 
 
 def open_customers(path: Path) -> Customers:

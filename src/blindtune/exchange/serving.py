@@ -22,7 +22,19 @@ import msgspec
 
 from blindtune.errors import ConfigError, VerificationError
 from blindtune.exchange.codec import FrameReader, MessageLimits, encode
-from blindtune.exchange.credentials import Customers, ServerCredentials
+from blindtune.exchange.credentials import Doorkeeper, ServerCredentials
+from blindtune.exchange.events import (
+    Answered,
+    Crossed,
+    Observer,
+    StreamEnd,
+    StreamEnded,
+    StreamOpened,
+    TurnedAway,
+    answer_of,
+    ignore,
+    kind_of,
+)
 from blindtune.exchange.files import printable
 from blindtune.exchange.messages import (
     PROTOCOL_VERSION,
@@ -92,6 +104,7 @@ class Server:
         customers: who may come in.
         credentials: the certificate.
         config: limits.
+        observer: is told what happens.
 
     Raises:
         ConfigError: the certificate cannot be used, or the address is taken.
@@ -100,14 +113,16 @@ class Server:
     def __init__(
         self,
         sessions: Sessions,
-        customers: Customers,
+        customers: Doorkeeper,
         credentials: ServerCredentials,
         *,
         config: ServerConfig | None = None,
+        observer: Observer = ignore,
     ) -> None:
         self.config = config or ServerConfig()
         self._sessions = sessions
         self._customers = customers
+        self.tell = observer
         self._streams: set[_Stream] = set()
         self._lock = threading.Lock()
         self._buffered = 0
@@ -146,7 +161,9 @@ class Server:
         )
         handlers = {
             "Stream": grpc.stream_stream_rpc_method_handler(self._serve),
-            "Health": grpc.unary_unary_rpc_method_handler(self._health),
+            "Health": grpc.unary_unary_rpc_method_handler(
+                lambda _request, _context: msgspec.json.encode(self.health())
+            ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         tls = grpc.ssl_server_credentials([(key, certificate)], roots, roots is not None)
@@ -163,24 +180,29 @@ class Server:
         scheme, _, token = str(given).partition(" ")
         customer = self._customers.who(token) if scheme == "Bearer" else None
         if customer is None:
+            self.tell(TurnedAway(reason="token"))
             context.abort(import_grpc().StatusCode.UNAUTHENTICATED, "unknown token")
         assert customer is not None
         stream = _Stream(self, customer, context)
         if not self._enter(stream):
+            self.tell(TurnedAway(reason="room", customer=customer))
             yield from encode(Busy(retry_after_seconds=self.config.retry_after_seconds), 0)
             return
+        self.tell(StreamOpened(customer=customer))
         try:
             with self._sessions(customer) as handler:
                 yield from stream.run(frames, handler)
         except GeneratorExit:
             raise
         except Exception as error:
+            stream.end = "failed"
             logger.error("a stream of %s ended with %s", customer, type(error).__name__)
             raise
         finally:
             with self._lock:
                 self._streams.discard(stream)
                 self._buffered -= sum(stream.sizes)
+            self.tell(stream.ended())
 
     def _enter(self, stream: _Stream) -> bool:
         with self._lock:
@@ -213,11 +235,12 @@ class Server:
         """Whether the server is being closed."""
         return self._stopping.is_set()
 
-    def _health(self, _request: bytes, _context: Any) -> bytes:
+    def health(self) -> Health:
+        """How it is, without anything that is not for everybody."""
         status = "stopping" if self.stopping else "serving"
         with self._lock:
             streams = len(self._streams)
-        return msgspec.json.encode(Health(status=status, version=PROTOCOL_VERSION, streams=streams))
+        return Health(status=status, version=PROTOCOL_VERSION, streams=streams)
 
     def _watch(self) -> None:
         shortest = min(self.config.stall_timeout_seconds, self.config.idle_timeout_seconds)
@@ -225,7 +248,7 @@ class Server:
             with self._lock:
                 overdue = [stream for stream in self._streams if stream.overdue()]
             for stream in overdue:
-                logger.warning("a stream of %s stalled and was dropped", stream.customer)
+                stream.end = "stalled"
                 stream.context.cancel()
 
 
@@ -243,12 +266,25 @@ class _Stream:
             admit=self._admit,
         )
         # None wakes the answering thread up: look at `_last`, and whether the server stops.
-        self._queue: queue.SimpleQueue[tuple[int, Message] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[int, Message, float] | None] = queue.SimpleQueue()
         self._last: Message | None = None
         self._ended = False
         self._working = False
-        self._heard = time.monotonic()
+        self._begun = self._heard = time.monotonic()
         self._writing_since: float | None = None
+        self.end: StreamEnd = "customer"
+        self._requests, self._bytes_in, self._bytes_out = 0, 0, 0
+
+    def ended(self) -> StreamEnded:
+        """What there was of it."""
+        return StreamEnded(
+            customer=self.customer,
+            reason=self.end,
+            requests=self._requests,
+            bytes_in=self._bytes_in,
+            bytes_out=self._bytes_out,
+            seconds=time.monotonic() - self._begun,
+        )
 
     def wake(self) -> None:
         """Let the answering thread look around."""
@@ -276,20 +312,36 @@ class _Stream:
                     break
                 continue
             self._working = True
-            reply, answered = answer(handler, item[1], item[0])
-            self._server.release(self)
+            reply, answered = self._reply(handler, *item)
             yield from self._write(answered)
             self._heard = time.monotonic()
             self._working = False
         else:
+            self.end = "busy"
             if not isinstance(reply, Busy):
+                self.end = "stopping"
                 self._last = Busy(retry_after_seconds=self._server.config.retry_after_seconds)
         if self._last is not None:
             yield from self._write(encode(self._last, 0))
 
+    def _reply(
+        self, handler: Handler, exchange: int, request: Message, arrived: float
+    ) -> tuple[Message, Iterator[bytes]]:
+        begin = time.monotonic()
+        reply, frames = answer(handler, request, exchange)
+        self._server.release(self)
+        self._requests += 1
+        self._server.tell(Answered(
+            customer=self.customer, kind=kind_of(request), answer=answer_of(reply),
+            wait_seconds=begin - arrived, seconds=time.monotonic() - begin,
+        ))  # fmt: skip
+        return reply, frames
+
     def _write(self, frames: Iterator[bytes]) -> Iterator[bytes]:
         for frame in frames:
             self._writing_since = time.monotonic()
+            self._bytes_out += len(frame)
+            self._server.tell(Crossed(direction="out", bytes=len(frame)))
             yield frame
         self._writing_since = None
 
@@ -302,12 +354,16 @@ class _Stream:
         try:
             for frame in frames:
                 self._heard = time.monotonic()
+                self._bytes_in += len(frame)
+                self._server.tell(Crossed(direction="in", bytes=len(frame)))
                 arrived = self._reader.feed(frame)
                 if arrived is not None:
-                    self._queue.put(arrived)
+                    self._queue.put((*arrived, time.monotonic()))
         except BusyError as error:
+            self.end = "busy"
             self._last = Busy(retry_after_seconds=error.retry_after_seconds)
         except VerificationError as error:
+            self.end = "malformed"
             self._last = Refusal(code="malformed", message=printable(str(error), limit=1000))
         except Exception as error:  # the customer is gone; gRPC raises what it likes
             logger.debug("a stream of %s ended (%s)", self.customer, type(error).__name__)

@@ -3,7 +3,7 @@
 It runs behind any transport; `exchange.serving.Server` takes `Vendor.session` as it is. Requests
 of a job are applied once and in order (exchange.delivery), checked before anything is computed,
 and refused without effect when something is wrong with them. The model works for one request at a
-time, and takes turns in the order of arrival: a job with many requests waits behind a job with one.
+time, and every customer who waits gets the same share of its time (split.turns).
 
 What the vendor sees: hidden states, lengths, times, and in the two-part split labels. No token
 ids. It knows nothing of privatizers (tests/test_architecture.py).
@@ -17,104 +17,56 @@ import hashlib
 import hmac
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import final
 
-import torch
-
 from blindtune.errors import ConfigError, MismatchError, VerificationError
 from blindtune.exchange.codec import MessageLimits
 from blindtune.exchange.delivery import Deliveries
+from blindtune.exchange.events import (
+    JobCancelled,
+    JobOpened,
+    JobSaved,
+    Observer,
+    Worked,
+    ignore,
+    kind_of,
+)
 from blindtune.exchange.messages import (
     PROTOCOL_VERSION,
     WINDOW,
-    Backward,
     Batch,
-    BatchResult,
     Cancel,
     Checkpoint,
     Checkpointed,
     Forward,
-    Gradients,
     Hello,
     JobState,
     Message,
     Numbered,
     OpenJob,
     Outputs,
-    Precision,
     Predict,
     Predictions,
     Refusal,
     ResumeJob,
     Status,
     Step,
-    Stepped,
     Welcome,
 )
 from blindtune.exchange.transport import Handler
 from blindtune.split.admission import RefusedError, check_labels, check_opening, check_rows
+from blindtune.split.job import Job
 from blindtune.split.lora import JobLora, Served, serve
 from blindtune.split.partition import Cut, Stack, longest_sequence
 from blindtune.split.store import JobRecord, JobStore
 from blindtune.split.terms import VendorLimits, tuning_of
+from blindtune.split.turns import Turns
 
 PROGRAM = "blindtune 0.1.0"
-
-
-class _Turns:
-    """A lock that is given in the order in which it was asked for."""
-
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self._waiting: deque[threading.Lock] = deque()
-        self._held = False
-
-    def __enter__(self) -> None:
-        gate = threading.Lock()
-        with self._mutex:
-            if self._held:
-                gate.acquire()
-                self._waiting.append(gate)
-            self._held = True
-        gate.acquire()  # open at once, or when the one before is done
-
-    def __exit__(self, *_exception: object) -> None:
-        with self._mutex:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._held = False
-
-
-@dataclass(eq=False)
-class _Job:
-    """A job in memory. `lora` is None until a stream asks for the job."""
-
-    record: JobRecord
-    lora: JobLora | None = None
-    deliveries: Deliveries = field(default_factory=Deliveries)
-    durable: int = 0
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held before the numbers' own lock and the turn at the model, never after them."""
-
-    def state(self) -> JobState:
-        return JobState(
-            job=self.record.name,
-            state=self.record.state,
-            applied=self.deliveries.applied,
-            durable=self.durable,
-            steps=self.steps,
-            tokens=self.tokens,
-        )
 
 
 @final
@@ -128,6 +80,7 @@ class Vendor:
         directory: where jobs and their checkpoints are kept.
         limits: what a job may use.
         payload: largest message.
+        observer: is told of jobs and of the model's work.
 
     Raises:
         ConfigError: the cut is one of another model.
@@ -143,6 +96,7 @@ class Vendor:
         *,
         limits: VendorLimits | None = None,
         payload: MessageLimits | None = None,
+        observer: Observer = ignore,
     ) -> None:
         if stack.layer_count != cut.layers:
             raise ConfigError(
@@ -153,9 +107,10 @@ class Vendor:
         self._bottom = bottom
         self._payload = payload or MessageLimits()
         self._store = JobStore(directory, bottom)
-        self._jobs = {r.name: _Job(record=r) for r in self._store.records()}
+        self._jobs = {r.name: Job(record=r) for r in self._store.records()}
         self._opening = threading.Lock()
-        self._turns = _Turns()
+        self._turns = Turns()
+        self._tell = observer
         most = longest_sequence(stack) or 2**20
         self._longest = min(most, self.limits.max_sequence_tokens or most)
 
@@ -163,6 +118,10 @@ class Vendor:
     def session(self, customer: str) -> Iterator[Handler]:
         """A handler for one stream of an authenticated customer."""
         yield _Session(self, customer).handle
+
+    def open_jobs(self) -> int:
+        """How many jobs are open, of all customers; those that rest on the disk too."""
+        return sum(job.record.state == "open" for job in list(self._jobs.values()))
 
     def welcome(self) -> Welcome:
         """The terms that every customer is told."""
@@ -179,7 +138,7 @@ class Vendor:
             max_payload_bytes=self._payload.max_payload_bytes,
         )
 
-    def open(self, customer: str, opening: OpenJob) -> _Job:
+    def open(self, customer: str, opening: OpenJob) -> Job:
         """Open a job, or find it again; durable before it is returned."""
         check_opening(opening, self._served.cut, self._bottom, self.limits)
         name, digest = _name_of(opening.token)
@@ -196,22 +155,23 @@ class Vendor:
                     options=opening.options,
                 )
                 self._check_room(customer)
-                job = _Job(record=record)
-                with self._turns:
+                job = Job(record=record)
+                with self._turns.take(customer):
                     job.lora = self._attach(record)
                     try:
-                        self._store.save(name, 0, _state_of(job))
+                        self._store.save(name, 0, job.snapshot())
                         self._store.write(record)
                     except BaseException:
                         job.lora.remove()
                         raise
                 self._jobs[name] = job
+                self._tell(JobOpened(customer=customer, job=name))
         job = self.find(customer, opening.token)
         if not job.record.agrees(opening):
             raise MismatchError("this job was opened with other terms: use them, or another token")
         return job
 
-    def find(self, customer: str, token: str) -> _Job:
+    def find(self, customer: str, token: str) -> Job:
         """A customer's job by its token; PolicyError to everybody else."""
         name, digest = _name_of(token)
         job = self._jobs.get(name)
@@ -226,7 +186,7 @@ class Vendor:
                 self._go_back(job, self._store.numbers(name)[-1])
         return job
 
-    def rewind(self, job: _Job, number: int) -> None:
+    def rewind(self, job: Job, number: int) -> None:
         """Take a job back to its checkpoint after request `number`."""
         if number not in self._store.numbers(job.record.name):
             raise MismatchError(
@@ -237,30 +197,31 @@ class Vendor:
             self._go_back(job, number)
             self._store.drop_after(job.record.name, number)
 
-    def _go_back(self, job: _Job, number: int) -> None:
+    def _go_back(self, job: Job, number: int) -> None:
         state = self._store.load(job.record.name, number)
-        with self._turns:
-            job.lora = job.lora or self._attach(job.record)
-            job.lora.load(state["lora"])
-        replies = [bytes(frame.numpy()) for frame in state["replies"]]
-        job.deliveries = Deliveries(applied=number, replies=replies)
-        job.steps, job.tokens, job.seconds = state["steps"], state["tokens"], state["seconds"]
-        job.durable = number
+        with self._turns.take(job.record.owner):
+            lora = job.lora or self._attach(job.record)
+            lora.load(state["lora"])
+        job.go_back(number, state, lora)
 
-    def checkpoint(self, job: _Job, sequence: int) -> Message:
+    def checkpoint(self, job: Job, sequence: int) -> Message:
         """Make the state after the last applied request durable."""
         assert job.lora is not None
         if sequence > job.deliveries.applied:
             return Refusal(code="out-of-order", message=f"request {sequence} was not applied yet")
-        with self._turns:
-            if not job.lora.settled:
-                raise MismatchError("a checkpoint is made after a step: send the step first")
-            number = job.deliveries.applied
-            self._store.save(job.record.name, number, _state_of(job))
+        if not job.lora.settled:
+            raise MismatchError("a checkpoint is made after a step: send the step first")
+        number, begin = job.deliveries.applied, time.monotonic()
+        # Without a turn: the job's own lock is held, and others' work does not touch its weights.
+        self._store.save(job.record.name, number, job.snapshot())
         job.durable = number
+        seconds = time.monotonic() - begin
+        self._tell(JobSaved(
+            customer=job.record.owner, job=job.record.name, request=number, seconds=seconds
+        ))  # fmt: skip
         return Checkpointed(sequence=number)
 
-    def cancel(self, job: _Job) -> None:
+    def cancel(self, job: Job) -> None:
         """End a job and forget what it learned."""
         with job.lock:
             if job.record.state == "cancelled":
@@ -270,36 +231,48 @@ class Vendor:
             job.record = next(r for r in self._store.records() if r.name == job.record.name)
             job.durable = job.deliveries.applied
             if job.lora is not None:
-                with self._turns:
+                with self._turns.take(job.record.owner):
                     job.lora.remove()
                 job.lora = None
+            self._tell(JobCancelled(customer=job.record.owner, job=job.record.name))
 
-    def apply(self, job: _Job, message: Message) -> Message:
+    def apply(self, job: Job, message: Message) -> Message:
         """Apply a numbered request wholly, or raise and leave the job as it was."""
-        lora, precision = job.lora, job.record.precision
-        assert lora is not None
         assert isinstance(message, Numbered)
-        number = message.sequence
         tokens = len(message.hidden_TD) if isinstance(message, Batch | Forward) else 0
         self._check_message(job, message)
-        with self._turns:
-            begin = time.monotonic()
-            reply = _work(lora, job.steps, message, precision, number)
-            job.seconds += time.monotonic() - begin
+        with self._turn(job, message, tokens):
+            reply = job.work(message)
         job.tokens += tokens
         job.steps += isinstance(message, Step)
         return reply
 
-    def predict(self, job: _Job, message: Predict) -> Message:
+    def predict(self, job: Job, message: Predict) -> Message:
         """Use the tuned model; changes nothing but the count of tokens."""
         assert job.lora is not None
+        self._check_time(job)
         self._check_rows(job, message)
-        with self._turns:
+        with self._turn(job, message, len(message.hidden_TD)):
             out = job.lora.predict(message.hidden_TD, message.lengths)
         job.tokens += len(message.hidden_TD)
         if job.record.task == "hidden":
             return Outputs(sequence=None, precision=job.record.precision, hidden_TD=out)
         return Predictions(logits_BC=out)
+
+    @contextmanager
+    def _turn(self, job: Job, message: Message, tokens: int) -> Iterator[None]:
+        """A turn at the model: what it takes is the job's, and is told if nothing is raised."""
+        with self._turns.take(job.record.owner) as waited:
+            begin = time.monotonic()
+            try:
+                yield
+            finally:
+                seconds = time.monotonic() - begin
+                job.seconds += seconds
+        self._tell(Worked(
+            customer=job.record.owner, job=job.record.name, kind=kind_of(message), tokens=tokens,
+            wait_seconds=waited, seconds=seconds,
+        ))  # fmt: skip
 
     def _attach(self, record: JobRecord) -> JobLora:
         task = None if record.task == "hidden" else record.task
@@ -307,17 +280,16 @@ class Vendor:
         return JobLora(self._served, record.name, config, task=task, outputs=record.outputs)
 
     def _check_room(self, customer: str) -> None:
-        live = [job for job in self._jobs.values() if job.record.state == "open"]
-        own = sum(job.record.owner == customer for job in live)
+        live = [job.record.owner for job in self._jobs.values() if job.record.state == "open"]
+        own = live.count(customer)
         if len(live) >= self.limits.max_jobs or own >= self.limits.max_jobs_per_customer:
             raise RefusedError("limit", "too many jobs are open: cancel one, or ask again later")
 
-    def _check_message(self, job: _Job, message: Numbered) -> None:
+    def _check_message(self, job: Job, message: Numbered) -> None:
         headless = job.record.task == "hidden"
         if isinstance(message, Batch) == headless and not isinstance(message, Step):
             raise MismatchError(f"{type(message).__name__} does not belong to this job's partition")
-        if job.seconds >= self.limits.max_seconds:
-            raise RefusedError("limit", f"the job used its {self.limits.max_seconds:g} seconds")
+        self._check_time(job)
         if isinstance(message, Step) and job.steps >= self.limits.max_steps:
             raise RefusedError("limit", f"the job used its {self.limits.max_steps} steps")
         if isinstance(message, Batch | Forward):
@@ -328,7 +300,11 @@ class Vendor:
         if isinstance(message, Forward) and job.lora.open_forwards >= WINDOW:
             raise RefusedError("limit", f"{WINDOW} forwards are open: send their gradients first")
 
-    def _check_rows(self, job: _Job, message: Batch | Forward | Predict) -> None:
+    def _check_time(self, job: Job) -> None:
+        if job.seconds >= self.limits.max_seconds:
+            raise RefusedError("limit", f"the job used its {self.limits.max_seconds:g} seconds")
+
+    def _check_rows(self, job: Job, message: Batch | Forward | Predict) -> None:
         check_rows(
             message.hidden_TD, message.lengths, width=self._served.stack.hidden_size,
             longest=self._longest, limits=self.limits,
@@ -343,7 +319,7 @@ class _Session:
     def __init__(self, vendor: Vendor, customer: str) -> None:
         self._vendor, self._customer = vendor, customer
         self._greeted = False
-        self._job: _Job | None = None
+        self._job: Job | None = None
         self._lease: tuple[Deliveries, int] | None = None
 
     def handle(self, message: Message) -> Message:
@@ -401,46 +377,6 @@ class _Session:
             return job.state()
 
 
-def _work(
-    lora: JobLora, steps: int, message: Numbered, precision: Precision, number: int
-) -> Message:
-    if isinstance(message, Batch):
-        loss, metrics, gradient_TD = lora.batch(
-            message.hidden_TD,
-            message.lengths,
-            message.labels,
-            weight=message.weight,
-            input_gradient=message.input_gradient,
-            draw=number,
-        )
-        return BatchResult(
-            sequence=number, precision=precision, loss=loss, metrics=metrics,
-            gradient_TD=gradient_TD,
-        )  # fmt: skip
-    if isinstance(message, Forward):
-        out_TD = lora.forward(number, message.hidden_TD, message.lengths)
-        return Outputs(sequence=number, precision=precision, hidden_TD=out_TD)
-    if isinstance(message, Backward):
-        found_TD = lora.backward(message.forward, message.gradient_TD)
-        wanted = found_TD if message.input_gradient else None
-        return Gradients(sequence=number, precision=precision, gradient_TD=wanted)
-    return Stepped(sequence=number, steps=steps + 1, gradient_norm=lora.step())
-
-
 def _name_of(token: str) -> tuple[str, str]:
     digest = hashlib.sha256(token.encode()).hexdigest()
     return f"job_{digest[:16]}", digest
-
-
-def _state_of(job: _Job) -> dict[str, object]:
-    assert job.lora is not None
-    frames = [
-        torch.frombuffer(bytearray(f), dtype=torch.uint8) for f in job.deliveries.remembered()
-    ]
-    return {
-        "lora": job.lora.state(),
-        "replies": frames,
-        "steps": job.steps,
-        "tokens": job.tokens,
-        "seconds": job.seconds,
-    }

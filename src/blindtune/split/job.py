@@ -1,0 +1,104 @@
+"""A job in the vendor's memory: what it was opened with, how far it is, and how a request moves it.
+
+Nothing here is safe for two threads: whoever works on a job holds its lock, and a turn at the model
+(`split.turns`) where the model is used.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from blindtune.exchange.delivery import Deliveries
+from blindtune.exchange.messages import (
+    Backward,
+    Batch,
+    BatchResult,
+    Forward,
+    Gradients,
+    JobState,
+    Message,
+    Numbered,
+    Outputs,
+    Stepped,
+)
+from blindtune.split.lora import JobLora
+from blindtune.split.store import JobRecord
+
+
+@dataclass(eq=False)
+class Job:
+    """A job in memory. `lora` is None until a stream asks for the job."""
+
+    record: JobRecord
+    lora: JobLora | None = None
+    deliveries: Deliveries = field(default_factory=Deliveries)
+    durable: int = 0
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held before the numbers' own lock and the turn at the model, never after them."""
+
+    def state(self) -> JobState:
+        """What the customer is told."""
+        return JobState(
+            job=self.record.name,
+            state=self.record.state,
+            applied=self.deliveries.applied,
+            durable=self.durable,
+            steps=self.steps,
+            tokens=self.tokens,
+        )
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a checkpoint holds; `lora` is there and settled."""
+        assert self.lora is not None
+        replies = [
+            torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+            for frame in self.deliveries.remembered()
+        ]
+        return {
+            "lora": self.lora.state(),
+            "replies": replies,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
+
+    def go_back(self, number: int, state: dict[str, Any], lora: JobLora) -> None:
+        """Become what `snapshot` gave after request `number`; `lora` holds its weights already."""
+        replies = [bytes(frame.numpy()) for frame in state["replies"]]
+        self.lora, self.deliveries = lora, Deliveries(applied=number, replies=replies)
+        self.steps, self.tokens = state["steps"], state["tokens"]
+        self.seconds = state["seconds"]
+        self.durable = number
+
+    def work(self, message: Numbered) -> Message:
+        """The model's part of a request, wholly or not at all; the counts are the caller's."""
+        lora, precision, number = self.lora, self.record.precision, message.sequence
+        assert lora is not None
+        if isinstance(message, Batch):
+            loss, metrics, gradient_TD = lora.batch(
+                message.hidden_TD,
+                message.lengths,
+                message.labels,
+                weight=message.weight,
+                input_gradient=message.input_gradient,
+                draw=number,
+            )
+            return BatchResult(
+                sequence=number, precision=precision, loss=loss, metrics=metrics,
+                gradient_TD=gradient_TD,
+            )  # fmt: skip
+        if isinstance(message, Forward):
+            out_TD = lora.forward(number, message.hidden_TD, message.lengths)
+            return Outputs(sequence=number, precision=precision, hidden_TD=out_TD)
+        if isinstance(message, Backward):
+            found_TD = lora.backward(message.forward, message.gradient_TD)
+            wanted = found_TD if message.input_gradient else None
+            return Gradients(sequence=number, precision=precision, gradient_TD=wanted)
+        return Stepped(sequence=number, steps=self.steps + 1, gradient_norm=lora.step())
