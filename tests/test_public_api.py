@@ -8,6 +8,10 @@ import pytest
 import blindtune
 
 ACTS = ["study", "emulate", "inspect", "tune", "plug_in", "evaluate", "open_study", "open_emulator"]
+SPLIT = [
+    "bottom", "serve", "admit", "Bottom", "BottomConfig", "Service", "CertificateConfig", "ServerConfig",
+    "VendorLimits", "WatchConfig",
+]  # fmt: skip
 CONFIGS = [
     "StudyConfig", "DynamicConfig", "EmulatorConfig", "AdapterConfig", "TrainingConfig",
     "RunConfig", "DataConfig", "EvaluationConfig",
@@ -21,7 +25,9 @@ ERRORS = [
 
 
 def test_the_names_are_these():
-    assert sorted(blindtune.__all__) == sorted([*ACTS, *CONFIGS, *RESULTS, *ERRORS, "__version__"])
+    assert sorted(blindtune.__all__) == sorted(
+        [*ACTS, *SPLIT, *CONFIGS, *RESULTS, *ERRORS, "__version__"]
+    )
     assert set(blindtune.__all__) <= set(dir(blindtune))
 
 

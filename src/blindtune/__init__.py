@@ -26,6 +26,7 @@ from blindtune.errors import (
 
 if TYPE_CHECKING:
     from blindtune.evaluation.evaluating import Evaluation, EvaluationConfig, evaluate
+    from blindtune.exchange.serving import ServerConfig
     from blindtune.offsite.adapter import AdapterConfig
     from blindtune.offsite.emulation import Emulation, EmulatorConfig, emulate
     from blindtune.offsite.emulator import Emulator, open_emulator
@@ -35,6 +36,16 @@ if TYPE_CHECKING:
     from blindtune.offsite.study import Study, StudyConfig, open_study
     from blindtune.offsite.studying import study
     from blindtune.offsite.tuning import Tuning, tune
+    from blindtune.split.door import CertificateConfig, admit
+    from blindtune.split.service import (
+        Bottom,
+        BottomConfig,
+        Service,
+        WatchConfig,
+        bottom,
+        serve,
+    )
+    from blindtune.split.terms import VendorLimits
     from blindtune.training.config import RunConfig, TrainingConfig
     from blindtune.training.text import DataConfig
 
@@ -42,6 +53,9 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "AdapterConfig": "blindtune.offsite.adapter",
+    "Bottom": "blindtune.split.service",
+    "BottomConfig": "blindtune.split.service",
+    "CertificateConfig": "blindtune.split.door",
     "DataConfig": "blindtune.training.text",
     "DynamicConfig": "blindtune.offsite.importance",
     "Emulation": "blindtune.offsite.emulation",
@@ -52,16 +66,23 @@ _PLACES = {
     "Inspection": "blindtune.offsite.inspection",
     "PlugIn": "blindtune.offsite.plugin",
     "RunConfig": "blindtune.training.config",
+    "ServerConfig": "blindtune.exchange.serving",
+    "Service": "blindtune.split.service",
     "Study": "blindtune.offsite.study",
     "StudyConfig": "blindtune.offsite.study",
     "TrainingConfig": "blindtune.training.config",
     "Tuning": "blindtune.offsite.tuning",
+    "VendorLimits": "blindtune.split.terms",
+    "WatchConfig": "blindtune.split.service",
+    "admit": "blindtune.split.door",
+    "bottom": "blindtune.split.service",
     "emulate": "blindtune.offsite.emulation",
     "evaluate": "blindtune.evaluation.evaluating",
     "inspect": "blindtune.offsite.inspection",
     "open_emulator": "blindtune.offsite.emulator",
     "open_study": "blindtune.offsite.study",
     "plug_in": "blindtune.offsite.plugin",
+    "serve": "blindtune.split.service",
     "study": "blindtune.offsite.studying",
     "tune": "blindtune.offsite.tuning",
 }
@@ -70,6 +91,9 @@ _PLACES = {
 __all__ = [
     "AdapterConfig",
     "BlindtuneError",
+    "Bottom",
+    "BottomConfig",
+    "CertificateConfig",
     "ConfigError",
     "DataConfig",
     "DataError",
@@ -88,20 +112,27 @@ __all__ = [
     "PlugIn",
     "PolicyError",
     "RunConfig",
+    "ServerConfig",
+    "Service",
     "Study",
     "StudyConfig",
     "TrainingConfig",
     "TrainingError",
     "Tuning",
     "UnsupportedModelError",
+    "VendorLimits",
     "VerificationError",
+    "WatchConfig",
     "__version__",
+    "admit",
+    "bottom",
     "emulate",
     "evaluate",
     "inspect",
     "open_emulator",
     "open_study",
     "plug_in",
+    "serve",
     "study",
     "tune",
 ]

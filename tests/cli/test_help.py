@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from importlib import import_module
 
 import pytest
 
@@ -42,6 +43,9 @@ def test_help_says_who_what_and_how(verb, capsys):
 def test_help_says_what_can_be_resumed(verb, capsys):
     assert run([verb, "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
+    if import_module(f"blindtune.cli.{verb.replace('-', '_')}").VERB.goes_on:
+        assert "there is no --resume" in text
+        return
     assert "--resume [auto|never]" in text
     assert "an output that the same options and inputs made is taken as done" in text
     assert ("an interrupted run goes on" in text) == (verb in {"study", "tune"})

@@ -442,6 +442,10 @@ def test_health_and_unreachable(serve, trust):
         Connection(address(server), pinned)
 
 
+def test_the_default_port_is_the_one_that_customers_call():
+    assert ServerConfig().port == parse_address("vendor.example")[1]
+
+
 def test_a_taken_port_is_said(serve):
     with pytest.raises(ConfigError, match="taken"):
         serve(port=serve().port)

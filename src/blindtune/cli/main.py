@@ -27,6 +27,9 @@ VERBS = {
     "tune": "data owner: tune an emulator's adapter on private data",
     "plug-in": "model owner: put the returned adapter into the full model",
     "evaluate": "either: score a model, an emulator, or one with an adapter",
+    "bottom": "vendor: cut a model, and write what customers of split tuning get",
+    "serve": "vendor: tune a model for customers who send privatized states",
+    "admit": "vendor: give a customer a token",
 }
 """Every verb with its line in `blindtune --help`; its module is imported when it is used."""
 
@@ -43,6 +46,12 @@ model they make it better, although neither party saw what the other one holds.
                 blindtune tune emulator/ --data private.jsonl --out adapter/
   model owner   blindtune plug-in smollm2-135m adapter/ --out tuned/
   either        blindtune evaluate tuned/ --data test.txt
+
+Or the customer sends privatized states of the text to the vendor, who tunes the model with them.
+
+\b
+  vendor        blindtune serve smollm2-135m --cut 6 --out vendor/ --self-signed
+                blindtune admit alice --out vendor/
 
 Each verb explains itself: blindtune VERB --help.
 """

@@ -86,7 +86,8 @@ def request(
     told = not any(values.get(name) for name in untold)
     bytes_of: dict[str, str | None] = {}
     for name in inputs:
-        place = None if values.get(name) is None else Path(values[name]).expanduser()
+        value = values.get(name)
+        place = Path(value).expanduser() if isinstance(value, str | Path) else None
         if place is not None and name != "out" and place.exists():
             bytes_of[name] = digest(place)
     options = {name: value for name, value in values.items() if name not in _NO_IDENTITY}

@@ -69,7 +69,8 @@ class Verb:
     show: Callable[[Facts, Console], None]
     estimate: Callable[[Settings], Estimate] | None = None
     mark: str = ""
-    """A file that every output of the verb has; --overwrite replaces nothing else."""
+    """A file that every output of the verb has; --overwrite replaces nothing else. Without one a
+    verb that goes on looks after its directory itself."""
     out_is_file: bool = False
     """Whether `out` is an optional file for what --json prints, instead of a directory."""
     keeps_progress: bool = False
@@ -244,7 +245,8 @@ def _act(verb: Verb, settings: Settings, out: Path | None) -> Facts:
         check_place, verb.name, out, mark=verb.mark, is_file=verb.out_is_file, overwrite=overwrite
     )
     if verb.goes_on:
-        check()
+        if verb.mark:
+            check()
         return verb.act(settings)
     inputs = [str(parameter.name) for parameter in verb.parameters]
     asked = request(verb.name, out, settings.values, inputs, verb.untold)

@@ -245,6 +245,19 @@ def make_development_certificate(
     )
 
 
+def certified_hosts(certificate: bytes) -> frozenset[str]:
+    """The hosts and addresses that the first certificate of a PEM text names."""
+    from cryptography import x509
+
+    try:
+        names = x509.load_pem_x509_certificate(certificate).extensions.get_extension_for_class(
+            x509.SubjectAlternativeName
+        )
+    except (ValueError, x509.ExtensionNotFound) as error:
+        raise ConfigError(f"not a certificate in PEM that names its hosts ({error})") from error
+    return frozenset(str(name.value) for name in names.value)
+
+
 def _general_name(host: str) -> Any:
     from cryptography import x509
 

@@ -45,7 +45,6 @@ from blindtune.exchange.messages import (
     Refusal,
 )
 from blindtune.exchange.network import (
-    DEFAULT_PORT,
     SERVICE,
     Health,
     channel_options,
@@ -65,15 +64,15 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 for every network of the machine."""
-    port: int = DEFAULT_PORT
-    """0: any free one."""
+    port: int = 7443
+    """Port to listen at; 0: any free one."""
     max_streams: int = 64
     """Streams open at once."""
     max_streams_per_customer: int = 4
     """Of these, for one customer."""
-    max_payload_bytes: int = 64 << 20
+    max_payload_bytes: int = 67_108_864
     """Tensors of one message."""
-    max_buffered_bytes: int = 1 << 30
+    max_buffered_bytes: int = 1_073_741_824
     """Requests that wait or are worked on, of all streams together."""
     stall_timeout_seconds: float = 30.0
     """Time for one frame, once a message has begun, in either direction."""

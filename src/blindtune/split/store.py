@@ -20,7 +20,8 @@ from blindtune.atomic import atomic_file
 from blindtune.errors import OutputError
 from blindtune.exchange.messages import OpenJob
 
-_KEPT = 2
+KEPT_STATES = 2
+"""States of a job on the disk."""
 _STATE = re.compile(r"at-([0-9]+)\.pt")
 _NAME = re.compile(r"job_[0-9a-f]{16}")
 
@@ -85,7 +86,7 @@ class JobStore:
         folder = self._jobs / name
         with atomic_file(folder / f"at-{number}.pt") as partial:
             torch.save(state, partial)
-        for old in self.numbers(name)[:-_KEPT]:
+        for old in self.numbers(name)[:-KEPT_STATES]:
             (folder / f"at-{old}.pt").unlink()
 
     def numbers(self, name: str) -> list[int]:

@@ -91,9 +91,9 @@ class VendorLimits:
     """Tokens of one message; with the padding that its lengths imply, at most twice as many."""
     max_sequence_tokens: int | None = None
     """Tokens of one sequence; None: as many as the model takes."""
-    max_job_tokens: int = 10**9
+    max_job_tokens: int = 1_000_000_000
     """Tokens that a job may train on and predict, together."""
-    max_steps: int = 10**6
+    max_steps: int = 1_000_000
     """Optimizer steps of a job."""
     max_seconds: float = 86400.0
     """Time that the model has worked for a job."""

@@ -1,0 +1,70 @@
+"""`blindtune admit`: the vendor gives a customer a token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from blindtune.cli.output import Facts
+from blindtune.cli.printing import print_pairs
+from blindtune.cli.verb import Settings, Verb
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HELP = """Give a customer a token to come in with.
+
+Run by the vendor, before or while `blindtune serve` runs: it knows the customer at once. The token
+is shown once; the vendor keeps its hash alone. Admitting the same name again gives a new token and
+ends the old one; jobs belong to the name and stay. Hand the token over as you would a password.
+
+Finishes in one go; there is no --resume.
+
+\b
+Needs:   NAME, which appears in the vendor's log: letters, digits, _ . + -
+Writes:  the name and the token's hash into DIR/customers.json.
+
+\b
+Example:
+  blindtune admit alice --out vendor/ --token-file alice.token
+"""
+
+
+def act(settings: Settings) -> Facts:
+    """Call the act."""
+    from blindtune.split.door import admit
+
+    file = settings["token_file"]
+    token = admit(settings["name"], settings["out"], token_file=file)
+    shown = {"token": token} if file is None else {"token_file": file}
+    return {"name": settings["name"], "path": settings["out"], **shown}
+
+
+def show(facts: Facts, console: Console) -> None:
+    """Print the token, or where it is."""
+    pairs = [("customer", facts["name"])]
+    if "token" in facts:
+        pairs.append(("token", facts["token"]))
+        pairs.append(("", "shown this once: the customer sets BLINDTUNE_TOKEN, or keeps a file"))
+    else:
+        pairs.append(("token", f"in {facts['token_file']}"))
+    print_pairs(console, "Admitted", pairs)
+
+
+VERB = Verb(
+    name="admit",
+    help=HELP,
+    parameters=(
+        click.Argument(["name"], metavar="NAME"),
+        click.Option(["--out"], required=True, metavar="DIR", help="The vendor's directory."),
+        click.Option(
+            ["--token-file"],
+            metavar="FILE",
+            help="New file for the token, readable by its owner alone; it is not printed then.",
+        ),
+    ),
+    act=act,
+    show=show,
+    goes_on=True,
+)
