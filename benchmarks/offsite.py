@@ -12,8 +12,6 @@ run again either, unless `--fresh` is given.
 import argparse
 import json
 import os
-import platform
-import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -37,9 +35,9 @@ from blindtune.offsite.tuning import tune
 from blindtune.training.loop import RunConfig, TrainingConfig, fit
 from blindtune.training.text import DataConfig, load_dataset_file
 from corpora import public_text
+from rows import alive, run_rows
 
 MODEL = "smollm2-135m"
-RESULTS = Path(__file__).parent / "results"
 LENGTH = 128
 DEFAULT = EmulatorConfig()
 UNIFORM = EmulatorConfig(choice="uniform", beta=0.0, reading="removed", weighted=False)
@@ -73,8 +71,6 @@ class Bench:
 
     def __init__(self, data, work, smoke):
         self.data, self.work, self.smoke = data, work, smoke
-        self.rows = work / "rows"
-        self.rows.mkdir(parents=True, exist_ok=True)
 
     def amount(self, full):
         return max(2, full // 20) if self.smoke else full
@@ -214,7 +210,7 @@ def plan(bench, part):
     rows = []
 
     def add(name, function, *args, **options):
-        rows.append((f"{part}/{name}", lambda folder: function(bench, folder, *args, **options)))
+        rows.append((name, lambda folder: function(bench, folder, *args, **options)))
 
     if part == "main":
         add("ZS", wiki_row, "ZS", 0, ADAPTER_RATE)
@@ -381,79 +377,6 @@ def matmul_rate():
     return best
 
 
-def run_part(bench, part, only, fresh):
-    rows = plan(bench, part)
-    if not (fresh or bench.smoke):
-        take_over(bench, part, rows)
-    for name, function in rows:
-        if only not in name:
-            continue
-        path = row_path(bench, name)
-        claim = path.with_suffix(".running")
-        if path.exists() or (claim.exists() and alive(claim)):
-            continue
-        claim.write_text(str(os.getpid()))
-        folder = bench.work / "scratch" / path.stem
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        start = time.perf_counter()
-        print(f"{name} ...", flush=True)
-        result = function(folder)
-        result["row_seconds"] = time.perf_counter() - start
-        path.write_text(json.dumps(result, indent=1))
-        claim.unlink()
-        shutil.rmtree(folder, ignore_errors=True)
-        shown = {k: v for k, v in result.items() if not isinstance(v, dict)}
-        print(f"{name}: {shown}", flush=True)
-    collect(bench, part, rows)
-
-
-def alive(claim):
-    try:
-        os.kill(int(claim.read_text()), 0)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def row_path(bench, name):
-    return bench.rows / (name.replace("/", "--").replace(" ", "-").replace(",", "") + ".json")
-
-
-def take_over(bench, part, rows):
-    """Rows that earlier runs committed count as done."""
-    path = RESULTS / f"offsite-{part}.json"
-    committed = json.loads(path.read_text())["rows"] if path.exists() else {}
-    for name, _ in rows:
-        row = committed.get(name.partition("/")[2])
-        if row is not None and not row_path(bench, name).exists():
-            row_path(bench, name).write_text(json.dumps(row, indent=1))
-
-
-def collect(bench, part, rows):
-    """Write what is there of a part."""
-    done = {}
-    for name, _ in rows:
-        path = row_path(bench, name)
-        if path.exists():
-            done[name.partition("/")[2]] = json.loads(path.read_text())
-    import transformers
-
-    facts = {
-        "command": f"python benchmarks/offsite.py --data DIR --work DIR {part}",
-        "complete": len(done) == len(rows),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} "
-        "threads a row",
-        "default": asdict(DEFAULT),
-        "rates": {"adapter": ADAPTER_RATE, "FT": FT_RATE, "FT grid": FT_RATES},
-        "rows": done,
-    }
-    folder = bench.work / "results" if bench.smoke else RESULTS
-    folder.mkdir(exist_ok=True)
-    (folder / f"offsite-{part}.json").write_text(json.dumps(facts, indent=1) + "\n")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", default=["main", "arc", "grid", "ranking", "cost"])
@@ -468,8 +391,15 @@ def main():
     if options.rate:
         print_rate(bench, *options.rate)
         return
+    facts = {
+        "default": asdict(DEFAULT),
+        "rates": {"adapter": ADAPTER_RATE, "FT": FT_RATE, "FT grid": FT_RATES},
+    }
     for part in options.parts:
-        run_part(bench, part, options.only, options.fresh)
+        run_rows(
+            "offsite", part, plan(bench, part), work=bench.work, facts=facts, only=options.only,
+            fresh=options.fresh, smoke=bench.smoke,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from blindtune.exchange.messages import Batch, Forward, Predict
 from blindtune.exchange.transcript import Recorder
 from blindtune.privacy.metric_dp import Mechanism
 from blindtune.privacy.token_importance import ImportanceConfig
+from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.customer import PassConfig, predict, train
 from blindtune.split.private_states import PrivateStates, privatize
 from blindtune.split.ushape import Top, train_u_shape
@@ -128,6 +129,40 @@ def test_contributing_tokens_get_no_noise_in_training_texts_of_their_class(tmp_p
     assert unlabelled.labels is None
     for a, b in zip(clean.states, unlabelled.states, strict=True):
         assert not torch.isclose(a, b, atol=1e-5).all(1).any()
+
+
+def pairs_of_words(world):
+    """Every even word stands for itself and the next; special tokens are not spared here."""
+    return WordGroups(torch.arange(len(world.bottom.stack.embedding.weight)) // 2 * 2)
+
+
+def test_words_of_a_group_leave_as_the_same_states(tmp_path):
+    world = World(tmp_path, "bert", cut=2)
+    groups, letters = pairs_of_words(world), "abcdefgh"
+    ids = [world.bottom.tokenizer(x, add_special_tokens=False)["input_ids"][-1] for x in letters]
+    by_group = {}
+    for letter, word in zip(letters, ids, strict=True):
+        by_group.setdefault(word // 2, []).append(letter)
+    first, second = next(pair for pair in by_group.values() if len(pair) == 2)
+    texts = [f"so {first} film", f"so {second} film"]
+    plain = privatize(world.bottom, texts, mechanism=None)
+    assert not torch.equal(plain.states[0], plain.states[1])
+    hidden = privatize(world.bottom, texts, mechanism=None, groups=groups)
+    assert torch.equal(hidden.states[0], hidden.states[1])
+    assert not torch.equal(hidden.ids[0], hidden.ids[1])  # what stays at home is the truth
+    assert 0 < hidden.changed < 1
+
+
+def test_token_mode_picks_among_representatives(tmp_path):
+    world = World(tmp_path, "smollm2", cut=0)
+    groups = pairs_of_words(world)
+    table_VD = world.bottom.stack.embedding.weight
+    for eta, least in ((1e5, 0.0), (5.0, 0.5)):
+        made = noised(world, mechanism=Mechanism(eta=eta), groups=groups)
+        sent_T = torch.cdist(torch.cat(made.states), table_VD).argmin(1)
+        assert (sent_T % 2 == 0).all()
+        away = (sent_T != groups.apply(torch.cat(made.ids))).float().mean()
+        assert least <= away <= (0 if eta == 1e5 else 1)
 
 
 def test_two_calls_draw_twice(tmp_path):

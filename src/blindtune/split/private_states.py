@@ -1,12 +1,14 @@
 """What a customer makes of private text before anything leaves: noised states, drawn once.
 
-Text -> token ids -> noise (by mode) -> the bottom's blocks -> states. Because the bottom is frozen,
-the states of a text never change: they are drawn once, kept on the customer's disk, and sent again
-in every epoch. That is also what keeps the guarantee: a fresh draw each epoch would spend eta each
-time, and averaging would remove the noise (`privacy.metric_dp`, `privacy.accounting`).
+Text -> token ids -> word groups, if any -> noise (by mode) -> the bottom's blocks -> states. The
+bottom is frozen, so the states of a text never change: they are drawn once, kept on the customer's
+disk, and sent again in every epoch. That is also what keeps the guarantee: a fresh draw each epoch
+would spend eta each time, and averaging would remove the noise (`privacy.metric_dp`,
+`privacy.accounting`).
 
 Guarantee: the mechanism's, for the states of one call of `privatize`. Calling it again for the same
-text (another run, other options) spends again. Without a mechanism there is none.
+text (another run, other options) spends again. Without a mechanism there is none, but that of
+`privacy.word_groups` where groups are given.
 In vector mode the noise is added to what the embedding module gives, in token mode to its table's
 rows: where the module scales its rows (Gemma), eta means different distances in the two.
 Not covered: lengths; labels in the two-part split; that a text's noise is smaller where CTI spares
@@ -37,6 +39,7 @@ from blindtune.privacy.token_importance import (
     ImportanceConfig,
     count_tokens,
 )
+from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.bottom import Bottom
 from blindtune.split.partition import Stack, longest_sequence, run_bottom
 
@@ -53,8 +56,8 @@ class PrivateStates:
     ids: tuple[Tensor, ...]
     """[L] of every text, without noise: never sent; the targets of causal language modelling."""
     changed: float | None = None
-    """Token mode: the share of tokens (special ones apart) that came out as another token. Who
-    inverts the bottom perfectly and guesses no further gets 1 - changed of them right."""
+    """Token mode, or groups: the share of tokens (special ones apart) that came out as another
+    token. Who inverts the bottom perfectly and guesses no further gets 1 - changed right."""
 
     def __len__(self) -> int:
         return len(self.states)
@@ -102,6 +105,7 @@ def privatize(
     *,
     mechanism: Mechanism | None,
     importance: ImportanceConfig | None = None,
+    groups: WordGroups | None = None,
     classes: int = 0,
     batch_size: int = 32,
     testing_seed: int | None = None,
@@ -115,6 +119,8 @@ def privatize(
         mechanism: the noise; None: no noise and no promise at all, for comparisons.
         importance: CTI for training texts with classes; None: every token gets full noise, special
             tokens are kept as they are.
+        groups: public; every token is its group's representative from the start, so CTI counts
+            representatives and token mode picks among them. None: every word is its own.
         classes: number of classes; needed with CTI.
         batch_size: texts at once; changes speed only.
         testing_seed: for tests only: noise that anyone can repeat. Warns.
@@ -129,45 +135,64 @@ def privatize(
             f"{'none' if labels is None else len(labels)}"
         )
     ids = _encode(bottom, texts)
-    stack = bottom.stack
-    table_VD = stack.embedding.weight
+    coarse = ids if groups is None else [groups.apply(text) for text in ids]
+    table_VD = bottom.stack.embedding.weight
     assert isinstance(table_VD, Tensor)
     spared = importance or ImportanceConfig(fraction=0.0)
     counts = None
     if spared.fraction and labels is not None and classes:
-        counts = count_tokens(ids, labels.tolist(), classes=classes, vocabulary_size=len(table_VD))
+        counts = count_tokens(
+            coarse, labels.tolist(), classes=classes, vocabulary_size=len(table_VD)
+        )
     contributing = ContributingTokens(counts, bottom.tokenizer.all_special_ids, spared)
     privatizer = None
     if mechanism is not None:
-        table = table_VD if mechanism.mode == "token" else None
+        rows_GD = table_VD if groups is None else table_VD[groups.representatives]
+        table = rows_GD if mechanism.mode == "token" else None
         privatizer = Privatizer(mechanism, table, testing_seed=testing_seed)
-    padding = bottom.tokenizer.pad_token_id
     states: list[Tensor] = []
     changed, content = 0, 0
     for begin in range(0, len(ids), batch_size):
-        some = ids[begin : begin + batch_size]
-        ids_BL = torch.nn.utils.rnn.pad_sequence(
-            list(some), batch_first=True, padding_value=0 if padding is None else padding
-        )
-        lengths_B1 = torch.tensor([len(text) for text in some])[:, None]
-        mask_BL = (torch.arange(ids_BL.shape[1]) < lengths_B1).long()
+        true_BL, mask_BL = _padded(bottom, ids[begin : begin + batch_size])
+        ids_BL = true_BL if groups is None else groups.apply(true_BL)
         classes_B = labels[begin : begin + batch_size] if counts is not None else None  # type: ignore[index]
         factors_BL = contributing.factors(ids_BL, classes_B)
-        sent_BL = ids_BL
-        if privatizer is not None and privatizer.mechanism.mode == "token":
-            sent_BL = privatizer.tokens(ids_BL, factors_BL)
-            counted_BL = mask_BL.bool() & ~contributing.is_special(ids_BL)
-            changed += int((counted_BL & (sent_BL != ids_BL)).sum())
-            content += int(counted_BL.sum())
+        sent_BL = _tokens_sent(privatizer, groups, ids_BL, factors_BL)
+        content_BL = mask_BL.bool() & ~contributing.is_special(true_BL)
+        changed += int((content_BL & (sent_BL != true_BL)).sum())
+        content += int(content_BL.sum())
         hidden_BLD = _noised(bottom, privatizer, sent_BL, mask_BL, factors_BL)
         packed_TD, lengths = pack(hidden_BLD, mask_BL)
         states += [state.clone() for state in packed_TD.float().cpu().split(lengths)]
+    replaces = groups is not None or (mechanism is not None and mechanism.mode == "token")
     return PrivateStates(
         states=tuple(states),
         labels=labels,
         ids=tuple(ids),
-        changed=changed / content if content else None,
+        changed=changed / content if content and replaces else None,
     )
+
+
+def _padded(bottom: Bottom, some: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Ids [B, L] padded at the right, and their mask."""
+    padding = bottom.tokenizer.pad_token_id
+    ids_BL = torch.nn.utils.rnn.pad_sequence(
+        list(some), batch_first=True, padding_value=0 if padding is None else padding
+    )
+    lengths_B1 = torch.tensor([len(text) for text in some])[:, None]
+    return ids_BL, (torch.arange(ids_BL.shape[1]) < lengths_B1).long()
+
+
+def _tokens_sent(
+    privatizer: Privatizer | None, groups: WordGroups | None, ids_BL: Tensor, factors_BL: Tensor
+) -> Tensor:
+    """The tokens that enter the bottom: in token mode the nearest of the words that are left."""
+    if privatizer is None or privatizer.mechanism.mode != "token":
+        return ids_BL
+    if groups is None:
+        return privatizer.tokens(ids_BL, factors_BL)
+    words_G = groups.representatives
+    return words_G[privatizer.tokens(torch.searchsorted(words_G, ids_BL), factors_BL)]
 
 
 def _encode(bottom: Bottom, texts: Sequence[str]) -> list[Tensor]:

@@ -1,0 +1,97 @@
+"""Rows of benchmarks: each is kept as JSON as soon as it is done, by any of several processes.
+
+A row is (name, function); the function takes an empty folder and returns what JSON can hold. Done
+rows lie in WORK/rows; what is there of a part is written to benchmarks/results, and rows found
+there count as done.
+"""
+
+import json
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def run_rows(program, part, rows, *, work, facts, only="", fresh=False, smoke=False):
+    """Run the rows of a part that are missing, and collect what is there.
+
+    Args:
+        program: "offsite" or the like; the results go to PROGRAM-PART.json.
+        rows: (name, function) in the order in which they are wanted.
+        facts: settings to keep beside the rows.
+        only: run rows whose name holds this text.
+        fresh: run rows again that are committed.
+        smoke: results stay in WORK, committed rows do not count.
+    """
+    (work / "rows").mkdir(parents=True, exist_ok=True)
+    if not (fresh or smoke):
+        take_over(RESULTS / f"{program}-{part}.json", part, rows, work)
+    for name, function in rows:
+        if only in name:
+            run_row(f"{part}/{name}", function, work)
+    done = {name: row_path(work, f"{part}/{name}") for name, _ in rows}
+    done = {name: json.loads(path.read_text()) for name, path in done.items() if path.exists()}
+    import transformers
+
+    report = {
+        "command": f"python benchmarks/{program}.py --data DIR --work DIR {part}",
+        "complete": len(done) == len(rows),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} "
+        "threads a row",
+        **facts,
+        "rows": done,
+    }
+    folder = work / "results" if smoke else RESULTS
+    folder.mkdir(exist_ok=True)
+    (folder / f"{program}-{part}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def run_row(name, function, work):
+    """Run one row, unless it is done or another process is at it."""
+    path = row_path(work, name)
+    claim = path.with_suffix(".running")
+    if path.exists() or (claim.exists() and alive(claim)):
+        return
+    claim.write_text(str(os.getpid()))
+    folder = work / "scratch" / path.stem
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    start = time.perf_counter()
+    print(f"{name} ...", flush=True)
+    result = function(folder)
+    result["row_seconds"] = time.perf_counter() - start
+    path.write_text(json.dumps(result, indent=1))
+    claim.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    shown = {k: v for k, v in result.items() if not isinstance(v, dict)}
+    print(f"{name}: {shown}", flush=True)
+
+
+def alive(claim):
+    """Whether the process that made a claim still runs."""
+    try:
+        os.kill(int(claim.read_text()), 0)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def row_path(work, name):
+    """Where a done row lies."""
+    slug = name.replace("/", "--").replace(" ", "-").replace(",", "")
+    return work / "rows" / f"{slug}.json"
+
+
+def take_over(results, part, rows, work):
+    """Rows that earlier runs committed count as done."""
+    committed = json.loads(results.read_text())["rows"] if results.exists() else {}
+    for name, _ in rows:
+        path = row_path(work, f"{part}/{name}")
+        if name in committed and not path.exists():
+            path.write_text(json.dumps(committed[name], indent=1))

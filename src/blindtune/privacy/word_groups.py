@@ -1,0 +1,259 @@
+"""Word groups: a coarser vocabulary that hides which word of a group a text had.
+
+Every word of the vocabulary belongs to one group, by public data alone; before anything else a
+text's tokens are replaced by the representatives of their groups. It is what k-anonymity calls
+generalisation, and near to CusText (arXiv 2207.09193), which sends a random word of a small set;
+here it is a fixed one, because a random member tells an adversary as much as the group itself, and
+the model less.
+
+Guarantee: words of one group are perfectly indistinguishable, whatever the adversary knows and
+computes: everything that leaves is the same function of both. Between groups there is none by
+itself; with a mechanism of `metric_dp` on top, d_chi holds with the distance of two words taken
+between their representatives, which is 0 inside a group.
+
+Not covered: which group a token is of, hence topics, and sentences told by many words; a guess of
+the word from its group, its frequency and its context (`best_guess_share` counts the frequency
+alone); words that are a group of their own, special tokens above all. Groups must be made of public
+data: made from private texts, they would tell about them.
+
+How groups are made: words that mean the same and words that matter little are joined first. The
+most frequent words start alone. A joining of groups a and b costs d(a, b)^2 w_a w_b / (w_a + w_b)
+(Ward 1963) and gains min(s_a, s_b): w is frequency times importance, s the frequency of the group's
+most frequent word, which is what guessing it wins. The joinings of the least cost for their gain
+are made, until guessing by frequency is wrong often enough. Importance is (pivot / (pivot + p))^2,
+the square of the smooth inverse frequency (Arora et al. 2017): frequent words carry little. Rare
+words are grouped among themselves, by k-means.
+
+Shapes: V vocabulary, D width of a word's vector, W frequent words, G groups, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from blindtune.atomic import atomic_file
+from blindtune.errors import ConfigError, DataError
+
+MERGED_SHARE = 0.08  # of the groups, at most, in one round of joinings
+ROUNDS = 8  # of k-means
+PORTION = 4096  # words whose distances to all groups are held at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupingConfig:
+    """How coarse the vocabulary becomes. Everything here changes privacy."""
+
+    wrong_guesses: float = 0.5
+    """Share of frequent tokens for which a guess by frequency alone shall be wrong."""
+    frequent: int = 6000
+    """Words that are joined by cost and gain, the most frequent ones; the others are rare."""
+    rare_size: float = 4.0
+    """Mean size of a group of rare words; 1: they stay alone, and nothing hides them."""
+    pivot: float = 1e-3
+    """Frequency (share of all tokens) from which on a word matters little."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if not 0 < self.wrong_guesses < 1:
+            raise ConfigError(f"expected wrong_guesses between 0 and 1, got {self.wrong_guesses}")
+        if self.frequent < 2 or not self.rare_size >= 1 or not 0 < self.pivot <= 1:
+            raise ConfigError(
+                "expected frequent >= 2, rare_size >= 1 and pivot in (0, 1], got "
+                f"{self.frequent}, {self.rare_size}, {self.pivot}"
+            )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class WordGroups:
+    """Which word stands for each word."""
+
+    representative_V: Tensor
+    """int64 [V]: the most frequent word of each word's group; itself for representatives."""
+
+    def __post_init__(self) -> None:
+        """Refuse a map that is none of groups; DataError."""
+        found = self.representative_V
+        size = len(found)
+        if (
+            found.ndim != 1
+            or found.dtype != torch.int64
+            or not size
+            or not 0 <= int(found.min()) <= int(found.max()) < size
+            or not torch.equal(found[found], found)
+        ):
+            raise DataError(
+                "expected for every word one that stands for itself, got another map: make the "
+                "groups again"
+            )
+
+    @property
+    def representatives(self) -> Tensor:
+        """int64 [G]: the words that stand for groups, ascending."""
+        words_G: Tensor = self.representative_V.unique()
+        return words_G
+
+    def apply(self, ids: Tensor) -> Tensor:
+        """The representatives of tokens, same shape; DataError for ids of another vocabulary."""
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.representative_V):
+            raise DataError(
+                f"expected ids below {len(self.representative_V)}: groups and tokenizer do not "
+                "belong together"
+            )
+        representative: Tensor = self.representative_V.to(ids.device)[ids]
+        return representative
+
+    def best_guesses(self, count_V: Tensor) -> Tensor:
+        """int64 [V]: for every word the most frequent of its group by an adversary's counts [V].
+
+        Applied to a text, it is the context-free guess that is right most often.
+        """
+        return _most_frequent(self.representative_V, count_V)
+
+    def best_guess_share(self, count_V: Tensor) -> float:
+        """Share of tokens, so distributed, that the best guess by frequency gets right."""
+        return float((count_V[self.best_guesses(count_V).unique()].sum() / count_V.sum()).item())
+
+    def save(self, path: str | Path) -> None:
+        """Write the groups; they are public."""
+        with atomic_file(path) as partial:
+            save_file({"representative_V": self.representative_V}, partial)
+
+    @staticmethod
+    def load(path: str | Path) -> WordGroups:
+        """Read what `save` wrote; DataError if that is not possible."""
+        try:
+            return WordGroups(load_file(path)["representative_V"])
+        except (OSError, SafetensorError, KeyError) as error:
+            raise DataError(f"{path}: expected word groups, cannot read them") from error
+
+
+@torch.no_grad()
+def group_words(
+    vector_VD: Tensor,
+    count_V: Tensor,
+    special_ids: Sequence[int] = (),
+    config: GroupingConfig | None = None,
+) -> WordGroups:
+    """Make groups from public data.
+
+    Cost: some tens of matmuls of W x W x D, and of rare words x their groups x D.
+
+    Args:
+        vector_VD: what a word means, near where words mean the same (`split.word_vectors`, or the
+            embedding table).
+        count_V: how often each word occurs in public text of the kind that the private texts are.
+        special_ids: tokens that stay alone.
+        config: how coarse.
+
+    Raises:
+        DataError: vectors that are not finite, other counts than vectors, no text.
+    """
+    config = config or GroupingConfig()
+    if vector_VD.ndim != 2 or not bool(vector_VD.isfinite().all()):
+        raise DataError("expected finite vectors [vocabulary, width] of the words")
+    if count_V.shape != vector_VD.shape[:1] or not int(count_V.sum()) or int(count_V.min()) < 0:
+        raise DataError(
+            f"expected counts of {len(vector_VD)} words in a public text, got "
+            f"{list(count_V.shape)} that sum to {int(count_V.sum())}"
+        )
+    alone_V = torch.zeros(len(count_V), dtype=torch.bool)
+    alone_V[torch.tensor(sorted(set(special_ids)), dtype=torch.int64)] = True
+    order = count_V.argsort(descending=True, stable=True)
+    order = order[~alone_V[order]]
+    frequent, rare = order[: config.frequent], order[config.frequent :]
+    group_V = torch.arange(len(count_V))
+    vector_VD, share_V = vector_VD.float(), count_V.float() / count_V.sum()
+    for words, find in ((frequent, _join_frequent), (rare, _join_rare)):
+        if len(words) > 1:
+            group_V[words] = words[find(vector_VD[words], share_V[words], config)]
+    return WordGroups(_most_frequent(group_V, count_V))
+
+
+def _most_frequent(group_V: Tensor, count_V: Tensor) -> Tensor:
+    """For every word the most frequent of its group, the lowest id where equal."""
+    order = count_V.argsort(descending=True, stable=True)
+    order = order[group_V[order].argsort(stable=True)]
+    group = group_V[order]
+    first = torch.ones(len(order), dtype=torch.bool)
+    first[1:] = group[1:] != group[:-1]
+    leader_V = torch.empty_like(group_V)
+    leader_V[group[first]] = order[first]
+    return leader_V[group_V]
+
+
+def _join_frequent(vector_WD: Tensor, share_W: Tensor, config: GroupingConfig) -> Tensor:
+    """For each frequent word an index that its group shares [W]; see the module's docstring."""
+    group_W = torch.arange(len(vector_WD))
+    name_G = torch.arange(len(vector_WD))
+    centre_GD = vector_WD.clone()
+    weight_G = share_W * (config.pivot / (config.pivot + share_W)).square() + 1e-12
+    won_G = share_W / share_W.sum()
+    while len(name_G) > 1 and 1 - float(won_G.sum()) < config.wrong_guesses:
+        keeps, goes = _cheapest(centre_GD, weight_G, won_G)
+        wrong_P = 1 - won_G.sum() + torch.minimum(won_G[keeps], won_G[goes]).cumsum(0)
+        enough = int((wrong_P < config.wrong_guesses).sum()) + 1
+        keeps, goes = keeps[:enough], goes[:enough]
+        sum_P = weight_G[keeps] + weight_G[goes]
+        part_P1 = (weight_G[goes] / sum_P)[:, None]
+        centre_GD[keeps] = centre_GD[keeps].lerp(centre_GD[goes], part_P1)
+        weight_G[keeps] = sum_P
+        won_G[keeps] = torch.maximum(won_G[keeps], won_G[goes])
+        joined_W = torch.arange(len(group_W))
+        joined_W[name_G[goes]] = name_G[keeps]
+        group_W = joined_W[group_W]
+        stays = torch.ones(len(name_G), dtype=torch.bool)
+        stays[goes] = False
+        name_G, centre_GD = name_G[stays], centre_GD[stays]
+        weight_G, won_G = weight_G[stays], won_G[stays]
+    return group_W
+
+
+def _cheapest(centre_GD: Tensor, weight_G: Tensor, won_G: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of groups [P] that are each other's best joining, the cheapest for its gain first."""
+    squared_G = centre_GD.square().sum(1)
+    price_GG = torch.addmm(squared_G[:, None] + squared_G, centre_GD, centre_GD.T, alpha=-2)
+    price_GG.clamp_min_(1e-6).mul_(weight_G[:, None]).mul_(weight_G)
+    price_GG.div_(weight_G[:, None] + weight_G)
+    price_GG.div_(torch.minimum(won_G[:, None], won_G).clamp_min_(1e-12))
+    price_GG.fill_diagonal_(torch.inf)
+    best_G, other_G = price_GG.min(1)
+    index_G = torch.arange(len(centre_GD))
+    pairs = ((other_G[other_G] == index_G) & (index_G < other_G)).nonzero().squeeze(1)
+    if not len(pairs):  # a ring of equal prices
+        pairs = best_G.argmin()[None]
+    pairs = pairs[best_G[pairs].argsort()][: max(1, int(MERGED_SHARE * len(index_G)))]
+    return pairs, other_G[pairs]
+
+
+def _join_rare(vector_WD: Tensor, share_W: Tensor, config: GroupingConfig) -> Tensor:
+    """For each rare word the index of its cluster [W]; the most frequent ones are the seeds."""
+    clusters = max(1, round(len(vector_WD) / config.rare_size))
+    if clusters == len(vector_WD):
+        return torch.arange(clusters)
+    centre_GD = vector_WD[share_W.argsort(descending=True, stable=True)[:clusters]].clone()
+    for _ in range(ROUNDS):
+        group_W = _nearest(vector_WD, centre_GD)
+        size_G = torch.bincount(group_W, minlength=clusters)
+        sum_GD = torch.zeros_like(centre_GD).index_add_(0, group_W, vector_WD)
+        full = size_G > 0
+        centre_GD[full] = sum_GD[full] / size_G[full, None]
+    return _nearest(vector_WD, centre_GD)
+
+
+def _nearest(vector_WD: Tensor, centre_GD: Tensor) -> Tensor:
+    squared_G = centre_GD.square().sum(1)
+    return torch.cat(
+        [
+            torch.addmm(squared_G, part_CD, centre_GD.T, alpha=-2).argmin(1)
+            for part_CD in vector_WD.split(PORTION)
+        ]
+    )
