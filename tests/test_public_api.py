@@ -9,8 +9,8 @@ import blindtune
 
 ACTS = ["study", "emulate", "inspect", "tune", "plug_in", "evaluate", "open_study", "open_emulator"]
 SPLIT = [
-    "bottom", "serve", "admit", "Bottom", "BottomConfig", "Service", "CertificateConfig", "ServerConfig",
-    "VendorLimits", "WatchConfig",
+    "bottom", "serve", "admit", "Bottom", "BottomConfig", "Service", "CertificateConfig",
+    "ServerConfig", "VendorLimits", "WatchConfig",
 ]  # fmt: skip
 CONFIGS = [
     "StudyConfig", "DynamicConfig", "EmulatorConfig", "AdapterConfig", "TrainingConfig",

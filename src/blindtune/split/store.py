@@ -50,7 +50,7 @@ class JobStore:
     """The jobs of one vendor.
 
     Args:
-        root: a directory of the vendor's own.
+        root: a directory of the vendor's own; no other process writes jobs there.
         bottom: id of the bottom package; jobs of another one are refused.
 
     Raises:
@@ -66,6 +66,8 @@ class JobStore:
             )
         with atomic_file(mark) as partial:
             partial.write_text(bottom)
+        for left in self._jobs.glob("*/.*.partial"):  # of a process that was killed
+            left.unlink(missing_ok=True)
 
     def records(self) -> list[JobRecord]:
         """Every job that was opened."""
