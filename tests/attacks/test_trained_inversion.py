@@ -4,7 +4,7 @@ import pytest
 import torch
 from attacked import observe, open_tiny_bottom, share_right
 
-from blindtune.attacks.adversary import StatesView
+from blindtune.attacks.adversary import StatesView, unigram
 from blindtune.attacks.embedding_inversion import nearest_tokens
 from blindtune.attacks.fitting import FitConfig
 from blindtune.attacks.imitation import Imitation
@@ -13,7 +13,6 @@ from blindtune.attacks.trained_inversion import (
     candidates,
     train_inverter,
     trained_inversion,
-    unigram,
 )
 from blindtune.errors import ConfigError, DataError
 from blindtune.privacy.metric_dp import Mechanism

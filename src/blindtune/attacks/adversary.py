@@ -6,11 +6,12 @@ secrets; it has public text of its own. It saw privatized states and, by partiti
 gradients. It has neither the noise nor the private text: a view has no field for them, so no attack
 can read them by mistake.
 
-Shapes: L tokens of one text, D hidden, V vocabulary, N texts.
+Shapes: L tokens of one text, D hidden, V vocabulary, N texts, K best words.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from blindtune.privacy.metric_dp import Mechanism
 Stack = Decoder | Encoder
 Guess = tuple[Tensor, ...]
 """Token ids [L] of every text, int64, in the order of the view."""
+UNSEEN = 0.1  # count of a word that the public text lacks
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,6 +90,26 @@ class StatesView:
                 f"expected at least {texts} public texts for {attack}, got {len(self.public)}: "
                 "give text of the kind that the private texts are"
             )
+
+
+def unigram(texts: Sequence[Tensor], vocabulary_size: int) -> Tensor:
+    """log P(w) [V] by the counts of public texts; a word that they lack counts as `UNSEEN`."""
+    count_V = torch.bincount(torch.cat(list(texts)).cpu(), minlength=vocabulary_size).float()
+    return ((count_V + UNSEEN) / (count_V.sum() + UNSEEN * vocabulary_size)).log()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidates:
+    """The K likeliest words of every token: where a prior can choose from."""
+
+    words: tuple[Tensor, ...]
+    """Ids [L, K] of every text, likeliest first by likelihood and unigram prior."""
+    log_likelihoods: tuple[Tensor, ...]
+    """log P(what was seen | word) [L, K], but for a constant a token; without any prior."""
+
+    def first(self) -> Guess:
+        """The likeliest word of every token."""
+        return tuple(words_LK[:, 0] for words_LK in self.words)
 
 
 def as_guess(ids_T: Tensor, lengths: tuple[int, ...]) -> Guess:

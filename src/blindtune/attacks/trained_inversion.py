@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
-from blindtune.attacks.adversary import Guess, StatesView
+from blindtune.attacks.adversary import Candidates, Guess, StatesView, unigram
 from blindtune.attacks.fitting import FitConfig, FitResult, fit, parted
 from blindtune.attacks.imitation import Imitation
 from blindtune.errors import ConfigError
@@ -41,7 +41,6 @@ Kind = Literal["linear", "mlp", "gru"]
 KINDS = ("linear", "mlp", "gru")
 SCORED_NUMBERS = 2**24  # float32 scores held at once
 RIDGE = 1e-3  # of the mean square of a coordinate, where a matrix is inverted
-UNSEEN = 0.1  # count of a word that the public text lacks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +75,6 @@ class InverterConfig:
                 f"expected no negative numbers, got context={self.context}, "
                 f"other_words={self.other_words}"
             )
-
-
-def unigram(texts: Sequence[Tensor], vocabulary_size: int) -> Tensor:
-    """log P(w) [V] by the counts of public texts; a word that they lack counts as `UNSEEN`."""
-    count_V = torch.bincount(torch.cat(list(texts)).cpu(), minlength=vocabulary_size).float()
-    return ((count_V + UNSEEN) / (count_V.sum() + UNSEEN * vocabulary_size)).log()
 
 
 @final
@@ -181,20 +174,6 @@ class Inverter(nn.Module):
     def log_prior(self, word_C: Tensor | None = None) -> Tensor:
         """log P(w) of these words, or of all."""
         return self._fixed[1] if word_C is None else self._fixed[1][word_C]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidates:
-    """The K likeliest words of every token: where a prior can choose from."""
-
-    words: tuple[Tensor, ...]
-    """Ids [L, K] of every text, likeliest first by likelihood and unigram prior."""
-    log_likelihoods: tuple[Tensor, ...]
-    """log P(what was seen | word) [L, K], but for a constant a token; without any prior."""
-
-    def first(self) -> Guess:
-        """The likeliest word of every token."""
-        return tuple(words_LK[:, 0] for words_LK in self.words)
 
 
 def train_inverter(

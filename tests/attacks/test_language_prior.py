@@ -1,0 +1,127 @@
+"""What the mechanism says of each word, and what a language adds to it."""
+
+import pytest
+import torch
+from attacked import observe, open_tiny_bottom, sentences, share_right
+
+from blindtune.attacks.adversary import Candidates, unigram
+from blindtune.attacks.embedding_inversion import nearest_tokens
+from blindtune.attacks.fitting import FitConfig
+from blindtune.attacks.language_prior import CausalPrior, NgramPrior, decode
+from blindtune.attacks.likelihoods import ChannelConfig, token_candidates, vector_candidates
+from blindtune.attacks.trained_inversion import InverterConfig, candidates, train_inverter
+from blindtune.errors import ConfigError, DataError
+from blindtune.models.decoder import Decoder
+from blindtune.privacy.metric_dp import Mechanism
+from tiny_models import tiny_model
+
+
+def test_bayes_and_then_language_read_more_of_token_mode(tmp_path):
+    bottom = open_tiny_bottom(tmp_path, "smollm2")
+    view, private = observe(bottom, Mechanism(eta=9.0), public=150)
+    sent = nearest_tokens(view)
+    with pytest.warns(UserWarning, match="repeat"):
+        found = token_candidates(view, sent, ChannelConfig(draws=64), testing_seed=5)
+    prior = NgramPrior(view.public, len(view.table_VD))
+    nearest, bayes, language = (
+        share_right(guess, private.ids) for guess in (sent, found.first(), decode(found, prior))
+    )
+    assert 0.1 < nearest < bayes - 0.05
+    assert bayes < language - 0.1
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma"])
+def test_language_reads_more_of_vector_mode(tmp_path, name):
+    eta = 6.0 if name == "smollm2" else 1.2
+    bottom = open_tiny_bottom(tmp_path, name)
+    view, private = observe(bottom, Mechanism(eta=eta, mode="vector"), public=150)
+    found = vector_candidates(view, count=30)
+    prior = NgramPrior(view.public, len(view.table_VD))
+    nearest, language = (
+        share_right(guess, private.ids) for guess in (nearest_tokens(view), decode(found, prior))
+    )
+    assert 0.1 < nearest < language - 0.2
+
+
+def test_language_ranks_an_inverters_candidates_at_a_deep_cut(tmp_path):
+    view, private = observe(
+        open_tiny_bottom(tmp_path, cut=2), Mechanism(eta=6.0, mode="vector"), public=150
+    )
+    fit = FitConfig(epochs=4, learning_rate=3e-3)
+    inverter, _ = train_inverter(view, InverterConfig(kind="linear", fit=fit))
+    found = candidates(inverter, view.states, count=20)
+    guess = decode(found, NgramPrior(view.public, len(view.table_VD)))
+    assert share_right(guess, private.ids) > share_right(found.first(), private.ids) + 0.1
+
+
+def test_pure_noise_leaves_the_language_alone(tmp_path):
+    view, private = observe(
+        open_tiny_bottom(tmp_path, "smollm2"), Mechanism(eta=1e-3, mode="vector"), public=100
+    )
+    prior = NgramPrior(view.public, len(view.table_VD))
+    guess = decode(vector_candidates(view, count=40), prior)
+    other = observe(open_tiny_bottom(tmp_path, "smollm2", cut=1), texts=sentences(12, seed=77))[
+        1
+    ].ids
+    # What it says fits these texts no better than others of the language.
+    length = min(len(text) for text in [*private.ids, *other])
+    cut_off = [[text[:length] for text in texts] for texts in (guess, private.ids, other)]
+    assert share_right(cut_off[0], cut_off[1]) < share_right(cut_off[0], cut_off[2]) + 0.15
+
+
+def test_a_causal_model_is_a_prior_as_its_own_forward_says():
+    model = tiny_model("smollm2")
+    before, words = torch.tensor([[1, 40, 41], [1, 50, 51]]), torch.tensor([7, 90])
+    said = CausalPrior(Decoder(model)).log_probabilities(before, words)
+    with torch.no_grad():
+        true = model(input_ids=before).logits[:, -1].log_softmax(1)[:, words]
+    torch.testing.assert_close(said, true, atol=1e-4, rtol=1e-4)
+    with_begin = CausalPrior(Decoder(model), begin_id=1).log_probabilities(before[:, 1:], words)
+    torch.testing.assert_close(with_begin, true, atol=1e-4, rtol=1e-4)
+    nothing = CausalPrior(Decoder(model)).log_probabilities(before[:, :0], words)
+    assert torch.equal(nothing, torch.zeros(2, 2))
+
+
+def test_beams_find_the_best_of_all_texts():
+    draw = torch.Generator().manual_seed(0)
+    words = torch.stack([torch.randperm(100, generator=draw)[:4] for _ in range(5)])
+    seen = torch.randn(5, 4, generator=draw)
+    prior = CausalPrior(Decoder(tiny_model("smollm2")))
+    choices = torch.cartesian_prod(*[torch.arange(4)] * 5)
+    texts = words.gather(1, choices.T).T
+    scores = seen.gather(1, choices.T).sum(0).double()
+    logits = Decoder(tiny_model("smollm2")).model(input_ids=texts).logits.detach().log_softmax(2)
+    scores += logits[:, :-1].gather(2, texts[:, 1:, None])[..., 0].sum(1).double()
+    found = decode(Candidates(words=(words,), log_likelihoods=(seen,)), prior, beams=4**4)[0]
+    assert torch.equal(found, texts[scores.argmax()])
+    alone = decode(Candidates(words=(words,), log_likelihoods=(seen,)), prior, weight=0.0)[0]
+    assert torch.equal(alone, words.gather(1, seen.argmax(1, keepdim=True))[:, 0])
+
+
+def test_ngrams_are_a_distribution():
+    texts = [torch.tensor([1, 5, 6, 7]), torch.tensor([1, 5, 6, 8])]
+    prior = NgramPrior(texts, 20)
+    for before in ([], [1], [1, 5], [5, 6], [13, 14]):
+        said = prior.log_probabilities(torch.tensor([before], dtype=torch.int64), torch.arange(20))
+        assert said.exp().sum() == pytest.approx(1.0, abs=1e-4)
+    assert int(prior.log_probabilities(torch.tensor([[1, 5]]), torch.arange(20)).argmax()) == 6
+    assert unigram(texts, 20).exp().sum() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_bad_views(tmp_path):
+    token, _ = observe(open_tiny_bottom(tmp_path, "smollm2"), Mechanism(eta=9.0), public=3)
+    bert, _ = observe(open_tiny_bottom(tmp_path), Mechanism(eta=9.0, mode="vector"), public=3)
+    with pytest.raises(ConfigError, match="token mode"):
+        token_candidates(bert, nearest_tokens(bert))
+    with pytest.raises(DataError, match="one sent token"):
+        token_candidates(token, ())
+    with pytest.raises(ConfigError, match="vector mode at cut 0"):
+        vector_candidates(token)
+    with pytest.raises(ConfigError, match="adds positions or norms"):
+        vector_candidates(bert)
+    with pytest.raises(DataError, match="public text"):
+        NgramPrior([], 10)
+    with pytest.raises(ConfigError, match="at least 1"):
+        ChannelConfig(draws=0)
+    with pytest.raises(ConfigError, match="beams"):
+        decode(Candidates(words=(), log_likelihoods=()), NgramPrior(token.public, 128), beams=0)
