@@ -27,6 +27,7 @@ WALLS = {
     "blindtune.offsite.tuning": (
         "blindtune.offsite.importance",
         "blindtune.offsite.calibration",
+        "blindtune.offsite.competitors",
         "blindtune.offsite.compression",
         "blindtune.offsite.damage",
         "blindtune.offsite.emulation",
