@@ -33,11 +33,12 @@ class VendorWorld:
         self.out, self.cut = folder / "vendor", cut
         self.log = folder / "log.jsonl"
         self.tokens = {}
+        self.shown = None  # the customers' certificate and key, if they show any
 
-    def start(self, *, port=0, limits=None, **server):
+    def start(self, *, port=0, limits=None, access=SELF_SIGNED, **server):
         server = {"retry_after_seconds": 0.01, **server}
         return serve(
-            self.model, self.out, self.cut, access=SELF_SIGNED, limits=limits,
+            self.model, self.out, self.cut, access=access, limits=limits,
             server=ServerConfig(port=port, **server),
             watch=WatchConfig(metrics_port=0, log_file=str(self.log)),
         )  # fmt: skip
@@ -45,7 +46,8 @@ class VendorWorld:
     def trust(self, service, customer="anna"):
         if customer not in self.tokens:
             self.tokens[customer] = admit(customer, self.out)
-        return VendorTrust(token=self.tokens[customer], fingerprint=service.fingerprint)
+        own = {} if self.shown is None else {"certificate": self.shown[0], "key": self.shown[1]}
+        return VendorTrust(token=self.tokens[customer], fingerprint=service.fingerprint, **own)
 
     def connect(self, service, customer="anna", **options):
         return Connection(service.addresses[0], self.trust(service, customer), **options)
