@@ -7,7 +7,7 @@ from attacked import observe, open_tiny_bottom, sentences, share_right
 from blindtune.attacks.adversary import Candidates, unigram
 from blindtune.attacks.embedding_inversion import nearest_tokens
 from blindtune.attacks.fitting import FitConfig
-from blindtune.attacks.language_prior import CausalPrior, NgramPrior, decode
+from blindtune.attacks.language_prior import CausalPrior, NgramPrior, best_weight, decode
 from blindtune.attacks.likelihoods import ChannelConfig, token_candidates, vector_candidates
 from blindtune.attacks.trained_inversion import InverterConfig, candidates, train_inverter
 from blindtune.errors import ConfigError, DataError
@@ -125,3 +125,15 @@ def test_bad_views(tmp_path):
         ChannelConfig(draws=0)
     with pytest.raises(ConfigError, match="beams"):
         decode(Candidates(words=(), log_likelihoods=()), NgramPrior(token.public, 128), beams=0)
+
+
+@pytest.mark.parametrize(("misleading", "weight"), [(True, 0.0), (False, 1.0)])
+def test_a_rehearsal_says_how_far_to_trust_the_prior(misleading, weight):
+    prior = NgramPrior([torch.tensor([5, 6, 7])] * 20, 20)
+    words = torch.tensor([[5, 9], [6, 9], [7, 9]])
+    # Slightly for 9, so that a prior decides; the prior says 5, 6, 7.
+    found = Candidates(words=(words,), log_likelihoods=(torch.tensor([[0.0, 3.0]] * 3),))
+    truth = torch.tensor([9, 9, 9]) if misleading else torch.tensor([5, 6, 7])
+    assert best_weight(found, [truth], prior, weights=(0.0, 1.0)) == weight
+    with pytest.raises(DataError, match="known text"):
+        best_weight(found, [truth[:2]], prior)

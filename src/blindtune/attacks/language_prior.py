@@ -24,6 +24,8 @@ from blindtune.attacks.adversary import Candidates, Guess, unigram
 from blindtune.errors import ConfigError, DataError
 from blindtune.models.decoder import Decoder
 
+WEIGHTS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
+
 
 class Prior(Protocol):
     """Abstract. What a language says of the next word."""
@@ -128,6 +130,38 @@ def decode(
         raise ConfigError(f"expected beams >= 1 and weight >= 0, got {beams} and {weight}")
     pairs = zip(found.words, found.log_likelihoods, strict=True)
     return tuple(_decoded(words_LK, seen_LK, prior, beams, weight) for words_LK, seen_LK in pairs)
+
+
+def best_weight(
+    found: Candidates,
+    known: Sequence[Tensor],
+    prior: Prior,
+    *,
+    beams: int = 8,
+    weights: Sequence[float] = WEIGHTS,
+) -> float:
+    """How far to trust the prior beside this attack's likelihoods: tried on texts that are known.
+
+    Estimated likelihoods are off, and off likelihoods with a full prior can read less than without
+    one. The adversary rehearses: it noises public texts itself, attacks them, and sees.
+
+    Args:
+        found: the attack's candidates of public texts that the adversary noised itself.
+        known: those texts. The prior must not be counted from them, or it is trusted too much.
+        prior: as for `decode`.
+        beams: as for `decode`.
+        weights: to choose from; the first one of equals.
+
+    Raises:
+        DataError: no texts, or others than the candidates'.
+    """
+    if not known or [len(text) for text in known] != [len(words) for words in found.words]:
+        raise DataError("expected candidates for each token of at least one known text")
+    right = []
+    for weight in weights:
+        guess = decode(found, prior, beams=beams, weight=weight)
+        right.append(sum(int((g == t.cpu()).sum()) for g, t in zip(guess, known, strict=True)))
+    return weights[right.index(max(right))]
 
 
 def _decoded(words_LK: Tensor, seen_LK: Tensor, prior: Prior, beams: int, weight: float) -> Tensor:
