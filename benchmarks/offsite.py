@@ -1,6 +1,6 @@
 """Offsite-tuning on SmolLM2-135M: WikiText-2, ARC-Easy, the (alpha, beta) grid, cost, importance.
 
-    python benchmarks/offsite.py --data DIR --work DIR [--smoke] [main|arc|grid|ranking|cost ...]
+    python benchmarks/offsite.py --data DIR --work DIR [--smoke] [PART ...]
 
 Every row (one thing tuned and scored) is kept as JSON in WORK/rows as soon as it is done: kill the
 command and start it again, or start it several times on one machine, and the rows are shared. What
@@ -42,11 +42,14 @@ LENGTH = 128
 DEFAULT = EmulatorConfig()
 UNIFORM = EmulatorConfig(choice="uniform", beta=0.0, reading="removed", weighted=False)
 ADAPTER_RATE = TrainingConfig().learning_rate
+PARTS = ("main", "arc", "frontier", "grid", "ranking", "cost")
 FT_RATES = (1e-4, 2e-4, 4e-4)
 FT_RATE = 2e-4
 # beta in the reading "removed"; the default, 0.8 kept, is 0.2 removed.
 GRID = [(alpha, beta) for alpha in (0.125, 0.25, 0.5) for beta in (0.2, 0.5, 0.8)]
 SEEDS = (0, 1, 2)
+# Triplets at full length: what is bought with layers, what with rank (beta is the share kept).
+FRONTIER = [(a, 1.0) for a in (0.125, 0.15, 0.2, 0.25)] + [(a, 0.8) for a in (0.125, 0.2, 0.25)]
 # Uniform LayerDrop needs no study; an empty one lets it go through the same code.
 DROP = {"stand_in": "identity", "warm_start": "none", "initial_scores": "zero", "steps": 0}
 STUDIES = {"study": {}, "study-drop": DROP}
@@ -232,12 +235,24 @@ def plan(bench, part):
         for alpha, beta in GRID:
             config = replace(DEFAULT, alpha=alpha, beta=beta, reading="removed")
             add(f"{alpha}-{beta}", wiki_row, "ScaleOT", 0, ADAPTER_RATE, config, 25, 16)
+    elif part == "frontier":
+        for alpha, kept in FRONTIER:
+            for seed in SEEDS if (alpha, kept) == (0.2, 1.0) else SEEDS[:1]:
+                add(f"{alpha}-{kept}-{seed}", frontier_row, seed, alpha, kept)
     elif part == "ranking":
         for name, changes in RANKINGS.items():
             add(name, ranking_row, name, changes)
     elif part == "cost":
         add("cost", cost_row)
     return rows
+
+
+def frontier_row(bench, folder, seed, alpha, kept):
+    """The protocol for one triplet, as in the main part."""
+    config = replace(DEFAULT, alpha=alpha, beta=kept)
+    row = wiki_row(bench, folder, "ScaleOT", seed, ADAPTER_RATE, config)
+    kinds = row["facts"].pop("layers")
+    return row | {"replaced": [i for i, kind in enumerate(kinds) if kind == "HarmonizerLayer"]}
 
 
 def uniform_row(bench, folder, seed):
@@ -379,7 +394,7 @@ def matmul_rate():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", default=["main", "arc", "grid", "ranking", "cost"])
+    parser.add_argument("parts", nargs="*", default=PARTS, help=", ".join(PARTS))
     parser.add_argument("--data", type=Path, required=True, help="directory of the data sets")
     parser.add_argument("--work", type=Path, required=True, help="directory for rows and studies")
     parser.add_argument("--smoke", action="store_true", help="a twentieth of everything")

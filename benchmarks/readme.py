@@ -142,6 +142,32 @@ def grid_table(grid):
     return lines
 
 
+def frontier_table(frontier):
+    """Triplets at full length, against the main part's FT and directly tuned adapter."""
+    main = part("main")
+    rows, zero = wiki_rows(main), main["rows"]["ZS"]["ZS"]
+    tuned, direct = rows["FT"], rows["Adapter tuned directly"]
+    lines = [
+        "| alpha | beta kept | layers replaced | plug-in, nats | recovery of FT "
+        "| of the adapter tuned directly | gap to emulator FT, nats |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    triplets = dict.fromkeys(key.rpartition("-")[0] for key in frontier["rows"])
+    for triplet in sorted(triplets, key=lambda t: [-float(x) for x in reversed(t.split("-"))]):
+        seeds = {s: row for s in SEEDS if (row := frontier["rows"].get(f"{triplet}-{s}"))}
+        plug = [row["Plug-in"] for row in seeds.values()]
+        cells = [
+            *triplet.split("-"),
+            str(len(seeds[0]["replaced"])),
+            spread(plug, 3),
+            spread([(zero - r["Plug-in"]) / (zero - tuned[s]) for s, r in seeds.items()], 2),
+            spread([(zero - r["Plug-in"]) / (zero - direct[s]) for s, r in seeds.items()], 2),
+            spread([r["Emulator FT"] - r["Plug-in"] for r in seeds.values()], 2),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def grid_figure(grid):
     """Heat maps of the plug-in and of the tuned emulator over (alpha, share of rank removed)."""
     panels = {
@@ -191,11 +217,12 @@ def cost_lines(cost):
 
 BLOCKS = {
     "README.md": {"results": ("main", "arc", "cost")},
-    "docs/choosing.md": {"grid": ("grid",), "ranking": ("ranking",)},
+    "docs/choosing.md": {"frontier": ("frontier",), "grid": ("grid",), "ranking": ("ranking",)},
 }
 TABLES = {
     "main": wiki_table,
     "arc": arc_table,
+    "frontier": frontier_table,
     "grid": grid_table,
     "ranking": ranking_table,
     "cost": cost_lines,
