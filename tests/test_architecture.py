@@ -24,6 +24,9 @@ FLOORS = {
 WALLS = {
     "blindtune.split.vendor": ("blindtune.privacy", "blindtune.split.customer"),
     "blindtune.split.customer": ("blindtune.split.vendor",),
+    "blindtune.split.tuning_job": ("blindtune.split.vendor",),
+    "blindtune.split.prediction": ("blindtune.split.vendor",),
+    "blindtune.split.cancellation": ("blindtune.split.vendor",),
     "blindtune.offsite.tuning": (
         "blindtune.offsite.importance",
         "blindtune.offsite.calibration",

@@ -36,7 +36,13 @@ if TYPE_CHECKING:
     from blindtune.offsite.study import Study, StudyConfig, open_study
     from blindtune.offsite.studying import study
     from blindtune.offsite.tuning import Tuning, tune
+    from blindtune.split.access import AccessConfig
+    from blindtune.split.cancellation import Cancellation, cancel
+    from blindtune.split.customer import PassConfig
     from blindtune.split.door import CertificateConfig, admit
+    from blindtune.split.prediction import AskingConfig, Prediction, predict
+    from blindtune.split.privacy_statement import PrivacyStatement, PrivatizerConfig
+    from blindtune.split.private_texts import ReadingConfig
     from blindtune.split.service import (
         Bottom,
         BottomConfig,
@@ -45,16 +51,20 @@ if TYPE_CHECKING:
         bottom,
         serve,
     )
-    from blindtune.split.terms import VendorLimits
+    from blindtune.split.terms import TuningConfig, VendorLimits
+    from blindtune.split.tuning_job import SplitTuning, split_tune
     from blindtune.training.config import RunConfig, TrainingConfig
     from blindtune.training.text import DataConfig
 
 __version__ = "0.1.0"
 
 _PLACES = {
+    "AccessConfig": "blindtune.split.access",
     "AdapterConfig": "blindtune.offsite.adapter",
+    "AskingConfig": "blindtune.split.prediction",
     "Bottom": "blindtune.split.service",
     "BottomConfig": "blindtune.split.service",
+    "Cancellation": "blindtune.split.cancellation",
     "CertificateConfig": "blindtune.split.door",
     "DataConfig": "blindtune.training.text",
     "DynamicConfig": "blindtune.offsite.importance",
@@ -64,35 +74,48 @@ _PLACES = {
     "Evaluation": "blindtune.evaluation.evaluating",
     "EvaluationConfig": "blindtune.evaluation.evaluating",
     "Inspection": "blindtune.offsite.inspection",
+    "PassConfig": "blindtune.split.customer",
     "PlugIn": "blindtune.offsite.plugin",
+    "Prediction": "blindtune.split.prediction",
+    "PrivacyStatement": "blindtune.split.privacy_statement",
+    "PrivatizerConfig": "blindtune.split.privacy_statement",
+    "ReadingConfig": "blindtune.split.private_texts",
     "RunConfig": "blindtune.training.config",
     "ServerConfig": "blindtune.exchange.serving",
     "Service": "blindtune.split.service",
+    "SplitTuning": "blindtune.split.tuning_job",
     "Study": "blindtune.offsite.study",
     "StudyConfig": "blindtune.offsite.study",
     "TrainingConfig": "blindtune.training.config",
     "Tuning": "blindtune.offsite.tuning",
+    "TuningConfig": "blindtune.split.terms",
     "VendorLimits": "blindtune.split.terms",
     "WatchConfig": "blindtune.split.service",
     "admit": "blindtune.split.door",
     "bottom": "blindtune.split.service",
+    "cancel": "blindtune.split.cancellation",
     "emulate": "blindtune.offsite.emulation",
     "evaluate": "blindtune.evaluation.evaluating",
     "inspect": "blindtune.offsite.inspection",
     "open_emulator": "blindtune.offsite.emulator",
     "open_study": "blindtune.offsite.study",
     "plug_in": "blindtune.offsite.plugin",
+    "predict": "blindtune.split.prediction",
     "serve": "blindtune.split.service",
+    "split_tune": "blindtune.split.tuning_job",
     "study": "blindtune.offsite.studying",
     "tune": "blindtune.offsite.tuning",
 }
 """Where each name is, for those that need torch."""
 
 __all__ = [
+    "AccessConfig",
     "AdapterConfig",
+    "AskingConfig",
     "BlindtuneError",
     "Bottom",
     "BottomConfig",
+    "Cancellation",
     "CertificateConfig",
     "ConfigError",
     "DataConfig",
@@ -109,16 +132,23 @@ __all__ = [
     "NetworkError",
     "OutputError",
     "PackageError",
+    "PassConfig",
     "PlugIn",
     "PolicyError",
+    "Prediction",
+    "PrivacyStatement",
+    "PrivatizerConfig",
+    "ReadingConfig",
     "RunConfig",
     "ServerConfig",
     "Service",
+    "SplitTuning",
     "Study",
     "StudyConfig",
     "TrainingConfig",
     "TrainingError",
     "Tuning",
+    "TuningConfig",
     "UnsupportedModelError",
     "VendorLimits",
     "VerificationError",
@@ -126,13 +156,16 @@ __all__ = [
     "__version__",
     "admit",
     "bottom",
+    "cancel",
     "emulate",
     "evaluate",
     "inspect",
     "open_emulator",
     "open_study",
     "plug_in",
+    "predict",
     "serve",
+    "split_tune",
     "study",
     "tune",
 ]

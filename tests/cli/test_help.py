@@ -43,6 +43,9 @@ def test_help_says_who_what_and_how(verb, capsys):
 def test_help_says_what_can_be_resumed(verb, capsys):
     assert run([verb, "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
+    if verb == "split-tune":
+        assert "auto: a job that is there goes on" in text
+        return
     if import_module(f"blindtune.cli.{verb.replace('-', '_')}").VERB.goes_on:
         assert "there is no --resume" in text
         return

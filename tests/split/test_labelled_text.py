@@ -33,7 +33,7 @@ def test_names_and_columns(tmp_path):
     [
         ("a.txt", "x", "ending"),
         ("a.csv", "text\nx\n", "columns text"),
-        ("a.csv", "", "two classes"),
+        ("a.csv", "", "got none"),
         ("a.csv", "text,label\nx,1\n", "1 texts of 1"),
         ("a.jsonl", '{"text": 3, "label": 1}', "a.jsonl:1"),
         ("a.jsonl", '{"text": "x", "label": 0.5}', "class"),

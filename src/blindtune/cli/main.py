@@ -30,6 +30,9 @@ VERBS = {
     "bottom": "vendor: cut a model, and write what customers of split tuning get",
     "serve": "vendor: tune a model for customers who send privatized states",
     "admit": "vendor: give a customer a token",
+    "split-tune": "customer: tune a vendor's model on texts that it never sees",
+    "predict": "customer: ask a tuned job about new texts",
+    "cancel": "customer: end a job at the vendor",
 }
 """Every verb with its line in `blindtune --help`; its module is imported when it is used."""
 
@@ -52,6 +55,9 @@ Or the customer sends privatized states of the text to the vendor, who tunes the
 \b
   vendor        blindtune serve smollm2-135m --cut 6 --out vendor/ --self-signed
                 blindtune admit alice --out vendor/
+  customer      blindtune split-tune URL --bottom bottom/ --data train.csv \\
+                  --changed-share 0.5 --out job/
+                blindtune predict URL --job job/ --data new.csv
 
 Each verb explains itself: blindtune VERB --help.
 """

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -62,11 +62,17 @@ class PassConfig:
     """How states are written on the wire."""
     checkpoint_steps: int = 50
     """Steps between checkpoints at the vendor; the last step always has one."""
+    head_learning_rate: float = 1e-3
+    """U-shape: of AdamW for the customer's own head."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         if min(self.epochs, self.batch_size, self.accumulate, self.checkpoint_steps) < 1:
             raise ConfigError("epochs, batch_size, accumulate, checkpoint_steps must be above 0")
+        if self.precision not in get_args(Precision):
+            raise ConfigError(f"expected precision float32, float16, int8, got {self.precision!r}")
+        if not 0 < self.head_learning_rate < 1e6:
+            raise ConfigError("head_learning_rate must be above 0")
 
     def steps(self, texts: int) -> list[list[list[int]]]:
         """The plan: for every optimizer step its batches, for every batch its texts."""
@@ -134,6 +140,7 @@ def train(
     config: PassConfig,
     *,
     applied: int = 0,
+    answered: int | None = None,
     on_loss: Callable[[float], None] = lambda _loss: None,
 ) -> list[float]:
     """Two-part: stream all batches and steps that the vendor has not applied yet.
@@ -143,6 +150,8 @@ def train(
         private: states with labels; the same as before when a job is gone on with.
         config: the same as before when a job is gone on with.
         applied: number of the last request that the job holds (`JobState.applied`).
+        answered: number of the last one whose reply is known here, if it is an earlier one. Those
+            between are sent again and change nothing; the vendor remembers eight replies.
         on_loss: is told every batch's mean loss, in order.
 
     Returns:
@@ -165,7 +174,7 @@ def train(
             losses.append(reply.loss)
             on_loss(reply.loss)
 
-    for request in _requests(private, private.labels, config, applied):
+    for request in _requests(private, private.labels, config, applied, answered):
         if len(waiting) >= WINDOW:
             settle()
         waiting.append((request, transport.submit(request)))
@@ -189,15 +198,20 @@ def _check_reply(request: Message, reply: Message) -> None:
 
 
 def _requests(
-    private: PrivateStates, labels: Tensor, config: PassConfig, applied: int
+    private: PrivateStates,
+    labels: Tensor,
+    config: PassConfig,
+    applied: int,
+    answered: int | None,
 ) -> Iterator[Message]:
-    """The plan's requests after number `applied`, and checkpoints between them."""
+    """The plan's requests after number `answered`; checkpoints where they are not yet applied."""
     number, plan = 0, config.steps(len(private))
+    answered = applied if answered is None else min(answered, applied)
     for made, step in enumerate(plan, 1):
         texts = sum(map(len, step))
         for indices in step:
             number += 1
-            if number > applied:
+            if number > answered:
                 hidden_TD, lengths = private.rows(indices)
                 yield Batch(
                     sequence=number,
@@ -208,7 +222,7 @@ def _requests(
                     weight=len(indices) / texts,
                 )
         number += 1
-        if number > applied:
+        if number > answered:
             yield Step(sequence=number)
         if number >= applied and (made % config.checkpoint_steps == 0 or made == len(plan)):
             yield Checkpoint(sequence=number)
@@ -220,8 +234,11 @@ def predict(
     *,
     batch_size: int = 16,
     precision: Precision = "float16",
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Tensor:
     """Two-part: the tuned model's outputs [N, C] (logits of classes, or targets).
+
+    `on_progress` is told how many texts are done, and how many there are.
 
     Raises:
         VerificationError: the vendor's reply does not fit the texts.
@@ -234,6 +251,7 @@ def predict(
         if not isinstance(reply, Predictions) or len(reply.logits_BC) != len(indices):
             raise VerificationError(f"expected predictions for {len(indices)} texts, got {reply!r}")
         found.append(reply.logits_BC)
+        on_progress(indices[-1] + 1, len(private))
     return torch.cat(found)
 
 

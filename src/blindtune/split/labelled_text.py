@@ -1,29 +1,50 @@
-"""Labelled texts from a customer's file: .jsonl with an object a line, or .csv with a header."""
+"""Labelled texts from a customer's file: .jsonl with an object a line, or .csv with a header.
+
+Both are read here, so that a bad row is named by file and line; .parquet files and data sets of the
+hub go through the `datasets` library (`training.text`).
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from blindtune.errors import DataError
+from blindtune.training.text import DataConfig, read_rows
+
+LabelKind = Literal["class", "target"]
+"""What a label is: a class by its name, or a number to predict."""
 
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts and their classes."""
+    """Texts and what they are labelled."""
 
     texts: tuple[str, ...]
     labels_N: Tensor
-    """Classes [N], int64, by their place in `names`."""
+    """Classes [N], int64, by their place in `names`; or targets [N], float32."""
     names: tuple[str, ...]
-    """What the labels are called in the file, sorted."""
+    """What the classes are called in the file, sorted; none for targets."""
+    rows: tuple[int, ...] = ()
+    """Which row of the file each text is, from 1."""
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Texts with their raw labels, as a file has them."""
+
+    texts: tuple[str, ...]
+    labels: tuple[Any, ...]
+    rows: tuple[int, ...]
+    where: tuple[str, ...]
 
 
 def read_labelled(
@@ -32,48 +53,111 @@ def read_labelled(
     text_column: str = "text",
     label_column: str = "label",
     names: tuple[str, ...] | None = None,
+    kind: LabelKind = "class",
 ) -> LabelledTexts:
-    """Read a file of texts and classes; rows with an empty text are left out.
+    """Read a file of texts and labels; rows with an empty text are left out.
 
     Args:
-        path: ends in .jsonl or .csv, UTF-8.
-        text_column, label_column: where text and label are; labels are strings or integers.
+        path: ends in .jsonl, .csv or .parquet, UTF-8; or names a data set of the hub.
+        text_column, label_column: where text and label are; classes are strings or integers.
         names: the classes, when another file decided them (the training texts').
+        kind: what the labels are.
 
     Raises:
         DataError: no such file, another ending, a malformed row, a column missing, an unknown
             label, or fewer than two classes.
     """
-    texts, found = [], []
-    for where, row in _rows(Path(path)):
-        text, label = row.get(text_column), row.get(label_column)
-        if not isinstance(text, str) or isinstance(label, bool | float | dict | list | None):
-            raise DataError(
-                f"{where}: expected a text in {text_column!r} and a class in {label_column!r}, "
-                f"got columns {', '.join(map(str, row))[:200]}: name the right columns"
-            )
-        if text.strip():
-            texts.append(text)
-            found.append(str(label))
-    classes = names or tuple(sorted(set(found)))
-    if not texts or len(classes) < 2:
+    found = _read(path, text_column, label_column, required=True)
+    if kind == "target":
+        targets = [_number(label, where) for label, where in _pairs(found)]
+        return LabelledTexts(found.texts, torch.tensor(targets), (), found.rows)
+    called = [_class(label, where, label_column) for label, where in _pairs(found)]
+    classes = names or tuple(sorted(set(called)))
+    if not called or len(classes) < 2:
         raise DataError(
-            f"{path}: expected texts of at least two classes, got {len(texts)} texts of "
+            f"{path}: expected texts of at least two classes, got {len(called)} texts of "
             f"{len(classes)}: check the label column"
         )
-    unknown = sorted(set(found) - set(classes))
+    unknown = sorted(set(called) - set(classes))
     if unknown:
         raise DataError(
             f"{path}: expected classes {', '.join(classes)[:200]}, got {', '.join(unknown)[:200]}: "
             "use the classes of the training texts"
         )
     place = {name: i for i, name in enumerate(classes)}
-    return LabelledTexts(tuple(texts), torch.tensor([place[label] for label in found]), classes)
+    labels = torch.tensor([place[name] for name in called])
+    return LabelledTexts(found.texts, labels, classes, found.rows)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if path.suffix not in (".jsonl", ".csv"):
-        raise DataError(f"{path}: expected a file ending in .jsonl or .csv: convert or rename it")
+def read_texts(
+    path: str | Path, *, text_column: str = "text", label_column: str = "label"
+) -> tuple[tuple[str, ...], tuple[int, ...], bool]:
+    """Read texts alone: them, their rows, and whether every one of them has a label too.
+
+    Raises:
+        DataError: as for `read_labelled`, but no label is missed.
+    """
+    found = _read(path, text_column, label_column, required=False)
+    return found.texts, found.rows, None not in found.labels
+
+
+def _read(path: str | Path, text_column: str, label_column: str, *, required: bool) -> _Column:
+    texts, labels, numbers, places = [], [], [], []
+    for number, (where, row) in enumerate(_rows(path), 1):
+        text, label = row.get(text_column), row.get(label_column)
+        if not isinstance(text, str) or (required and label is None):
+            wanted = f" and a label in {label_column!r}" if required else ""
+            raise DataError(
+                f"{where}: expected a text in {text_column!r}{wanted}, "
+                f"got columns {', '.join(map(str, row))[:200]}: name the right columns"
+            )
+        if text.strip():
+            texts.append(text)
+            labels.append(label)
+            numbers.append(number)
+            places.append(where)
+    if not texts:
+        raise DataError(f"{path}: expected texts, got none: give a file with data")
+    return _Column(tuple(texts), tuple(labels), tuple(numbers), tuple(places))
+
+
+def _pairs(found: _Column) -> Iterator[tuple[Any, str]]:
+    return zip(found.labels, found.where, strict=True)
+
+
+def _class(label: Any, where: str, column: str) -> str:
+    if isinstance(label, bool | float | dict | list):
+        raise DataError(
+            f"{where}: expected a class (text or a whole number) in {column!r}, got {label!r:.40}: "
+            "name another column, or the task regression"
+        )
+    return str(label)
+
+
+def _number(label: Any, where: str) -> float:
+    try:
+        value = float(label)
+    except (TypeError, ValueError):
+        value = math.nan
+    if isinstance(label, bool) or not math.isfinite(value):
+        raise DataError(f"{where}: expected a finite number as target, got {label!r:.40}")
+    return value
+
+
+def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    suffix = Path(path).suffix
+    if suffix == ".parquet" or (not suffix and not Path(path).exists()):
+        for where, record in read_rows(str(path), DataConfig()):
+            yield where, dict(record)
+        return
+    if suffix not in (".jsonl", ".csv"):
+        raise DataError(
+            f"{path}: expected a file ending in .jsonl, .csv or .parquet: convert or rename it"
+        )
+    yield from _lines(Path(path))
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":

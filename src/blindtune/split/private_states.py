@@ -34,14 +34,12 @@ from blindtune.atomic import atomic_file
 from blindtune.errors import DataError
 from blindtune.exchange.messages import pack
 from blindtune.privacy.metric_dp import Mechanism, Privatizer
-from blindtune.privacy.token_importance import (
-    ContributingTokens,
-    ImportanceConfig,
-    count_tokens,
-)
+from blindtune.privacy.token_importance import ImportanceConfig
 from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.bottom import Bottom
-from blindtune.split.partition import Stack, longest_sequence, run_bottom
+from blindtune.split.partition import Stack, run_bottom
+from blindtune.split.private_texts import encode_texts
+from blindtune.split.spared_tokens import contributing_tokens, factors_of
 
 
 @final
@@ -68,7 +66,10 @@ class PrivateStates:
         return torch.cat(chosen), tuple(len(state) for state in chosen)
 
     def save(self, path: str | Path) -> None:
-        """Write everything to a file that must stay with the customer: it holds the text."""
+        """Write everything to a file that must stay with the customer: it holds the text.
+
+        Nobody but its owner may read it.
+        """
         tensors = {
             "hidden_TD": torch.cat(self.states),
             "ids_T": torch.cat(self.ids),
@@ -79,7 +80,9 @@ class PrivateStates:
         if self.changed is not None:
             tensors["changed"] = torch.tensor(self.changed, dtype=torch.float64)
         with atomic_file(path) as partial:
+            partial.touch(mode=0o600)
             save_file(tensors, partial)
+            partial.chmod(0o600)  # if the library made another file in its place
 
     @staticmethod
     def load(path: str | Path) -> PrivateStates:
@@ -97,7 +100,6 @@ class PrivateStates:
             raise DataError(f"{path}: expected privatized states, cannot read them") from error
 
 
-@torch.no_grad()
 def privatize(
     bottom: Bottom,
     texts: Sequence[str],
@@ -115,6 +117,44 @@ def privatize(
     Args:
         bottom: from `open_bottom`.
         texts: private; none may be without tokens.
+        labels, mechanism, importance, groups, classes, batch_size, testing_seed: as for
+            `privatize_ids`.
+
+    Raises:
+        DataError: no texts, an empty text, other labels than texts.
+        ConfigError: options that contradict each other.
+    """
+    return privatize_ids(
+        bottom,
+        encode_texts(bottom, texts),
+        labels,
+        mechanism=mechanism,
+        importance=importance,
+        groups=groups,
+        classes=classes,
+        batch_size=batch_size,
+        testing_seed=testing_seed,
+    )
+
+
+@torch.no_grad()
+def privatize_ids(
+    bottom: Bottom,
+    ids: Sequence[Tensor],
+    labels: Tensor | None = None,
+    *,
+    mechanism: Mechanism | None,
+    importance: ImportanceConfig | None = None,
+    groups: WordGroups | None = None,
+    classes: int = 0,
+    batch_size: int = 32,
+    testing_seed: int | None = None,
+) -> PrivateStates:
+    """Noise and run the bottom, once, on texts that are token ids already.
+
+    Args:
+        bottom: from `open_bottom`.
+        ids: [L] of every text, by the bottom's own tokenizer; private.
         labels: one a text; None for texts to predict, or for language modelling.
         mechanism: the noise; None: no noise and no promise at all, for comparisons.
         importance: CTI for training texts with classes; None: every token gets full noise, special
@@ -126,37 +166,24 @@ def privatize(
         testing_seed: for tests only: noise that anyone can repeat. Warns.
 
     Raises:
-        DataError: no texts, an empty text, other labels than texts.
+        DataError: no texts, other labels than texts.
         ConfigError: options that contradict each other.
     """
-    if not texts or (labels is not None and len(labels) != len(texts)):
+    if not ids or (labels is not None and len(labels) != len(ids)):
         raise DataError(
-            f"expected texts and as many labels, got {len(texts)} and "
+            f"expected texts and as many labels, got {len(ids)} and "
             f"{'none' if labels is None else len(labels)}"
         )
-    ids = _encode(bottom, texts)
     coarse = ids if groups is None else [groups.apply(text) for text in ids]
-    table_VD = bottom.stack.embedding.weight
-    assert isinstance(table_VD, Tensor)
-    spared = importance or ImportanceConfig(fraction=0.0)
-    counts = None
-    if spared.fraction and labels is not None and classes:
-        counts = count_tokens(
-            coarse, labels.tolist(), classes=classes, vocabulary_size=len(table_VD)
-        )
-    contributing = ContributingTokens(counts, bottom.tokenizer.all_special_ids, spared)
-    privatizer = None
-    if mechanism is not None:
-        rows_GD = table_VD if groups is None else table_VD[groups.representatives]
-        table = rows_GD if mechanism.mode == "token" else None
-        privatizer = Privatizer(mechanism, table, testing_seed=testing_seed)
+    contributing = contributing_tokens(bottom, coarse, labels, importance, classes)
+    privatizer = _privatizer(bottom, mechanism, groups, testing_seed)
     states: list[Tensor] = []
     changed, content = 0, 0
     for begin in range(0, len(ids), batch_size):
         true_BL, mask_BL = _padded(bottom, ids[begin : begin + batch_size])
         ids_BL = true_BL if groups is None else groups.apply(true_BL)
-        classes_B = labels[begin : begin + batch_size] if counts is not None else None  # type: ignore[index]
-        factors_BL = contributing.factors(ids_BL, classes_B)
+        labels_B = None if labels is None else labels[begin : begin + batch_size]
+        factors_BL = factors_of(contributing, ids_BL, labels_B)
         sent_BL = _tokens_sent(privatizer, groups, ids_BL, factors_BL)
         content_BL = mask_BL.bool() & ~contributing.is_special(true_BL)
         changed += int((content_BL & (sent_BL != true_BL)).sum())
@@ -171,6 +198,29 @@ def privatize(
         ids=tuple(ids),
         changed=changed / content if content and replaces else None,
     )
+
+
+@torch.no_grad()
+def clean_states(bottom: Bottom, ids: Sequence[Tensor]) -> list[Tensor]:
+    """States [L, D] of texts without any noise: they never leave."""
+    ids_BL, mask_BL = _padded(bottom, ids)
+    packed_TD, lengths = pack(_noised(bottom, None, ids_BL, mask_BL, mask_BL), mask_BL)
+    return list(packed_TD.float().split(lengths))
+
+
+def _privatizer(
+    bottom: Bottom,
+    mechanism: Mechanism | None,
+    groups: WordGroups | None,
+    testing_seed: int | None,
+) -> Privatizer | None:
+    if mechanism is None:
+        return None
+    table_VD = bottom.stack.embedding.weight
+    assert isinstance(table_VD, Tensor)
+    rows_GD = table_VD if groups is None else table_VD[groups.representatives]
+    table = rows_GD if mechanism.mode == "token" else None
+    return Privatizer(mechanism, table, testing_seed=testing_seed)
 
 
 def _padded(bottom: Bottom, some: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -193,19 +243,6 @@ def _tokens_sent(
         return privatizer.tokens(ids_BL, factors_BL)
     words_G = groups.representatives
     return words_G[privatizer.tokens(torch.searchsorted(words_G, ids_BL), factors_BL)]
-
-
-def _encode(bottom: Bottom, texts: Sequence[str]) -> list[Tensor]:
-    limits = [n for n in (bottom.max_length, longest_sequence(bottom.stack)) if n is not None]
-    longest = min(limits, default=None)
-    encoded = bottom.tokenizer(
-        list(texts), truncation=longest is not None, max_length=longest, add_special_tokens=True
-    )["input_ids"]
-    ids = [torch.tensor(text, dtype=torch.int64) for text in encoded]
-    empty = next((i for i, text in enumerate(ids) if not len(text)), None)
-    if empty is not None:
-        raise DataError(f"text {empty} holds no token: leave it out")
-    return ids
 
 
 def _noised(

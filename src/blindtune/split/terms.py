@@ -34,11 +34,11 @@ class TuningConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 turns that off."""
     schedule: ScheduleName = "constant"
-    """constant, or linear or cosine to 0 at `max_steps`."""
+    """constant, or linear or cosine to 0 at max_steps."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
     max_steps: int = 0
-    """Length of the schedule; needed unless it is constant."""
+    """Length of a schedule that is not constant; 0: what split_tune will make in all epochs."""
     pooling: Pooling | None = None
     """What the vendor's head reads: first or last token, or the mean; None: the mean for encoders,
     the last token for decoders."""
@@ -55,8 +55,8 @@ class TuningConfig:
             )
         if not self.learning_rate > 0 or min(numbers) < 0 or not max(numbers) < 1e6:
             raise ConfigError("learning_rate must be above 0, the other numbers from 0 to 1e6")
-        if not 0 <= self.warmup_steps <= 2**31 or not 0 <= self.seed < 2**31:
-            raise ConfigError("warmup_steps and seed must be from 0 to 2147483647")
+        if not all(0 <= n < 2**31 for n in (self.warmup_steps, self.max_steps, self.seed)):
+            raise ConfigError("warmup_steps, max_steps and seed must be from 0 to 2147483647")
         if self.schedule not in SCHEDULES or self.lora_targets not in get_args(Targets):
             raise ConfigError(
                 f"expected schedule {', '.join(SCHEDULES)} and lora_targets attention or all, got "
@@ -64,8 +64,6 @@ class TuningConfig:
             )
         if self.pooling is not None and self.pooling not in get_args(Pooling):
             raise ConfigError(f"expected pooling first, mean or last, got {self.pooling!r}")
-        if self.schedule != "constant" and self.max_steps < 1:
-            raise ConfigError(f"max_steps is needed for a {self.schedule} schedule")
 
     def options(self) -> dict[str, int | float | bool | str | None]:
         """As the options of `OpenJob`."""
@@ -78,7 +76,10 @@ def tuning_of(options: Mapping[str, Any]) -> TuningConfig:
     if unknown:
         raise PolicyError(f"unknown options {', '.join(unknown[:5])}: leave them out")
     try:
-        return msgspec.convert(dict(options), TuningConfig)
+        config = msgspec.convert(dict(options), TuningConfig)
+        if config.schedule != "constant" and config.max_steps < 1:
+            raise ConfigError(f"max_steps is needed for a {config.schedule} schedule")
+        return config
     except (msgspec.ValidationError, ConfigError) as error:
         raise PolicyError(f"these options are not possible: {error}") from error
 

@@ -11,7 +11,7 @@ Shapes: B batch, L length, T tokens, D hidden, F features, C outputs, N texts.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import final
 
@@ -27,6 +27,8 @@ from blindtune.split.bottom import Bottom
 from blindtune.split.customer import PROGRAM, PassConfig
 from blindtune.split.partition import (
     PooledHead,
+    default_pooling,
+    feature_size,
     lm_logits,
     next_token_loss,
     run_top,
@@ -35,6 +37,7 @@ from blindtune.split.partition import (
 )
 from blindtune.split.private_states import PrivateStates
 from blindtune.split.remote import RemoteTrunk
+from blindtune.split.terms import TuningConfig
 
 _KEPT = 2
 _NAME = re.compile(r"top-([0-9]+)\.pt")
@@ -131,6 +134,16 @@ class Top:
                 (self._directory / f"top-{later}.pt").unlink()
 
 
+def customers_head(bottom: Bottom, outputs: int, tuning: TuningConfig) -> PooledHead | None:
+    """The U-shape's head for a task, its first weights from the seed; None for language models."""
+    if not outputs:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(tuning.seed)
+        pooling = tuning.pooling or default_pooling(bottom.stack)
+        return PooledHead(feature_size(bottom.stack), outputs, pooling)
+
+
 def go_on(
     connect: Callable[[], Transport],
     top: Top,
@@ -217,7 +230,6 @@ def train_u_shape(
     return losses
 
 
-@torch.no_grad()
 def predict_u_shape(
     transport: Transport,
     top: Top,
@@ -227,13 +239,25 @@ def predict_u_shape(
     precision: Precision = "float16",
 ) -> list[Tensor]:
     """Outputs of every batch in order: [B, C] of the head, or logits [B, L, V]."""
+    return list(each_u_shape(transport, top, private, batch_size=batch_size, precision=precision))
+
+
+def each_u_shape(
+    transport: Transport,
+    top: Top,
+    private: PrivateStates,
+    *,
+    batch_size: int = 16,
+    precision: Precision = "float16",
+) -> Iterator[Tensor]:
+    """As `predict_u_shape`, one batch at a time: logits of many texts do not fit in memory."""
     trunk = RemoteTrunk(transport, precision=precision)
-    found = []
     for begin in range(0, len(private), batch_size):
         indices = range(begin, min(begin + batch_size, len(private)))
         hidden_BLD, mask_BL = unpack(*private.rows(indices))
-        found.append(top.outputs(trunk.predict(hidden_BLD, mask_BL), mask_BL))
-    return found
+        with torch.no_grad():
+            outputs = top.outputs(trunk.predict(hidden_BLD, mask_BL), mask_BL)
+        yield outputs
 
 
 def _target(private: PrivateStates, indices: list[int], language_model: bool) -> Tensor:

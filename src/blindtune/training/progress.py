@@ -37,6 +37,8 @@ class StepReport:
     """Newest logged training loss, nats a token."""
     validation_loss: float | None
     """Newest validation loss, nats a token."""
+    bytes_sent: int | None = None
+    """To the other party, where there is one."""
 
 
 OnProgress = Callable[[StepReport], None]
@@ -67,6 +69,8 @@ def progress_bar(max_steps: int, silent: bool) -> Iterator[OnProgress]:
                 parts.append(f"loss {report.train_loss:.3f}")
             if report.validation_loss is not None:
                 parts.append(f"validation {report.validation_loss:.3f}")
+            if report.bytes_sent is not None:
+                parts.append(f"{report.bytes_sent / 1e6:,.1f} MB sent")
             bar.update(task, completed=report.step, description=" · ".join(parts))
 
         yield show

@@ -33,7 +33,7 @@ from blindtune.training.records import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DataConfig", "TokenDataset", "load_dataset_file", "show_sample"]
+__all__ = ["DataConfig", "TokenDataset", "load_dataset_file", "read_rows", "show_sample"]
 
 _EXTENSIONS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 Row = tuple[str, Record]
@@ -88,7 +88,7 @@ def load_dataset_file(
             accepted columns, or most of its examples hold nothing to train on.
     """
     source = str(path_or_hub_name)
-    rows = islice(_rows(source, config), config.max_samples)
+    rows = islice(read_rows(source, config), config.max_samples)
     first = next(rows, None)
     if first is None:
         raise DataError(f"{source}: expected records, the file is empty: give a file with data")
@@ -185,7 +185,12 @@ def _chain(first: Row, rest: Iterator[Row]) -> Iterator[Row]:
     yield from rest
 
 
-def _rows(source: str, config: DataConfig) -> Iterator[Row]:
+def read_rows(source: str, config: DataConfig) -> Iterator[Row]:
+    """The records of a file or a hub data set, as they come.
+
+    Raises:
+        DataError: the file is missing, empty, malformed, or of an unknown kind.
+    """
     path = Path(source)
     extension = path.suffix.lower()
     if path.is_dir():

@@ -1,0 +1,150 @@
+"""`blindtune split-tune`: the customer's first act of split tuning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from blindtune.cli.options import Group
+from blindtune.cli.output import Facts
+from blindtune.cli.printing import duration, print_pairs, size
+from blindtune.cli.verb import Settings, Verb
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from blindtune.models.costs import Estimate
+
+HELP = """Tune a vendor's model on private texts that it never sees.
+
+Run by the customer of split tuning. Texts go through the model's bottom and get noise here; their
+states, noised once, go to the vendor, which tunes the rest of the model. Before anything is sent
+it prints how strong the noise is, how many words change, and what is spent. Give --eta, or
+--changed-share 0.5 to have it chosen for your texts.
+
+Interrupted or cut off, the same command goes on (exit code 5: the network).
+
+\b
+Needs:   URL of the vendor (https://host:7443) and its --fingerprint or
+         --roots; your token in BLINDTUNE_TOKEN or --token-file; the bottom
+         package; private texts (.csv, .jsonl, .parquet with `text` and
+         `label`; or .txt for --task language-model, with a u-shape package).
+Writes:  a directory with the job: options, the private states, its secret,
+         losses, the privacy statement. It holds your texts: keep it here.
+
+\b
+Example:
+  export BLINDTUNE_TOKEN=...
+  blindtune split-tune https://vendor.example:7443 --bottom bottom/ \\
+    --data train.csv --changed-share 0.5 --fingerprint 3f9c... --out job/
+"""
+
+
+def act(settings: Settings) -> Facts:
+    """Call the act."""
+    from dataclasses import asdict
+
+    from blindtune.split.access import AccessConfig
+    from blindtune.split.customer import PassConfig
+    from blindtune.split.privacy_statement import PrivatizerConfig
+    from blindtune.split.private_texts import ReadingConfig
+    from blindtune.split.terms import TuningConfig
+    from blindtune.split.tuning_job import split_tune
+
+    tuned = split_tune(
+        settings["url"],
+        settings["bottom"],
+        settings["data"],
+        settings["out"],
+        settings.of(PrivatizerConfig),
+        settings.of(TuningConfig),
+        settings.of(PassConfig),
+        reading=settings.of(ReadingConfig),
+        access=settings.of(AccessConfig),
+        resume=settings["resume"],
+        on_statement=lambda statement: click.echo(f"{statement}\n", err=True),
+    )
+    return asdict(tuned) | {"path": str(tuned.path)}
+
+
+def show(facts: Facts, console: Console) -> None:
+    """Print how the tuning went."""
+    losses = facts["losses"]
+    pairs = [
+        ("steps", f"{facts['steps']:,}"),
+        ("tokens", f"{facts['tokens']:,} ({facts['tokens_per_second']:,.0f} a second)"),
+        ("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "-"),
+        ("sent", size(facts["bytes_sent"])),
+        ("received", size(facts["bytes_received"])),
+        ("time", duration(facts["seconds"])),
+        ("job", facts["path"]),
+    ]
+    if facts["names"]:
+        pairs.insert(0, ("classes", ", ".join(facts["names"])))
+    if facts["resumed_from"] is not None:
+        pairs.insert(1, ("gone on from step", f"{facts['resumed_from']:,}"))
+    print_pairs(console, "Job tuned", pairs)
+
+
+def estimate(settings: Settings) -> Estimate:
+    """Estimate the act."""
+    from blindtune.split.customer import PassConfig
+    from blindtune.split.privacy_statement import PrivatizerConfig
+    from blindtune.split.private_texts import ReadingConfig
+    from blindtune.split.tuning_estimate import estimate_split_tune
+
+    return estimate_split_tune(
+        settings["bottom"],
+        settings["data"],
+        settings.of(PrivatizerConfig),
+        settings.of(PassConfig),
+        reading=settings.of(ReadingConfig),
+    )
+
+
+ACCESS = Group(heading="Vendor and network", module="blindtune.split.access", name="AccessConfig")
+
+VERB = Verb(
+    name="split-tune",
+    help=HELP,
+    parameters=(
+        click.Argument(["url"], metavar="URL"),
+        click.Option(
+            ["--bottom"], required=True, metavar="DIR", help="Bottom package from the vendor."
+        ),
+        click.Option(["--data"], required=True, metavar="FILE", help="Private texts."),
+        click.Option(["--out"], required=True, metavar="DIR", help="Directory of the job."),
+        click.Option(
+            ["--resume"],
+            type=click.Choice(["auto", "never"]),
+            default="auto",
+            show_default=True,
+            help="auto: a job that is there goes on; never: it is refused.",
+        ),
+    ),
+    groups=(
+        Group(
+            heading="Privacy",
+            module="blindtune.split.privacy_statement",
+            name="PrivatizerConfig",
+            renamed={"special": "special_tokens"},
+        ),
+        Group(heading="Texts", module="blindtune.split.private_texts", name="ReadingConfig"),
+        Group(heading="Tuning at the vendor", module="blindtune.split.terms", name="TuningConfig"),
+        Group(
+            heading="Passes over the texts",
+            module="blindtune.split.customer",
+            name="PassConfig",
+            renamed={"seed": "order_seed"},
+        ),
+        ACCESS,
+    ),
+    act=act,
+    show=show,
+    estimate=estimate,
+    mark="job.json",
+    goes_on=True,
+    less_memory="lower --batch-size or --max-length",
+    interrupted="the job is kept: the same command goes on",
+)

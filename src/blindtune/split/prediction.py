@@ -1,0 +1,276 @@
+"""The customer's second act: ask the tuned model about new texts, noised as in training.
+
+New texts have no label, so all their tokens get full noise, contributing ones too. They are noised
+once and the draw is kept in the job's directory: asking again about the same texts, after a lost
+connection or next week, sends the same states and spends nothing more. The same text inside
+another file is another draw, and spends.
+
+Shapes: N texts, C classes, B batch, L length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from blindtune.atomic import atomic_file
+from blindtune.errors import ConfigError, DataError, MismatchError, OutputError
+from blindtune.exchange.messages import Precision
+from blindtune.exchange.transport import Transport
+from blindtune.split.access import (
+    AccessConfig,
+    Connect,
+    Traffic,
+    connector,
+    resume_job,
+    saying_what_next,
+)
+from blindtune.split.bottom import Bottom, open_bottom
+from blindtune.split.customer import predict as predict_two_part
+from blindtune.split.customer_job import CustomerJob, texts_hash
+from blindtune.split.privacy_statement import PrivacyStatement, PrivatizerConfig, state_privacy
+from blindtune.split.private_states import PrivateStates, privatize_ids
+from blindtune.split.private_texts import PrivateTexts, ReadingConfig, read_unseen
+from blindtune.split.terms import TuningConfig
+from blindtune.split.ushape import Top, customers_head, each_u_shape
+
+OnTexts = Callable[[int, int], None]
+"""(texts that are done, texts that there are)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskingConfig:
+    """How new texts are read and sent; nothing here changes privacy."""
+
+    text_column: str | None = None
+    """Column of the texts; default: as in training."""
+    label_column: str | None = None
+    """Column of labels, if the file has them; default: as in training."""
+    batch_size: int = 16
+    """Texts of one request."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if self.batch_size < 1:
+            raise ConfigError(f"expected batch_size above 0, got {self.batch_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the tuned model says of new texts."""
+
+    path: Path | None
+    """The written file, if one was asked for."""
+    texts: tuple[dict[str, Any], ...]
+    """For every text its row in the file, and: the label with the probabilities of all classes by
+    name; or the value; or, for a window of language modelling, its tokens and nats a token."""
+    scores: dict[str, float]
+    """accuracy, mean_squared_error or perplexity, where the file says what is right."""
+    privacy: PrivacyStatement
+    reused: bool
+    """Whether these texts were asked about before: then nothing more was spent."""
+    bytes_sent: int
+    bytes_received: int
+    seconds: float
+
+
+def predict(
+    vendor: str | Connect,
+    job: str | Path,
+    data: str | Path,
+    out: str | Path | None = None,
+    *,
+    bottom: str | Path | None = None,
+    asking: AskingConfig | None = None,
+    access: AccessConfig | None = None,
+    on_statement: Callable[[PrivacyStatement], None] | None = None,
+    on_progress: OnTexts = lambda _done, _total: None,
+) -> Prediction:
+    """Ask a tuned job about new texts.
+
+    Args:
+        vendor: its address, or a function that makes a transport.
+        job: directory that `split_tune` left.
+        data: texts, with labels or without; for a language model, text.
+        out: file for the predictions, a JSON object a line; None: none is written.
+        bottom: where the bottom package is now; None: where it was.
+        asking: columns, and texts of one request.
+        access: as for `split_tune`.
+        on_statement: gets the privacy statement before anything is sent.
+        on_progress: is told how far it is.
+
+    Raises:
+        DataError: no tuned job is there, or the texts cannot be read. OutputError: `out` exists.
+        NetworkError: the vendor cannot be reached; the draw is kept. PolicyError: it refuses.
+    """
+    begin, traffic, asking = time.perf_counter(), Traffic(), asking or AskingConfig()
+    access = access or AccessConfig()
+    connect = connector(vendor, access, traffic)
+    found = CustomerJob(job)
+    if out is not None and Path(out).exists():
+        raise OutputError(f"{out}: expected a new file, something is there: choose another --out")
+    with found.working():
+        if found.record.state != "tuned":
+            raise DataError(
+                f"{job}: expected a tuned job, this one is {found.record.state}: run the same "
+                "`blindtune split-tune` again until it is done"
+            )
+        package = _package(found, bottom)
+        reading = _reading(found, asking)
+        texts = read_unseen(package, data, reading, found.record.names)
+        private, statement, reused = _prepare(found, package, texts)
+        if on_statement is not None:
+            on_statement(statement)
+        with saying_what_next():
+            transport = resume_job(connect, found.token, access.retries())
+            try:
+                told, scores = _ask(
+                    found, package, texts, private, transport, asking.batch_size, on_progress
+                )
+            finally:
+                transport.close()
+    if out is not None:
+        with atomic_file(out) as partial:
+            partial.write_text(
+                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in told)
+            )
+    return Prediction(
+        path=None if out is None else Path(out),
+        texts=tuple(told),
+        scores=scores,
+        privacy=statement,
+        reused=reused,
+        bytes_sent=traffic.sent,
+        bytes_received=traffic.received,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _package(job: CustomerJob, place: str | Path | None) -> Bottom:
+    package = open_bottom(place or job.record.bottom_path)
+    if package.id != job.record.bottom:
+        raise MismatchError(
+            f"{place or job.record.bottom_path}: expected the bottom package that the job was "
+            f"tuned with ({job.record.bottom[:12]}...), got {package.id[:12]}...: name that one"
+        )
+    return package
+
+
+def _reading(job: CustomerJob, asking: AskingConfig) -> ReadingConfig:
+    reading = ReadingConfig(**job.record.options["reading"])  # type: ignore[arg-type]
+    return replace(
+        reading,
+        text_column=asking.text_column or reading.text_column,
+        label_column=asking.label_column or reading.label_column,
+    )
+
+
+def _prepare(
+    job: CustomerJob, package: Bottom, texts: PrivateTexts
+) -> tuple[PrivateStates, PrivacyStatement, bool]:
+    """States of new texts and what sending them spends: drawn once, found again later."""
+    privatizer = PrivatizerConfig(**job.record.options["privatizer"])  # type: ignore[arg-type]
+    about = texts_hash(texts.ids)
+    path, statement = job.asked_path(about), job.statements().get(about)
+    reused = path.exists() and statement is not None
+    if path.exists():
+        private = PrivateStates.load(path)
+    else:
+        private = privatize_ids(
+            package,
+            texts.ids,
+            mechanism=privatizer.mechanism(job.record.eta),
+            importance=replace(privatizer.importance(), fraction=0.0),
+        )
+        private.save(path)
+    if statement is None:
+        statement = state_privacy(package, private, privatizer, job.record.eta, training=False)
+        job.keep_statement(about, statement)
+    return private, statement, reused
+
+
+def _ask(
+    job: CustomerJob,
+    package: Bottom,
+    texts: PrivateTexts,
+    private: PrivateStates,
+    transport: Transport,
+    batch_size: int,
+    on_progress: OnTexts,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    options = job.record.options
+    precision: Precision = options["passes"]["precision"]  # type: ignore[assignment]
+    if job.record.partition == "two-part":
+        outputs_NC = predict_two_part(
+            transport, private, batch_size=batch_size, precision=precision, on_progress=on_progress
+        )
+        return _labelled(texts, outputs_NC)
+    language_model = options["reading"]["task"] == "language-model"
+    outputs = 0 if language_model else len(job.record.names) or 1
+    tuning = TuningConfig(**options["tuning"])  # type: ignore[arg-type]
+    top = Top(package, customers_head(package, outputs, tuning), directory=job.path)
+    top.load(top.numbers()[-1])
+    done, found, windows = 0, [], []
+    for part in each_u_shape(transport, top, private, batch_size=batch_size, precision=precision):
+        if language_model:
+            windows += _nats(part, texts.ids[done : done + len(part)])
+        else:
+            found.append(part)
+        done += len(part)
+        on_progress(done, len(private))
+    return _windows(texts, windows) if language_model else _labelled(texts, torch.cat(found))
+
+
+def _labelled(
+    texts: PrivateTexts, outputs_NC: Tensor
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Predictions of classes (with names) or values (without), and how right they are."""
+    labels = texts.labels
+    if not texts.names:
+        value_N = outputs_NC[:, 0].float()
+        told = [{"row": r, "value": v} for r, v in zip(texts.rows, value_N.tolist(), strict=True)]
+        if labels is None:
+            return told, {}
+        return told, {"mean_squared_error": (value_N - labels).square().mean().item()}
+    share_NC, best_N = outputs_NC.float().softmax(1), outputs_NC.argmax(1)
+    told = [
+        {
+            "row": row,
+            "label": texts.names[best],
+            "probabilities": dict(zip(texts.names, shares, strict=True)),
+        }
+        for row, best, shares in zip(texts.rows, best_N.tolist(), share_NC.tolist(), strict=True)
+    ]
+    if labels is None:
+        return told, {}
+    return told, {"accuracy": (best_N == labels).float().mean().item()}
+
+
+def _nats(logits_BLV: Tensor, ids: tuple[Tensor, ...]) -> list[tuple[int, float]]:
+    """For every window how many tokens were predicted, and their nats in all."""
+    found = []
+    for logits_LV, ids_L in zip(logits_BLV, ids, strict=True):
+        count = len(ids_L) - 1
+        nats = cross_entropy(logits_LV[:count].float(), ids_L[1:], reduction="sum")
+        found.append((count, nats.item()))
+    return found
+
+
+def _windows(
+    texts: PrivateTexts, windows: list[tuple[int, float]]
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    told = [
+        {"row": row, "tokens": tokens, "nats_per_token": nats / tokens}
+        for row, (tokens, nats) in zip(texts.rows, windows, strict=True)
+    ]
+    mean = sum(nats for _, nats in windows) / sum(tokens for tokens, _ in windows)
+    return told, {"nats_per_token": mean, "perplexity": math.exp(min(mean, 700.0))}

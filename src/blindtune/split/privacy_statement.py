@@ -1,0 +1,271 @@
+"""What a customer is told of its privacy before anything is sent, and what is kept of it.
+
+A statement says how strong the noise is beside this vocabulary, how many tokens change, what is
+spent under d_chi (`privacy.accounting`), and in words what no epsilon covers. It is computed from
+the private texts, so it stays with the customer.
+
+Guarantee: none of its own; it states the mechanism's (`privacy.metric_dp`). An eta chosen by
+`changed_share` follows from a sample of the private tokens; the number itself is not sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from blindtune.errors import ConfigError
+from blindtune.privacy.accounting import Releases, Spending, account
+from blindtune.privacy.metric_dp import Mechanism
+from blindtune.privacy.noise_level import NoiseSurvey
+from blindtune.privacy.token_importance import ImportanceConfig, SpecialPolicy
+from blindtune.split.bottom import Bottom
+from blindtune.split.private_states import PrivateStates, clean_states
+from blindtune.split.spared_tokens import contributing_tokens, noise_factors
+
+PrivatizerName = Literal["token", "vector", "block-output", "none"]
+_STATES = 64
+"""Texts whose states without noise are looked at in block-output mode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivatizerConfig:
+    """How private texts are noised before anything leaves. Everything here changes privacy."""
+
+    privatizer: PrivatizerName = "token"
+    """What is noised: token (word embedding, then the nearest word), vector (word embedding),
+    block-output (states after the bottom); none: nothing, only with --unprotected."""
+    eta: float | None = None
+    """Privacy per token, per unit of distance between embeddings; smaller is more private."""
+    changed_share: float | None = None
+    """Instead of eta: the share of your tokens that shall come out as others, such as 0.5."""
+    cti_fraction: float = 0.0
+    """Share of the vocabulary that contributes to each class and gets less noise in its training
+    texts; 0 switches that off. Weakens the guarantee."""
+    cti_factor: float = 0.0
+    """Noise factor of contributing tokens: 1 is full noise, 0 sends them as they are."""
+    clip_norm: float | None = None
+    """Block-output only: states are shortened to this length first, which bounds what is spent."""
+    special: SpecialPolicy = "keep"
+    """Special tokens: keep (not noised, their places are public) or noise (as any other)."""
+    unprotected: bool = False
+    """Says that you mean it: without a privatizer the vendor can read nearly all of the texts."""
+
+    def __post_init__(self) -> None:
+        """Refuse contradictions."""
+        if self.privatizer not in get_args(PrivatizerName):
+            names = ", ".join(get_args(PrivatizerName))
+            raise ConfigError(f"expected privatizer {names}, got {self.privatizer!r}")
+        if (self.privatizer == "none") != self.unprotected:
+            raise ConfigError(
+                "privatizer none sends states that are nearly the text: say unprotected too if "
+                "that is meant, and only then"
+            )
+        if self.privatizer == "none":
+            if self.eta is not None or self.changed_share is not None or self.cti_fraction:
+                raise ConfigError("without a privatizer there is no eta, changed_share or CTI")
+            return
+        if self.eta is not None and self.changed_share is not None:
+            raise ConfigError("expected eta or changed_share, which chooses eta, got both")
+        if self.changed_share is not None and not 0 < self.changed_share < 1:
+            raise ConfigError(f"expected changed_share between 0 and 1, got {self.changed_share}")
+        if self.privatizer == "block-output" and (self.changed_share or self.cti_fraction):
+            raise ConfigError(
+                "in block-output mode no token changes and none can be spared: give eta, and "
+                "neither changed_share nor cti_fraction"
+            )
+        self.importance()
+        self.mechanism(1.0 if self.eta is None else self.eta)
+
+    def check_whole(self) -> None:
+        """Raise ConfigError unless the config says how much noise there is."""
+        if self.privatizer != "none" and self.eta is None and self.changed_share is None:
+            raise ConfigError(
+                "expected eta or changed_share (--eta, --changed-share): no amount of noise is "
+                "right for all; changed_share 0.5 finds the eta at which half of your tokens "
+                "change, a good start"
+            )
+
+    def mechanism(self, eta: float | None) -> Mechanism | None:
+        """The mechanism at an eta (per token, per unit of distance); None without a privatizer."""
+        if self.privatizer == "none":
+            return None
+        assert eta is not None
+        return Mechanism(eta=eta, mode=self.privatizer, clip_norm=self.clip_norm)
+
+    def importance(self) -> ImportanceConfig:
+        """Which tokens get less noise in training texts."""
+        return ImportanceConfig(
+            fraction=self.cti_fraction, factor=self.cti_factor, special=self.special
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyStatement:
+    """What a set of texts spends when its states are sent."""
+
+    privatizer: PrivatizerName
+    eta: float | None
+    """Per token, per unit of L2 distance in the space that is noised."""
+    noise_norm: float | None
+    """Expected norm of the noise, D / eta."""
+    typical_norm: float | None
+    """What to compare it with: the median distance of one of these tokens to its nearest other
+    word; in block-output mode the median norm of a state."""
+    expected_change: float | None
+    """Share of tokens expected to change (vector mode: that the nearest word is another)."""
+    changed: float | None
+    """Token mode: the share that did change in the draw that is sent."""
+    spending: dict[str, Any] | None
+    """Under d_chi, by token, record and run; None where no epsilon can be stated."""
+    account: str
+    """The same in words."""
+    notes: tuple[str, ...]
+    """What is sent besides, and what is not covered."""
+
+    def __str__(self) -> str:
+        """Some lines for people."""
+        lines = [f"Privacy of what will be sent (privatizer {self.privatizer})"]
+        if self.eta is not None and self.noise_norm is not None and self.typical_norm is not None:
+            beside = "norm of a state" if self.privatizer == "block-output" else (
+                "distance of your words to their nearest other word"
+            )  # fmt: skip
+            lines.append(
+                f"  eta {self.eta:.4g} per token: noise of mean norm {self.noise_norm:.3g}, "
+                f"{self.noise_norm / self.typical_norm:.3g} x the median {beside} "
+                f"({self.typical_norm:.3g})"
+            )
+        if self.expected_change is not None:
+            drawn = "" if self.changed is None else f"; {self.changed:.1%} did in this draw"
+            lines.append(f"  tokens that change: {self.expected_change:.1%} expected{drawn}")
+        lines += [f"  {line}" for line in self.account.splitlines()]
+        lines += [f"  - {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def choose_eta(bottom: Bottom, ids: Sequence[Tensor], config: PrivatizerConfig) -> float | None:
+    """The eta that is asked for, or the one at which the wanted share of these tokens changes."""
+    if config.changed_share is None:
+        return config.eta
+    return _survey(bottom, ids, config.privatizer).eta_for(config.changed_share)
+
+
+def state_privacy(
+    bottom: Bottom,
+    private: PrivateStates,
+    config: PrivatizerConfig,
+    eta: float | None,
+    *,
+    classes: int = 0,
+    epochs: int = 1,
+    training: bool = True,
+) -> PrivacyStatement:
+    """Say what sending these states spends.
+
+    Args:
+        bottom: the package.
+        private: the states, as `privatize` drew them with this config.
+        config, eta: what they were drawn with; `cti_fraction` counts where there are labels.
+        classes: number of classes, with CTI.
+        epochs: how often each record is sent; one draw, however often.
+        training: False for texts to predict.
+    """
+    mechanism = config.mechanism(eta)
+    notes = _notes(bottom, private, config, training)
+    if mechanism is None:
+        account_text = "no noise: no promise; states are read back by a small trained network"
+        return PrivacyStatement(
+            privatizer="none", eta=None, noise_norm=None, typical_norm=None, expected_change=None,
+            changed=None, spending=None, account=account_text, notes=notes,
+        )  # fmt: skip
+    if mechanism.mode == "block-output":
+        dimension, change = bottom.hidden_size, None
+        states = clean_states(bottom, private.ids[:_STATES])
+        typical = torch.cat(states).norm(dim=1).median().item()
+    else:
+        level = (survey := _survey(bottom, private.ids, config.privatizer)).at(mechanism.eta)
+        dimension, change = survey.dimension, level.changed_share
+        typical = level.neighbour_distance
+    spending, text = _account(bottom, private, config, mechanism, typical, classes, epochs)
+    return PrivacyStatement(
+        privatizer=config.privatizer,
+        eta=mechanism.eta,
+        noise_norm=dimension / mechanism.eta,
+        typical_norm=typical,
+        expected_change=change,
+        changed=private.changed,
+        spending=None if spending is None else asdict(spending),
+        account=text,
+        notes=notes,
+    )
+
+
+def _account(
+    bottom: Bottom,
+    private: PrivateStates,
+    config: PrivatizerConfig,
+    mechanism: Mechanism,
+    typical: float,
+    classes: int,
+    epochs: int,
+) -> tuple[Spending | None, str]:
+    distance = typical
+    if mechanism.mode == "block-output":
+        if mechanism.clip_norm is None:
+            return None, (
+                "without clip_norm no epsilon can be stated for a token or a text: nothing bounds "
+                "how far one changed word moves the states"
+            )
+        distance = 2 * mechanism.clip_norm
+    labels, importance = private.labels, config.importance()
+    contributing = contributing_tokens(bottom, private.ids, labels, importance, classes)
+    factors = noise_factors(contributing, private.ids, labels)
+    if mechanism.mode == "block-output":  # every position is noised, special tokens too
+        factors = map(torch.ones, map(len, private.ids))
+    found = account(mechanism, factors, distance, Releases(epochs=epochs))
+    return found, str(found)
+
+
+def _survey(bottom: Bottom, ids: Sequence[Tensor], privatizer: PrivatizerName) -> NoiseSurvey:
+    """What noise does to these tokens, special ones left out unless there are no others."""
+    embedding = bottom.stack.embedding
+    with torch.no_grad():  # a module may scale its rows, and vector mode noises what it gives
+        table_VD = embedding.weight
+        assert isinstance(table_VD, Tensor)
+        if privatizer == "vector":
+            table_VD = embedding(torch.arange(len(table_VD), device=table_VD.device))
+    pool = torch.cat(list(ids))
+    content = pool[~torch.isin(pool, torch.tensor(bottom.tokenizer.all_special_ids))]
+    return NoiseSurvey(table_VD, content if len(content) else pool)
+
+
+def _notes(
+    bottom: Bottom, private: PrivateStates, config: PrivatizerConfig, training: bool
+) -> tuple[str, ...]:
+    notes = ["sent besides the states: number of tokens of every text, their order, times"]
+    if config.privatizer == "none":
+        notes.insert(0, "WARNING: the vendor can read nearly all of the texts")
+    if config.privatizer == "token":
+        notes.append(
+            "the vendor may recover the tokens that were drawn, by looking up the nearest word: "
+            "those that changed are not yours any more, those that did not are"
+        )
+    if training and bottom.cut.partition == "two-part":
+        notes.append("labels are sent as they are: take the u-shape if they are secret")
+    elif training:
+        what = "the true tokens stay" if private.labels is None else "labels stay"
+        notes.append(
+            f"{what} here, but gradients computed from them are sent, and no noise and no epsilon "
+            "covers those"
+        )
+    if training and config.cti_fraction:
+        notes.append(
+            f"contributing tokens have {config.cti_factor:g} of the noise in training texts; that "
+            "shows them, and the label, to the vendor"
+        )
+    again = "in every epoch" if training else "when these texts are predicted again for this job"
+    notes.append(f"drawn once, and sent again {again}: that spends nothing more")
+    return tuple(notes)

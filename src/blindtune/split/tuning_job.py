@@ -1,0 +1,248 @@
+"""The customer's act: tune a vendor's model on private texts, from a file to a tuned job.
+
+Everything that decides the result is settled and stored before the vendor hears of the job: texts
+are noised once, the secret of the job is drawn, the privacy statement is shown. From then on the
+job outlives both parties' crashes: the same call goes on, and nothing is trained twice.
+
+Guarantee and what is not covered: `private_states`, `privacy_statement`, docs/split.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from blindtune.errors import ConfigError, OutputError, PolicyError
+from blindtune.split.access import (
+    AccessConfig,
+    Connect,
+    Traffic,
+    connector,
+    saying_what_next,
+)
+from blindtune.split.bottom import Bottom, open_bottom
+from blindtune.split.customer import PassConfig, new_token
+from blindtune.split.customer_job import MARK, CustomerJob, JobRecord, texts_hash
+from blindtune.split.privacy_statement import (
+    PrivacyStatement,
+    PrivatizerConfig,
+    choose_eta,
+    state_privacy,
+)
+from blindtune.split.private_states import PrivateStates, privatize_ids
+from blindtune.split.private_texts import PrivateTexts, ReadingConfig, read_training
+from blindtune.split.terms import TuningConfig
+from blindtune.split.tuning_run import Watch, Work, tune_two_part, tune_u_shape
+from blindtune.training.progress import progress_bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitTuning:
+    """A tuned job."""
+
+    path: Path
+    """The job's directory, for `predict`."""
+    partition: str
+    names: tuple[str, ...]
+    """What the classes are called."""
+    losses: tuple[float, ...]
+    """Mean loss of every batch, in order."""
+    steps: int
+    """Optimizer steps of the whole job."""
+    resumed_from: int | None
+    """The step that an earlier call had reached; None: this one began the job."""
+    tokens: int
+    """That this call trained on."""
+    tokens_per_second: float
+    bytes_sent: int
+    bytes_received: int
+    privacy: PrivacyStatement
+    seconds: float
+
+
+def split_tune(
+    vendor: str | Connect,
+    bottom: str | Path,
+    data: str | Path,
+    out: str | Path,
+    privatizer: PrivatizerConfig,
+    tuning: TuningConfig | None = None,
+    passes: PassConfig | None = None,
+    *,
+    reading: ReadingConfig | None = None,
+    access: AccessConfig | None = None,
+    resume: Literal["auto", "never"] = "auto",
+    on_statement: Callable[[PrivacyStatement], None] | None = None,
+    silent: bool = False,
+) -> SplitTuning:
+    """Tune a vendor's model on private texts; interrupted, the same call goes on.
+
+    Args:
+        vendor: its address, or a function that makes a transport.
+        bottom: directory of the package that the vendor gave.
+        data: private texts with labels; or texts alone, for a language model.
+        out: directory of the job; it holds the private texts and must stay here.
+        privatizer: how the texts are noised. Decides privacy, and nothing else does.
+        tuning: how the vendor tunes.
+        passes: how often and in which batches the texts are sent.
+        reading: what the texts are for, and which columns hold them.
+        access: the vendor's certificate, the customer's token, retries.
+        resume: "never" refuses a job that is there instead of going on with it.
+        on_statement: gets the privacy statement before anything is sent.
+        silent: no progress bar.
+
+    Raises:
+        ConfigError: options that contradict each other, or are not those of the job that is there.
+        DataError, PackageError, OutputError: see errors.py.
+        NetworkError: the vendor cannot be reached; the job is kept. PolicyError: it refuses.
+    """
+    tuning, passes = tuning or TuningConfig(), passes or PassConfig()
+    reading, access = reading or ReadingConfig(), access or AccessConfig()
+    privatizer.check_whole()
+    traffic = Traffic()
+    connect = connector(vendor, access, traffic)
+    package = open_bottom(bottom)
+    _check_purpose(package, privatizer, reading)
+    texts = read_training(package, data, reading)
+    if tuning.schedule != "constant" and not tuning.max_steps:
+        tuning = replace(tuning, max_steps=len(passes.steps(len(texts.ids))))
+    record = _record(package, bottom, texts, privatizer, tuning, passes, reading)
+    job = _begin_or_find(package, Path(out), record, privatizer, texts, resume)
+    with job.working():
+        if job.record.state == "cancelled":
+            raise PolicyError(f"{out}: this job was cancelled: begin another with another --out")
+        private, statement = _prepare(job, package, texts, privatizer, passes)
+        if on_statement is not None:
+            on_statement(statement)
+        work = Work(
+            job, connect, access, traffic, package, private, tuning, passes,
+            task=reading.task, outputs=_outputs(reading, texts),
+        )  # fmt: skip
+        return _tune(work, statement, silent)
+
+
+def _check_purpose(bottom: Bottom, privatizer: PrivatizerConfig, reading: ReadingConfig) -> None:
+    if privatizer.cti_fraction and reading.task != "classification":
+        raise ConfigError(
+            f"contributing tokens tell classes apart, and {reading.task} has none: leave "
+            "cti_fraction at 0"
+        )
+
+
+def _outputs(reading: ReadingConfig, texts: PrivateTexts) -> int:
+    return {"classification": len(texts.names), "regression": 1, "language-model": 0}[reading.task]
+
+
+def _record(
+    package: Bottom,
+    place: str | Path,
+    texts: PrivateTexts,
+    privatizer: PrivatizerConfig,
+    tuning: TuningConfig,
+    passes: PassConfig,
+    reading: ReadingConfig,
+) -> JobRecord:
+    labels = b"" if texts.labels is None else texts.labels.numpy().tobytes()
+    return JobRecord(
+        partition=package.cut.partition,
+        bottom=package.id,
+        bottom_path=str(Path(place).absolute()),
+        data=texts_hash(texts.ids, labels, "\0".join(texts.names).encode()),
+        options={
+            "privatizer": asdict(privatizer),
+            "tuning": asdict(tuning),
+            "passes": asdict(passes),
+            "reading": asdict(reading),
+        },
+        eta=privatizer.eta,
+        names=texts.names,
+    )
+
+
+def _begin_or_find(
+    package: Bottom,
+    out: Path,
+    record: JobRecord,
+    privatizer: PrivatizerConfig,
+    texts: PrivateTexts,
+    resume: str,
+) -> CustomerJob:
+    if not (out / MARK).exists():
+        eta = choose_eta(package, texts.ids, privatizer)
+        chosen = msgspec.structs.replace(record, eta=eta)
+        return CustomerJob.begin(out, chosen, new_token())
+    if resume == "never":
+        raise OutputError(
+            f"{out}: a job is there, and another draw for the same texts would spend again: go on "
+            "with it (--resume auto), or cancel it and choose another --out"
+        )
+    job = CustomerJob(out)
+    job.check_same(record)
+    return job
+
+
+def _prepare(
+    job: CustomerJob,
+    package: Bottom,
+    texts: PrivateTexts,
+    privatizer: PrivatizerConfig,
+    passes: PassConfig,
+) -> tuple[PrivateStates, PrivacyStatement]:
+    """The private states and what sending them spends: made once, found again later."""
+    eta, classes = job.record.eta, len(texts.names)
+    private = job.states()
+    if private is None:  # nothing was sent yet: what an earlier call drew and lost spent nothing
+        private = privatize_ids(
+            package,
+            texts.ids,
+            texts.labels,
+            mechanism=privatizer.mechanism(eta),
+            importance=privatizer.importance(),
+            classes=classes,
+        )
+        job.keep_states(private)
+    statement = job.statements().get("tuning")
+    if statement is None:
+        statement = state_privacy(
+            package, private, privatizer, eta, classes=classes, epochs=passes.epochs
+        )
+        job.keep_statement("tuning", statement)
+    return private, statement
+
+
+def _tune(work: Work, statement: PrivacyStatement, silent: bool) -> SplitTuning:
+    """Tune until the job is done, or find it done."""
+    job, begin = work.job, time.perf_counter()
+    steps = len(work.passes.steps(len(work.private)))
+    watch = Watch(work)
+    if job.record.state != "tuned":
+        with saying_what_next(), progress_bar(steps, silent) as show:
+            watch.show = show
+            if job.record.partition == "two-part":
+                tune_two_part(work, watch)
+            else:
+                tune_u_shape(work, watch)
+        job.mark("tuned")
+    else:
+        watch.reached = steps
+    seconds = time.perf_counter() - begin
+    losses = job.losses()
+    return SplitTuning(
+        path=job.path,
+        partition=job.record.partition,
+        names=job.record.names,
+        losses=tuple(losses[number] for number in sorted(losses)),
+        steps=steps,
+        resumed_from=watch.reached,
+        tokens=watch.tokens,
+        tokens_per_second=watch.tokens / seconds,
+        bytes_sent=work.traffic.sent,
+        bytes_received=work.traffic.received,
+        privacy=statement,
+        seconds=seconds,
+    )
