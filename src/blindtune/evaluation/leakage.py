@@ -209,7 +209,7 @@ def scored(counts: Sequence[tuple[int, int]], confidence: float) -> EmpiricalPri
     if not of:
         return None
     share = right / of
-    low, high = _wilson(share, of / _design_effect(counted, share, of), confidence)
+    low, high = wilson(share, of / _design_effect(counted, share, of), confidence)
     return EmpiricalPrivacy(right=right, of=of, low=1 - high, high=1 - low, confidence=confidence)
 
 
@@ -223,7 +223,7 @@ def _design_effect(counts: Sequence[tuple[int, int]], share: float, of: int) -> 
     return max(1.0, clustered / binomial)
 
 
-def _wilson(share: float, count: float, confidence: float) -> tuple[float, float]:
+def wilson(share: float, count: float, confidence: float) -> tuple[float, float]:
     """Wilson's score interval of a share (Wilson 1927)."""
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
