@@ -1,0 +1,38 @@
+"""The judge of healing: curves on one scale, and a control of as many layers."""
+
+import pytest
+import torch
+
+from blindtune.attacks.emulator_misuse import HealingConfig
+from blindtune.evaluation.misuse import drop_to, judge_misuse
+from blindtune.models.decoder import Decoder
+from offsite_world import owners_world
+from tiny_models import tiny_model
+
+
+def test_judge_scores_attack_and_control(tmp_path):
+    owners_world(tmp_path, "llama")
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randint(3, 90, (40, 1), generator=draw)
+    text = (start + torch.arange(16)) % 90 + 3
+    seen = []
+    found = judge_misuse(
+        tmp_path / "emulator", tmp_path / "model", text[:32], text[32:],
+        HealingConfig(steps=30, points=2, learning_rate=3e-3), adapter=tmp_path / "adapter",
+        on_stop=lambda *stop: seen.append(stop),
+    )  # fmt: skip
+    assert [tokens for tokens, _ in found.healed] == [0, 15 * 64, 30 * 64]
+    assert [tokens for tokens, _ in found.control] == [0, 15 * 64, 30 * 64]
+    assert found.healed[0][1] == pytest.approx(found.emulator, abs=1e-3)
+    assert found.healed[-1][1] < found.healed[0][1]
+    assert found.control[-1][1] < found.control[0][1]
+    assert found.tuned not in (None, found.emulator)
+    assert len(seen) == 6
+
+
+def test_the_control_keeps_both_ends():
+    small, full = drop_to(tiny_model("llama"), 5), tiny_model("llama")
+    layers, originals = Decoder(small).layers, Decoder(full).layers
+    assert len(layers) == 5
+    for mine, theirs in ((layers[0], originals[0]), (layers[-1], originals[-1])):
+        assert torch.equal(mine.mlp.up_proj.weight, theirs.mlp.up_proj.weight)
