@@ -9,6 +9,7 @@ import torch
 
 from blindtune.attacks.membership import AdapterView, loss_drops, tuned_losses
 from blindtune.errors import DataError
+from blindtune.evaluation.exposure import exposure
 from blindtune.evaluation.membership import membership_leakage
 from blindtune.training.batches import collate
 from tiny_models import VOCAB, tiny_model
@@ -55,6 +56,15 @@ def test_records_that_were_never_seen_are_not_told_apart(models) -> None:
     leakage = membership_leakage(scores(models, records(200, 3)), scores(models, records(200, 2)))
     assert leakage.auc_low < 0.5 < leakage.auc_high
     assert leakage.found < 0.06
+
+
+def test_a_memorised_canary_comes_first_and_an_unseen_one_anywhere(models) -> None:
+    planted = exposure(scores(models, (records(40, 1)[0], *records(255, 4))), 0)
+    unseen = [
+        exposure(scores(models, (canary, *records(255, 4))), 0).p_value for canary in records(8, 5)
+    ]
+    assert planted.rank <= 3
+    assert 0.15 < sum(unseen) / 8 < 0.85
 
 
 def test_a_score_is_the_models_own_loss_whatever_it_is_padded_with(models) -> None:
