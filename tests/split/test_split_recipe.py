@@ -19,7 +19,7 @@ def test_split_on_a_tiny_model(tmp_path):
     rows = [f"{'good' if i % 2 else 'bad'} film {i},{i % 2}" for i in range(16)]
     (tmp_path / "data.csv").write_text("\n".join(["text,label", *rows]))
     command = [
-        RECIPES / "split.py", "--model", tmp_path / "model", "--cut", 1, "--epochs", 1,
+        RECIPES / "split.py", "--model", tmp_path / "model", "--cut", 0, "--epochs", 1,
         "--train", tmp_path / "data.csv", "--test", tmp_path / "data.csv", "--samples", 64,
         "--out", tmp_path / "out",
     ]  # fmt: skip
@@ -28,12 +28,12 @@ def test_split_on_a_tiny_model(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "split.json").read_text())
-    assert len(found) == 7
-    changed = [row["changed in training"] for row in found]
-    assert changed[0] == 0
-    assert changed[1] < changed[3] < changed[5]
-    assert changed[6] < changed[5]  # CTI spares a frequent letter of each class
-    assert all(0 <= row["accuracy"] <= 1 for row in found)
+    assert len(found) == 8
+    assert all(0 <= row["UA"] <= 1 for row in found)
+    wrong = [row["EP, training texts"] for row in found[1:]]
+    assert wrong[0] == 0  # the attack reads everything that has no noise
+    assert wrong[1] < wrong[3] < wrong[5]
+    assert wrong[6] < wrong[5]  # CTI spares a frequent letter of each class
     assert "no noise" in done.stdout
 
 

@@ -1,0 +1,19 @@
+"""What the vendor reads of the states: the nearest-neighbour attack, and its judge."""
+
+from blindtune.attacks.adversary import StatesView
+from blindtune.attacks.embedding_inversion import nearest_tokens
+from blindtune.evaluation.leakage import empirical_privacy
+
+
+def attacked(bottom, sent, mechanism, texts) -> float:
+    """Empirical privacy of the first `texts` texts: the attack sees states, the judge also ids."""
+    special = tuple(bottom.tokenizer.all_special_ids)
+    view = StatesView(
+        model=bottom.stack,
+        cut=bottom.cut.cut,
+        states=sent.states[:texts],
+        mechanism=mechanism,
+        special_ids=special,
+    )
+    guess = nearest_tokens(view)
+    return empirical_privacy(guess, sent.ids[:texts], special_ids=special).content.value
