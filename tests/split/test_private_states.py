@@ -1,9 +1,8 @@
 """What leaves the customer: noised once, and nothing else."""
 
-import struct
-
 import pytest
 import torch
+from spellings import spellings
 from split_world import LABELS, TEXTS, World
 
 from blindtune.errors import ConfigError, DataError
@@ -22,15 +21,6 @@ PLAN = PassConfig(epochs=2, batch_size=4, precision="float32")
 def noised(world, **options):
     with pytest.warns(UserWarning, match="repeat"):
         return world.private(testing_seed=1, **options)
-
-
-def spellings(text, ids):
-    """How a text or its ids could hide in bytes."""
-    yield text.encode()
-    for code in ("<b", "<h", "<i", "<q", ">h", ">i", ">q", "<f", "<e"):
-        yield b"".join(struct.pack(code, i) for i in ids)
-    yield ",".join(map(str, ids)).encode()
-    yield bytes([0x90 | min(len(ids), 15)]) + bytes(ids)
 
 
 @pytest.mark.parametrize("partition", ["two-part", "u-shape"])
@@ -57,12 +47,6 @@ def test_the_wire_holds_no_text_and_no_ids(tmp_path, partition):
     both = {"Hello", "Welcome", "OpenJob", "JobState", "Step", "Stepped", "Checkpoint",
             "Checkpointed"}  # fmt: skip
     assert seen == both | (two_part if partition == "two-part" else u_shape)
-
-
-def test_spellings_are_found_where_they_are():
-    ids = [5, 77, 120, 9, 33, 8]
-    for spelling in spellings("secret", ids):
-        assert any(s in b"xx" + spelling + b"yy" for s in spellings("secret", ids))
 
 
 def test_every_epoch_sends_the_same_draw(tmp_path):

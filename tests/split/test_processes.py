@@ -4,17 +4,15 @@ Processes are forked from one that has imported everything, so that starting one
 """
 
 import json
-import multiprocessing
 import os
 import random
 import signal
-import socket
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import command_line, free_port, wait_for
 from split_world import TEXTS, World
 from vendor_world import write_model
 
@@ -33,32 +31,6 @@ CONFIG = TuningConfig(lora_rank=2, learning_rate=3e-3, lora_dropout=0.1, seed=3)
 PLAN = PassConfig(epochs=30, batch_size=3, checkpoint_steps=5, seed=1)
 BATCHES = 30 * 4
 RETRIES = RetryConfig(first_delay_seconds=0.02, longest_delay_seconds=0.2, give_up_after_seconds=60)
-PRELOADED = ["blindtune.split.service", "peft", "peft.functional", "grpc", "prometheus_client"]
-
-
-@pytest.fixture(scope="module")
-def fork():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    started = []
-
-    def start(work, *arguments):
-        process = context.Process(target=work, args=arguments)
-        process.start()
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.join()
-
-
-def command_line(arguments, out):
-    """`blindtune ARGUMENTS`, with OUT.out and OUT.err."""
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
-    sys.exit(run([str(argument) for argument in arguments]))
 
 
 def customer(folder, address, fingerprint, token, secret):
@@ -93,20 +65,6 @@ def customer(folder, address, fingerprint, token, secret):
     partial = folder / "result.partial"
     torch.save({"logits": logits, "steps": state.steps, "tokens": state.tokens}, partial)
     partial.rename(folder / "result")
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def wait_for(what, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end
-        time.sleep(0.005)
-    return found
 
 
 def losses_of(folder):

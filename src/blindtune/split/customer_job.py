@@ -103,6 +103,8 @@ class CustomerJob:
         try:
             with lock:
                 self.record = CustomerJob(self.path).record  # as the one before left it
+                for left in self.path.glob(".*.partial"):  # of one that was killed
+                    left.unlink()
                 yield
         except Timeout as error:
             raise OutputError(
