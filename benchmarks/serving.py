@@ -182,8 +182,10 @@ def customers(service, states, plan, count):
         arguments = (service, states, plan, token, barrier, results)
         processes.append(FORK.Process(target=customer, args=arguments))
         processes[-1].start()
-    barrier.wait(300)
+    while barrier.n_waiting < count:
+        time.sleep(0.01)
     before, cpu, begin = metrics(service), cpu_seconds(service["pid"]), time.perf_counter()
+    barrier.wait(300)
     found = [results.get() for _ in range(count)]
     wall = time.perf_counter() - begin
     cpu = cpu_seconds(service["pid"]) - cpu

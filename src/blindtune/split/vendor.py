@@ -18,6 +18,7 @@ import hmac
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -111,6 +112,9 @@ class Vendor:
         self._opening = threading.Lock()
         self._turns = Turns()
         self._tell = observer
+        # One thread works with the model, whoever's turn it is: memory allocators keep for every
+        # thread what its largest batch took, and OpenMP keeps workers for every thread.
+        self._model = ThreadPoolExecutor(1, thread_name_prefix="blindtune-model")
         most = longest_sequence(stack) or 2**20
         self._longest = min(most, self.limits.max_sequence_tokens or most)
 
@@ -242,7 +246,7 @@ class Vendor:
         tokens = len(message.hidden_TD) if isinstance(message, Batch | Forward) else 0
         self._check_message(job, message)
         with self._turn(job, message, tokens):
-            reply = job.work(message)
+            reply = self._model.submit(job.work, message).result()
         job.tokens += tokens
         job.steps += isinstance(message, Step)
         return reply
@@ -253,7 +257,8 @@ class Vendor:
         self._check_time(job)
         self._check_rows(job, message)
         with self._turn(job, message, len(message.hidden_TD)):
-            out = job.lora.predict(message.hidden_TD, message.lengths)
+            predicted = self._model.submit(job.lora.predict, message.hidden_TD, message.lengths)
+            out = predicted.result()
         job.tokens += len(message.hidden_TD)
         if job.record.task == "hidden":
             return Outputs(sequence=None, precision=job.record.precision, hidden_TD=out)
