@@ -8,7 +8,7 @@ import pytest
 import blindtune
 
 ACTS = ["study", "emulate", "inspect", "tune", "plug_in", "evaluate", "open_study", "open_emulator"]
-ACTS += ["split_tune", "predict", "cancel"]
+ACTS += ["frontier", "split_tune", "predict", "cancel"]
 SPLIT = [
     "bottom", "serve", "admit", "Bottom", "BottomConfig", "Service", "CertificateConfig",
     "ServerConfig", "VendorLimits", "WatchConfig",
@@ -16,10 +16,10 @@ SPLIT = [
 CONFIGS = [
     "StudyConfig", "DynamicConfig", "EmulatorConfig", "AdapterConfig", "TrainingConfig",
     "RunConfig", "DataConfig", "EvaluationConfig", "PrivatizerConfig", "TuningConfig", "PassConfig",
-    "ReadingConfig", "AccessConfig", "AskingConfig",
+    "FrontierConfig", "ReadingConfig", "AccessConfig", "AskingConfig",
 ]  # fmt: skip
 RESULTS = ["Study", "Emulation", "Inspection", "Tuning", "PlugIn", "Evaluation", "Emulator"]
-RESULTS += ["SplitTuning", "PrivacyStatement", "Prediction", "Cancellation"]
+RESULTS += ["Frontier", "SplitTuning", "PrivacyStatement", "Prediction", "Cancellation"]
 ERRORS = [
     "BlindtuneError", "ConfigError", "DataError", "ModelError", "UnsupportedModelError",
     "OutputError", "TrainingError", "VerificationError", "PackageError", "MismatchError",

@@ -26,6 +26,7 @@ from blindtune.errors import (
 
 if TYPE_CHECKING:
     from blindtune.evaluation.evaluating import Evaluation, EvaluationConfig, evaluate
+    from blindtune.evaluation.frontier import Frontier, FrontierConfig, frontier
     from blindtune.exchange.serving import ServerConfig
     from blindtune.offsite.adapter import AdapterConfig
     from blindtune.offsite.emulation import Emulation, EmulatorConfig, emulate
@@ -73,6 +74,8 @@ _PLACES = {
     "EmulatorConfig": "blindtune.offsite.emulation",
     "Evaluation": "blindtune.evaluation.evaluating",
     "EvaluationConfig": "blindtune.evaluation.evaluating",
+    "Frontier": "blindtune.evaluation.frontier",
+    "FrontierConfig": "blindtune.evaluation.frontier",
     "Inspection": "blindtune.offsite.inspection",
     "PassConfig": "blindtune.split.customer",
     "PlugIn": "blindtune.offsite.plugin",
@@ -96,6 +99,7 @@ _PLACES = {
     "cancel": "blindtune.split.cancellation",
     "emulate": "blindtune.offsite.emulation",
     "evaluate": "blindtune.evaluation.evaluating",
+    "frontier": "blindtune.evaluation.frontier",
     "inspect": "blindtune.offsite.inspection",
     "open_emulator": "blindtune.offsite.emulator",
     "open_study": "blindtune.offsite.study",
@@ -126,6 +130,8 @@ __all__ = [
     "EmulatorConfig",
     "Evaluation",
     "EvaluationConfig",
+    "Frontier",
+    "FrontierConfig",
     "Inspection",
     "MismatchError",
     "ModelError",
@@ -159,6 +165,7 @@ __all__ = [
     "cancel",
     "emulate",
     "evaluate",
+    "frontier",
     "inspect",
     "open_emulator",
     "open_study",

@@ -291,3 +291,25 @@ def test_json_is_one_line(made, blindtune):
     out = blindtune("inspect", made / "adapter", "--json").out
     assert out.count("\n") == 1
     assert json.loads(out)["training"] == "full"
+
+
+def test_frontier_answers_and_goes_on(made, blindtune, tmp_path):
+    asked = [
+        "frontier",
+        made / "llama",
+        "--data",
+        made / "private.jsonl",
+        "--study",
+        made / "study",
+    ]
+    asked += ["--adapter-layers", 2, "--alpha", "0.25,0.5", "--beta", 1, "--max-length", 64]
+    asked += ["--steps", 2, "--out", tmp_path / "f"]
+    done = blindtune(*asked, "--json")
+    assert (done.code, done.err) == (0, "")
+    assert [s["alpha"] for s in done.facts["settings"]] == [0.25, 0.5]
+    assert done.facts["answer"] is None
+    rows = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "f" / "rows").iterdir()}
+    assert len(rows) == 5  # ZS, FT, the adapter tuned directly, two settings
+    told = blindtune(*asked, "--gap", -100)
+    assert "The cheapest setting with a gap of at least -100 nats is (N_a" in told.out
+    assert rows == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "f" / "rows").iterdir()}

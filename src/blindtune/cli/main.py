@@ -27,6 +27,7 @@ VERBS = {
     "tune": "data owner: tune an emulator's adapter on private data",
     "plug-in": "model owner: put the returned adapter into the full model",
     "evaluate": "either: score a model, an emulator, or one with an adapter",
+    "frontier": "model owner: try settings, and draw what each gives and keeps",
     "bottom": "vendor: cut a model, and write what customers of split tuning get",
     "serve": "vendor: tune a model for customers who send privatized states",
     "admit": "vendor: give a customer a token",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,8 @@ def _click_option(name: str, f: Field, default: Any) -> click.Option:
     else:
         declaration = flag
         kind = click.Choice(f.choices) if f.choices else click.types.convert_type(f.kind)
+    if f.repeated and not f.choices:
+        kind = click.STRING  # commas first, numbers then
     return click.Option(
         [declaration, name],
         type=kind,
@@ -100,13 +102,17 @@ def _click_option(name: str, f: Field, default: Any) -> click.Option:
         multiple=f.repeated,
         help=f.help,
         show_default=default not in (None, ()),
-        callback=split_commas if f.repeated else None,
+        callback=partial(split_commas, kind=f.kind) if f.repeated else None,
     )
 
 
-def split_commas(ctx: click.Context, option: click.Parameter, values: Sequence[str]) -> list[str]:
-    """`--x a,b --x c` means a, b, c."""
-    return [part.strip() for value in values for part in value.split(",") if part.strip()]
+def split_commas(
+    ctx: click.Context, option: click.Parameter, values: Sequence[str], *, kind: type = str
+) -> list[Any]:
+    """`--x a,b --x c` means a, b, c; each of the given type."""
+    convert = click.types.convert_type(kind).convert
+    parts = [part.strip() for value in values for part in value.split(",") if part.strip()]
+    return [convert(part, option, ctx) for part in parts]
 
 
 @cache

@@ -230,6 +230,61 @@ def grid(
     )
 
 
+def frontier(
+    points: Mapping[str, tuple[float, float]],
+    efficient: Sequence[str],
+    *,
+    chosen: str = "",
+    wanted: tuple[float | None, float | None] = (None, None),
+    bound: float | None = None,
+    xlabel: str = "recovery of full fine-tuning's gain",
+    ylabel: str = "gap (emulator FT less plug-in), nats a token",
+    caption: str = "",
+) -> Plot:
+    """Utility to the right, privacy upwards: the efficient points joined, the others pale.
+
+    Args:
+        points: name -> (utility, privacy).
+        efficient: names on the frontier.
+        chosen: one name to stress.
+        wanted: least utility and privacy, drawn as dotted lines.
+        bound: the best utility there can be, a dashed line.
+        xlabel, ylabel: of the axes.
+        caption: below the plot.
+    """
+
+    def draw(axes: Axes) -> None:
+        line = sorted(points[name] for name in efficient)
+        axes.plot([x for x, _ in line], [y for _, y in line], color=ACCENT, linewidth=1.4)
+        for name, (x, y) in points.items():
+            on = name in efficient
+            axes.plot([x], [y], "o", color=ACCENT if on else MUTED, markersize=9 if name == chosen
+                      else 5.5, alpha=1.0 if on else 0.5)  # fmt: skip
+            axes.annotate(
+                name,
+                (x, y),
+                xytext=(6, 4),
+                textcoords="offset points",
+                color=INK if on else MUTED,
+                weight="bold" if name == chosen else "normal",
+                fontsize=8,
+            )
+        least_x, least_y = wanted
+        if least_x is not None:
+            axes.axvline(least_x, color=MID, linewidth=0.8, dashes=(1, 2))
+        if least_y is not None:
+            axes.axhline(least_y, color=MID, linewidth=0.8, dashes=(1, 2))
+        if bound is not None:
+            axes.axvline(bound, color=MID, linewidth=0.8, dashes=(5, 3))
+        axes.margins(x=0.16, y=0.14)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        _grid_lines(axes)
+
+    title = f"{ylabel} over {xlabel}: {', '.join(efficient)} on the frontier"
+    return Plot(svg=_svg(draw, size=(5.2, 3.4), title=title), caption=caption)
+
+
 def _heat_map(
     axes: Axes, name: str, values: Mapping[tuple[float, float], float], *, nats: bool
 ) -> None:

@@ -1,0 +1,271 @@
+"""Emulators by every method side by side: what tuning gives, what making them costs, healing.
+
+    python benchmarks/competitors.py --data DIR --work DIR [--smoke] [PART ...]
+
+Parts: wiki, arc, openbook, cost, healing. Every method makes one emulator, kept in WORK/emulators
+with what it cost; rows tune on it. Rows are kept and resumed as in `offsite.py` (`rows.py`);
+results go to benchmarks/results/competitors-PART.json. ZS, FT and the directly tuned adapter on
+WikiText-2 and ARC-Easy are rows of `offsite.py`. `--smoke` does the same on a twentieth of
+everything, to see that it runs.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from blindtune.attacks.emulator_misuse import HealingConfig
+from blindtune.evaluation.choices import multiple_choice, read_items
+from blindtune.evaluation.misuse import judge_misuse
+from blindtune.evaluation.utility import perplexity
+from blindtune.models.loading import load_model, load_tokenizer
+from blindtune.offsite.adapter import AdapterConfig
+from blindtune.offsite.competitors import emulate_by, public_windows
+from blindtune.offsite.crash import CrashConfig
+from blindtune.offsite.emulation import EmulatorConfig, emulate
+from blindtune.offsite.emulator import open_emulator
+from blindtune.offsite.fixed_margin import FixedMarginConfig
+from blindtune.offsite.gradot import GradotConfig
+from blindtune.offsite.layer_drop import LayerDropConfig
+from blindtune.offsite.plugin import plug_in
+from blindtune.offsite.study import open_study
+from blindtune.offsite.tuning import tune
+from blindtune.training.text import DataConfig
+from offsite import (
+    ADAPTER_RATE,
+    LENGTH,
+    MODEL,
+    PAPER,
+    QUIET,
+    SEEDS,
+    Bench,
+    claimed,
+    facts_of,
+    tuned_directly,
+)
+from rows import run_rows
+
+PARTS = ("wiki", "arc", "openbook", "cost", "healing")
+CHOICE_RATE = 2e-4
+CHOICE_FT_RATE = 5e-5
+OURS = EmulatorConfig()
+# The owner trains nothing: harmonizers by regression, layers in greedy order.
+TRAINING_FREE = {"steps": 0}
+STUDIED = {
+    "ours": ("study", {}, OURS),
+    "ours, training-free": ("study-free", TRAINING_FREE, OURS),
+    "ScaleOT as in the paper": (
+        "study-paper",
+        PAPER | {"warm_start": "none", "reward": "paper", "steps": 160},
+        EmulatorConfig(weighted=False, reading="removed"),
+    ),
+}
+OTHERS = {
+    "uniform": LayerDropConfig(),
+    "uniform, distilled": LayerDropConfig(steps=400),
+    "CRaSh": CrashConfig(),
+    "GradOT": GradotConfig(),
+    "fixed margin": FixedMarginConfig(),
+}
+METHODS = ("ours", "uniform", "CRaSh", "GradOT", "ours, training-free", "uniform, distilled")
+METHODS += ("fixed margin", "ScaleOT as in the paper")
+HEALED = ("ours", "uniform", "GradOT", "CRaSh", "fixed margin")
+
+
+def _attention(query, key, *_, **__):
+    batch, heads, length, width = query
+    return 4 * batch * heads * length * key[2] * width
+
+
+def _attention_backward(_gradient, query, key, *_, **__):
+    return 2.5 * _attention(query, key)
+
+
+def counter():
+    """Counts FLOPs of matrix products and attention; singular and eigenvectors are not counted."""
+    aten = torch.ops.aten
+    cpu = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=cpu)
+
+
+def emulator(bench, name):
+    """The emulator of a method, made once; (directory, what it cost)."""
+    slug = "".join(c for c in name.lower() if c.isalnum())
+    target = bench.work / "emulators" / slug
+    facts = target.with_suffix(".json")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with claimed(facts) as mine:
+        if mine:
+            shutil.rmtree(target, ignore_errors=True)
+            facts.write_text(json.dumps(make(bench, name, target), indent=1))
+    return target, json.loads(facts.read_text())
+
+
+def make(bench, name, target):
+    """Make an emulator from nothing but the model and public text, counting."""
+    public, tokens = bench.public(), None
+    start = time.perf_counter()
+    with counter() as count:
+        if name in STUDIED:
+            studied, changes, config = STUDIED[name]
+            made = emulate(bench.study(studied, **fewer(bench, changes)), target, config)
+        else:
+            config = OTHERS[name]
+            if bench.smoke and getattr(config, "steps", 0):
+                config = type(config)(**{**asdict(config), "steps": 4})
+            made = emulate_by(MODEL, public, target, config, max_length=LENGTH)
+            tokens = made.tokens
+    if name in STUDIED:
+        tokens = sum(open_study(bench.work / studied).tokens.values())
+    return {
+        "seconds": time.perf_counter() - start,
+        "flops": count.get_total_flops(),
+        "tokens": tokens,
+        "parameters": made.parameters,
+        "full_parameters": made.full_parameters,
+        "bytes": sum(p.stat().st_size for p in target.iterdir()),
+        "layers": [layer.__class__.__name__ for layer in made.layers],
+        "config": asdict(made.config),
+    }
+
+
+def fewer(bench, changes):
+    return changes | {"steps": min(changes["steps"], 4)} if bench.smoke and changes else changes
+
+
+class Competitors(Bench):
+    """The bench of `offsite.py`, and the public text by itself."""
+
+    def public(self):
+        from corpora import public_text
+
+        path = self.work / "public.txt"
+        if not path.exists():
+            path.write_text(public_text(self.data))
+        return path
+
+
+def wiki_task(bench, seed):
+    """(private text, how it is tuned on, how a model is scored)."""
+    test = bench.test_windows(64)
+    training = bench.training(ADAPTER_RATE, seed)
+    return (
+        bench.data / "wikitext2_valid.txt",
+        training,
+        lambda m: perplexity(m, test).nats_per_token,
+    )
+
+
+def choice_task(name):
+    def task(bench, seed, rate=CHOICE_RATE):
+        items = read_items(bench.data / f"{name}_test.jsonl")[: bench.amount(400)]
+        tokenizer = load_tokenizer(MODEL)
+
+        def score(model):
+            found = multiple_choice(model, tokenizer, items)
+            return {"acc": found.accuracy, "acc_norm": found.accuracy_normalised}
+
+        return bench.data / f"{name}_train.jsonl", bench.training(rate, seed, 60, batch=8), score
+
+    return task
+
+
+TASKS = {"wiki": wiki_task, "arc": choice_task("arc_easy"), "openbook": choice_task("openbookqa")}
+
+
+def tuned_row(bench, folder, part, name, seed):
+    """Tune the emulator of a method on a task and plug the adapter in."""
+    package, cost = emulator(bench, name)
+    source, training, score = TASKS[part](bench, seed)
+    before = score(open_emulator(package, dtype=torch.float32).model)
+    done = tune(
+        package, source, folder / "adapter", AdapterConfig(), training,
+        reading=DataConfig(max_length=LENGTH, validation_split=0.0), run=QUIET,
+    )  # fmt: skip
+    return {
+        "Emulator ZS": before,
+        "Emulator FT": score(done.emulator.model),
+        "Plug-in": score(plug_in(MODEL, folder / "adapter", None).model),
+        "facts": {"tuning": facts_of(done.training), "emulator_parameters": cost["parameters"]},
+    }
+
+
+def reference_row(bench, folder, part, kind, seed):
+    """The full model: untouched, tuned whole, or its adapter layers alone."""
+    if kind == "ZS":
+        return {"ZS": TASKS[part](bench, seed)[2](load_model(MODEL))}
+    rate = CHOICE_FT_RATE if kind == "FT" else CHOICE_RATE
+    source, training, score = TASKS[part](bench, seed, rate)
+    model, facts = tuned_directly(bench, folder, source, training, everything=kind == "FT")
+    return {kind: score(model), "facts": facts}
+
+
+def cost_row(bench, _folder, name):
+    return emulator(bench, name)[1]
+
+
+def healing_row(bench, _folder, name, regrow):
+    """The emulator healed on public text; scored on WikiText-2, beside an equally deep model."""
+    config = HealingConfig(regrow=regrow, steps=4 if bench.smoke else 64, points=4)
+    public = public_windows(MODEL, bench.public(), LENGTH)
+    found = judge_misuse(
+        emulator(bench, name)[0], MODEL, public, bench.test_windows(64), config,
+        on_stop=lambda *stop: print("  ", *stop, flush=True),
+    )  # fmt: skip
+    return asdict(found) | {"healed_share": found.healed_share, "config": asdict(config)}
+
+
+def plan(bench, part):
+    """The rows of a part, most wanted first: (name, function)."""
+    rows = []
+
+    def add(name, function, *args):
+        rows.append((name, lambda folder: function(bench, folder, *args)))
+
+    if part == "cost":
+        for name in METHODS:
+            add(name, cost_row, name)
+    elif part == "healing":
+        for name in HEALED:
+            add(f"{name}-beside", healing_row, name, "beside")
+        add("ours-neighbour", healing_row, "ours", "neighbour")
+        add("ours-none", healing_row, "ours", "none")
+    else:
+        for seed in SEEDS:
+            for name in METHODS:
+                add(f"{name}-{seed}", tuned_row, part, name, seed)
+            if part == "openbook":
+                for kind in ("ZS", "FT", "Adapter tuned directly")[bool(seed) :]:
+                    add(f"{kind}-{seed}", reference_row, part, kind, seed)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", default=PARTS, help=", ".join(PARTS))
+    parser.add_argument("--data", type=Path, required=True, help="directory of the data sets")
+    parser.add_argument("--work", type=Path, required=True, help="directory for rows and emulators")
+    parser.add_argument("--smoke", action="store_true", help="a twentieth of everything")
+    parser.add_argument("--only", default="", help="rows whose name holds this text")
+    parser.add_argument("--fresh", action="store_true", help="run committed rows again")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    bench = Competitors(options.data, options.work, options.smoke)
+    rates = {"adapter": ADAPTER_RATE, "choices": CHOICE_RATE, "choices FT": CHOICE_FT_RATE}
+    for part in options.parts:
+        run_rows(
+            "competitors", part, plan(bench, part), work=options.work, facts={"rates": rates},
+            only=options.only, fresh=options.fresh, smoke=options.smoke,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
