@@ -7,34 +7,61 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from tiny_encoders import tiny_encoder
 from tiny_models import tiny_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def test_split_on_a_tiny_model(tmp_path):
-    tiny_encoder("bert").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Options for a tiny model and a tiny data set."""
+    place = tmp_path_factory.mktemp("tiny")
+    tiny_encoder("bert").save_pretrained(place / "model")
+    tiny_tokenizer().save_pretrained(place / "model")
     rows = [f"{'good' if i % 2 else 'bad'} film {i},{i % 2}" for i in range(16)]
-    (tmp_path / "data.csv").write_text("\n".join(["text,label", *rows]))
-    command = [
-        RECIPES / "split.py", "--model", tmp_path / "model", "--cut", 0, "--epochs", 1,
-        "--train", tmp_path / "data.csv", "--test", tmp_path / "data.csv", "--samples", 64,
-        "--out", tmp_path / "out",
-    ]  # fmt: skip
+    data = place / "data.csv"
+    data.write_text("\n".join(["text,label", *rows]))
+    return ["--model", place / "model", "--cut", 0, "--train", data, "--test", data]
+
+
+def played(program, out, *options):
+    command = [RECIPES / program, *options, "--out", out]
     done = subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out" / "split.json").read_text())
+    return done.stdout, json.loads((out / "split.json").read_text())
+
+
+def test_split_on_a_tiny_model(tiny, tmp_path):
+    said, found = played("split.py", tmp_path / "out", *tiny, "--epochs", 1, "--samples", 64)
     assert len(found) == 8
     assert all(0 <= row["UA"] <= 1 for row in found)
     wrong = [row["EP, training texts"] for row in found[1:]]
     assert wrong[0] == 0  # the attack reads everything that has no noise
     assert wrong[1] < wrong[3] < wrong[5]
     assert wrong[6] < wrong[5]  # CTI spares a frequent letter of each class
-    assert "no noise" in done.stdout
+    assert "no noise" in said
+
+
+def test_vendor_and_customer_as_two_processes(tiny, tmp_path):
+    out = tmp_path / "out"
+    said, found = played("split_service.py", out, *tiny, "--changed", 0.8)
+    assert [row["run"] for row in found] == [
+        "whole model, no split",
+        "no noise",
+        "80% of tokens changed",
+        "80% of tokens changed, CTI",
+    ]
+    assert found[1]["EP"] == 0 < 0.5 < found[2]["EP"]
+    assert all(0 <= row["UA"] <= 1 for row in found)
+    assert "80% of tokens changed" in said
+    log = [json.loads(line) for line in (out / "vendor.log").read_text().splitlines()]
+    assert log[-1]["event"] == "service-ends"
+    assert log[-1]["jobs"] == 3
 
 
 def test_sample_sentences(tmp_path, monkeypatch):
