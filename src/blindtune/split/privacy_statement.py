@@ -250,8 +250,8 @@ def _notes(
         notes.insert(0, "WARNING: the vendor can read nearly all of the texts")
     if config.privatizer == "token":
         notes.append(
-            "the vendor may recover the tokens that were drawn, by looking up the nearest word: "
-            "those that changed are not yours any more, those that did not are"
+            "the vendor may recover the tokens that were drawn, by looking up the nearest word: a "
+            "token that changed shows it another word, one that did not shows it yours"
         )
     if training and bottom.cut.partition == "two-part":
         notes.append("labels are sent as they are: take the u-shape if they are secret")
