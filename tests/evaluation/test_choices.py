@@ -134,3 +134,7 @@ def test_bad_files(tmp_path):
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="UTF-8"):
         read_items(tmp_path / "binary.jsonl")
+    for hostile in ("[" * 200_000, '{"question": ' + "9" * 10_000 + "}"):
+        (tmp_path / "hostile.jsonl").write_text(hostile)
+        with pytest.raises(DataError, match="line 1: expected one JSON object"):
+            read_items(tmp_path / "hostile.jsonl")

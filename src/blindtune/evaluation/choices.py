@@ -167,7 +167,7 @@ def read_items(path: str | Path) -> list[Item]:
 def _parse_item(line: str, where: str) -> Item:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
         raise DataError(f"{where}: expected one JSON object, got invalid JSON: {error}") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
