@@ -27,7 +27,10 @@ from blindtune.errors import (
 if TYPE_CHECKING:
     from blindtune.evaluation.evaluating import Evaluation, EvaluationConfig, evaluate
     from blindtune.evaluation.frontier import Frontier, FrontierConfig, frontier
+    from blindtune.exchange.keyring import Keyring
+    from blindtune.exchange.sealing import seal, unseal
     from blindtune.exchange.serving import ServerConfig
+    from blindtune.exchange.signing import Signer, Trust
     from blindtune.offsite.adapter import AdapterConfig
     from blindtune.offsite.emulation import Emulation, EmulatorConfig, emulate
     from blindtune.offsite.emulator import Emulator, open_emulator
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from blindtune.offsite.study import Study, StudyConfig, open_study
     from blindtune.offsite.studying import study
     from blindtune.offsite.tuning import Tuning, tune
+    from blindtune.offsite.vetting import ChangeBounds
     from blindtune.split.access import AccessConfig
     from blindtune.split.cancellation import Cancellation, cancel
     from blindtune.split.customer import PassConfig
@@ -67,6 +71,7 @@ _PLACES = {
     "BottomConfig": "blindtune.split.service",
     "Cancellation": "blindtune.split.cancellation",
     "CertificateConfig": "blindtune.split.door",
+    "ChangeBounds": "blindtune.offsite.vetting",
     "DataConfig": "blindtune.training.text",
     "DynamicConfig": "blindtune.offsite.importance",
     "Emulation": "blindtune.offsite.emulation",
@@ -77,6 +82,7 @@ _PLACES = {
     "Frontier": "blindtune.evaluation.frontier",
     "FrontierConfig": "blindtune.evaluation.frontier",
     "Inspection": "blindtune.offsite.inspection",
+    "Keyring": "blindtune.exchange.keyring",
     "PassConfig": "blindtune.split.customer",
     "PlugIn": "blindtune.offsite.plugin",
     "Prediction": "blindtune.split.prediction",
@@ -86,10 +92,12 @@ _PLACES = {
     "RunConfig": "blindtune.training.config",
     "ServerConfig": "blindtune.exchange.serving",
     "Service": "blindtune.split.service",
+    "Signer": "blindtune.exchange.signing",
     "SplitTuning": "blindtune.split.tuning_job",
     "Study": "blindtune.offsite.study",
     "StudyConfig": "blindtune.offsite.study",
     "TrainingConfig": "blindtune.training.config",
+    "Trust": "blindtune.exchange.signing",
     "Tuning": "blindtune.offsite.tuning",
     "TuningConfig": "blindtune.split.terms",
     "VendorLimits": "blindtune.split.terms",
@@ -105,10 +113,12 @@ _PLACES = {
     "open_study": "blindtune.offsite.study",
     "plug_in": "blindtune.offsite.plugin",
     "predict": "blindtune.split.prediction",
+    "seal": "blindtune.exchange.sealing",
     "serve": "blindtune.split.service",
     "split_tune": "blindtune.split.tuning_job",
     "study": "blindtune.offsite.studying",
     "tune": "blindtune.offsite.tuning",
+    "unseal": "blindtune.exchange.sealing",
 }
 """Where each name is, for those that need torch."""
 
@@ -121,6 +131,7 @@ __all__ = [
     "BottomConfig",
     "Cancellation",
     "CertificateConfig",
+    "ChangeBounds",
     "ConfigError",
     "DataConfig",
     "DataError",
@@ -133,6 +144,7 @@ __all__ = [
     "Frontier",
     "FrontierConfig",
     "Inspection",
+    "Keyring",
     "MismatchError",
     "ModelError",
     "NetworkError",
@@ -148,11 +160,13 @@ __all__ = [
     "RunConfig",
     "ServerConfig",
     "Service",
+    "Signer",
     "SplitTuning",
     "Study",
     "StudyConfig",
     "TrainingConfig",
     "TrainingError",
+    "Trust",
     "Tuning",
     "TuningConfig",
     "UnsupportedModelError",
@@ -171,10 +185,12 @@ __all__ = [
     "open_study",
     "plug_in",
     "predict",
+    "seal",
     "serve",
     "split_tune",
     "study",
     "tune",
+    "unseal",
 ]
 
 

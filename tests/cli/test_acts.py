@@ -215,12 +215,12 @@ def test_talk_of_libraries_does_not_reach_people(made, blindtune, monkeypatch):
 
     real = inspection.inspect
 
-    def talkative(package):
+    def talkative(package, **options):
         warnings.warn("talk", UserWarning, stacklevel=1)
         logging.getLogger("transformers").warning("talk")
         logging.getLogger("lm_eval").warning("talk")
         print("talk")
-        return real(package)
+        return real(package, **options)
 
     monkeypatch.setattr(inspection, "inspect", talkative)
     done = blindtune("inspect", made / "emulator", "--json")

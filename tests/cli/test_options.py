@@ -18,6 +18,7 @@ from blindtune.errors import ConfigError
 VERB_OBJECTS = {
     name: import_module(f"blindtune.cli.{name.replace('-', '_')}").VERB for name in VERBS
 }
+VERB_OBJECTS |= {verb.name: verb for verb in VERB_OBJECTS.pop("keys").verbs.values()}
 GROUPS = [
     pytest.param(group, id=f"{name}-{group.name}")
     for name, verb in VERB_OBJECTS.items()
@@ -77,7 +78,7 @@ def test_tune_reads_windows_as_the_function_does():
     assert {k.arg: ast.literal_eval(k.value) for k in calls[0].keywords} == group.defaults
 
 
-@pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize("name", VERB_OBJECTS)
 def test_no_two_parameters_of_a_verb_share_a_name(name):
     verb = VERB_OBJECTS[name]
     names = [p.name for p in verb.command().params]

@@ -287,7 +287,7 @@ def test_an_empty_keyring_trusts_nobody(write, tmp_path):
     empty = Keyring(tmp_path / "none")
     assert empty.public() is None
     assert empty.signer(nothing) is None
-    assert empty.trust() == Trust(signers={}, memory=empty)
+    assert empty.trust() == Trust(signers={}, memory=empty, own_name="you")
     with pytest.raises(PolicyError):
         open_package(write("e"), trust=empty.trust())
     assert not empty.directory.exists()

@@ -9,6 +9,7 @@ import click
 from blindtune.cli.options import Group
 from blindtune.cli.output import Facts
 from blindtune.cli.printing import duration, print_pairs, size
+from blindtune.cli.trusting import WRITING, signer_of, signing_as
 from blindtune.cli.verb import Settings, Verb
 
 if TYPE_CHECKING:
@@ -46,18 +47,21 @@ def act(settings: Settings) -> Facts:
     from blindtune.offsite.emulation import EmulatorConfig, emulate
     from blindtune.offsite.inspection import InspectedEmulator, inspect
 
+    signer = signer_of(settings)
     made = emulate(
         settings["study"],
         settings["out"],
         settings.of(EmulatorConfig),
         model=settings["model"],
         overwrite=settings.overwrite,
+        signer=signer,
     )
     inspected = inspect(made.path)
     assert isinstance(inspected, InspectedEmulator)
     return {
         "path": str(Path(settings["out"])),
         "id": made.id,
+        "signed_by": signing_as(signer),
         "layers": dict(Counter(layer.kind for layer in inspected.layers)),
         "full_layers": inspected.full_layers,
         "parameters": inspected.parameters,
@@ -77,6 +81,7 @@ def show(facts: Facts, console: Console) -> None:
         ("parameters", f"{facts['parameters']:,} ({share:.1%} of the full model's)"),
         ("bytes", f"{size(facts['bytes'])} (full model: {size(facts['full_bytes'])})"),
         ("time", duration(facts["seconds"])),
+        ("signed by", facts["signed_by"]),
         ("package id", facts["id"]),
         ("emulator", facts["path"]),
         ("options", facts["options"]),
@@ -103,6 +108,7 @@ VERB = Verb(
             help="Where the studied model is now; default: where it was when it was studied.",
         ),
         click.Option(["--out"], required=True, metavar="DIR", help="Directory of the package."),
+        *WRITING,
     ),
     groups=(
         Group(heading="Emulator", module="blindtune.offsite.emulation", name="EmulatorConfig"),

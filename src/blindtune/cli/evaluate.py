@@ -9,6 +9,7 @@ import click
 from blindtune.cli.options import Group
 from blindtune.cli.output import Facts
 from blindtune.cli.printing import duration, print_columns, print_pairs, stages
+from blindtune.cli.trusting import OPENING, trust_of
 from blindtune.cli.verb import Settings, Verb
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def act(settings: Settings) -> Facts:
             choices=settings["choices"],
             config=settings.of(EvaluationConfig),
             on_progress=lambda done, total: show(f"score ({total:,})", done, total),
+            trust=trust_of(settings),
         )
     return found.facts() if settings["out"] is None else {"path": settings["out"], **found.facts()}
 
@@ -107,6 +109,7 @@ VERB = Verb(
         click.Option(["--data"], metavar="FILE", help="Text or records, a file or a hub name."),
         click.Option(["--choices"], metavar="FILE", help="Multiple-choice records (.jsonl)."),
         click.Option(["--out"], metavar="FILE", help="Also write the scores, as JSON."),
+        *OPENING,
     ),
     groups=(
         Group(

@@ -8,6 +8,7 @@ import click
 
 from blindtune.cli.output import Facts
 from blindtune.cli.printing import print_columns, print_pairs, size
+from blindtune.cli.trusting import keyring
 from blindtune.cli.verb import Settings, Verb
 
 if TYPE_CHECKING:
@@ -18,9 +19,8 @@ if TYPE_CHECKING:
 HELP = """Tell what a package holds and what it reveals.
 
 Run by either party, on an emulator or an adapter: before sending it, and before trusting it. Every
-byte is checked against the package's manifest, and no weight of an emulator is used. Compare the
-package id with its maker over another channel, because a hash tells that a package is whole, not
-who made it.
+byte is checked against the package's manifest, and no weight of an emulator is used. It tells who
+signed the package, also if you do not trust them yet.
 
 Finishes in one go: interrupted, it leaves nothing behind.
 
@@ -43,7 +43,12 @@ def act(settings: Settings) -> Facts:
 
     from blindtune.offsite.inspection import inspect
 
-    facts = asdict(inspect(settings["package"]))
+    trust = keyring().trust(allow_unsigned=True, remember=False)
+    inspected = inspect(settings["package"], trust=trust)
+    facts = asdict(inspected)
+    signature = facts.pop("signature")
+    facts["signed_by"] = None if signature is None else str(inspected.signature)
+    facts["trusted"] = signature is not None and signature["name"] is not None
     facts["package"] = str(facts.pop("path"))
     return facts if settings["out"] is None else {"path": settings["out"], **facts}
 
@@ -72,6 +77,7 @@ def estimate(settings: Settings) -> Estimate:
 def _show_emulator(facts: Facts, console: Console) -> None:
     pairs = [
         ("package id", facts["id"]),
+        ("signed by", _signer(facts)),
         ("model", f"{facts['model_type']}, fingerprint {facts['model'][:16]}..."),
         ("weights", facts["dtype"]),
         ("tokenizer", facts["tokenizer"]),
@@ -106,6 +112,7 @@ def _show_adapter(facts: Facts, console: Console) -> None:
         kind = f"LoRA, rank {facts['lora_rank']}, alpha {facts['lora_alpha']:g}, in {targets}"
     pairs = [
         ("package id", facts["id"]),
+        ("signed by", _signer(facts)),
         ("tuned on", facts["emulator"]),
         ("model", f"{facts['model_type']}, fingerprint {facts['model'][:16]}..."),
         ("kind", kind),
@@ -121,6 +128,12 @@ def _show_adapter(facts: Facts, console: Console) -> None:
     ]
     norm = "norm of the update" if facts["training"] == "lora" else "norm"
     print_columns(console, ("layer", "parameters", norm), rows)
+
+
+def _signer(facts: Facts) -> str:
+    if facts["signed_by"] is None:
+        return "nobody"
+    return str(facts["signed_by"]) + ("" if facts["trusted"] else ", whom you do not trust yet")
 
 
 def _of(facts: Facts, name: str, show_number: object) -> str:

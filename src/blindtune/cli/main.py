@@ -34,6 +34,9 @@ VERBS = {
     "split-tune": "customer: tune a vendor's model on texts that it never sees",
     "predict": "customer: ask a tuned job about new texts",
     "cancel": "customer: end a job at the vendor",
+    "keys": "either: your key, and the keys that you trust",
+    "seal": "either: seal a package so that only its recipient can open it",
+    "unseal": "either: open what was sealed for you",
 }
 """Every verb with its line in `blindtune --help`; its module is imported when it is used."""
 

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from blindtune.cli.options import Group
 from blindtune.cli.output import Facts
 from blindtune.cli.printing import print_columns, print_pairs
+from blindtune.cli.trusting import OPENING, signed_by, trust_of
 from blindtune.cli.verb import Settings, Verb
 
 if TYPE_CHECKING:
@@ -17,9 +19,10 @@ if TYPE_CHECKING:
 
 HELP = """Put the returned adapter into the full model.
 
-Run by the model owner. The adapter is another party's work, and is believed in nothing: it must
-name this very model, and hold exactly the adapter layers' tensors, all finite. The result is an
-ordinary Hugging Face directory, which opens without this project.
+Run by the model owner. The adapter is another party's work, and is believed in nothing: somebody
+whom you trust must have signed it; it must name this very model, hold exactly the adapter layers'
+tensors, all finite, and change norms and spectra within bounds, and the loss on public text if some
+is given. The result is an ordinary Hugging Face directory, which opens without this project.
 
 Finishes in one go: interrupted, it leaves nothing behind.
 
@@ -35,7 +38,10 @@ Example:
 
 def act(settings: Settings) -> Facts:
     """Call the act."""
+    from dataclasses import asdict
+
     from blindtune.offsite.plugin import plug_in
+    from blindtune.offsite.vetting import ChangeBounds
 
     plugged = plug_in(
         settings["model"],
@@ -43,13 +49,21 @@ def act(settings: Settings) -> Facts:
         settings["out"],
         dtype=settings["dtype"],
         overwrite=settings.overwrite,
+        data=settings["data"],
+        bounds=settings.of(ChangeBounds),
+        accept_large_change=settings["accept_large_change"],
+        emulator=settings["emulator"],
+        trust=trust_of(settings),
     )
     return {
         "path": str(plugged.path),
         "adapter": plugged.adapter_id,
+        "signed_by": signed_by(plugged.signature),
         "kind": plugged.kind,
         "parameters": plugged.model.num_parameters(),
         "relative_change": plugged.relative_change,
+        "changes": [asdict(change) for change in plugged.changes],
+        "public_loss": plugged.public_loss,
     }
 
 
@@ -57,20 +71,59 @@ def show(facts: Facts, console: Console) -> None:
     """Print how far each adapter layer moved."""
     pairs = [
         ("adapter", f"{facts['adapter']} ({facts['kind']})"),
+        ("signed by", facts["signed_by"]),
         ("parameters", f"{facts['parameters']:,}"),
         ("model", facts["path"]),
         ("options", facts["options"]),
     ]
+    if facts["public_loss"] is not None:
+        before, after = facts["public_loss"]
+        pairs.insert(2, ("loss on public text", f"{before:.4f} -> {after:.4f} nats/token"))
     print_pairs(console, "Plugged in", pairs)
-    rows = [(str(i), f"{change:.3%}") for i, change in facts["relative_change"].items()]
-    print_columns(console, ("layer", "relative change"), rows)
+    rows = [
+        (
+            str(change["layer"]),
+            f"{change['relative']:.3%}",
+            f"{change['spectral']:.3%}",
+            change["weight"],
+        )
+        for change in facts["changes"]
+    ]
+    names = ("layer", "relative change", "largest spectral change", "of")
+    print_columns(console, names, rows)
 
 
 def estimate(settings: Settings) -> Estimate:
-    """Estimate the act."""
-    from blindtune.offsite.package_estimates import estimate_plug_in
+    """Estimate the act, and measure what the adapter would change, in memory."""
+    from dataclasses import replace
 
-    return estimate_plug_in(settings["model"], settings["adapter"], dtype=settings["dtype"])
+    from blindtune.offsite.package_estimates import estimate_plug_in
+    from blindtune.offsite.plugin import plug_in
+    from blindtune.offsite.vetting import ChangeBounds, refusal
+
+    estimated = estimate_plug_in(settings["model"], settings["adapter"], dtype=settings["dtype"])
+    plugged = plug_in(
+        settings["model"],
+        settings["adapter"],
+        None,
+        dtype=settings["dtype"],
+        data=settings["data"],
+        accept_large_change=True,
+        emulator=settings["emulator"],
+        trust=trust_of(settings, remember=False),
+    )
+    bounds = settings.of(ChangeBounds)
+    findings = {"signed by": signed_by(plugged.signature)}
+    for change in plugged.changes:
+        findings[f"layer {change.layer} would change"] = (
+            f"{change.relative:.3%}; {change.weight} by {change.spectral:.3%} of its spectrum"
+        )
+    if plugged.public_loss is not None:
+        before, after = plugged.public_loss
+        findings["loss on public text"] = f"{before:.4f} -> {after:.4f} nats/token"
+    reason = refusal(plugged.changes, plugged.public_loss, bounds, settings["adapter"])
+    findings["verdict"] = reason or "within bounds"
+    return replace(estimated, findings=findings)
 
 
 VERB = Verb(
@@ -86,6 +139,27 @@ VERB = Verb(
             default="float32",
             show_default=True,
             help="Of the written weights.",
+        ),
+        click.Option(
+            ["--data"], metavar="FILE", help="Public text: its loss before and after is compared."
+        ),
+        click.Option(
+            ["--emulator"],
+            metavar="ID",
+            help="Take only an adapter that was tuned on the emulator of this package id.",
+        ),
+        click.Option(
+            ["--accept-large-change"],
+            is_flag=True,
+            help="Measure what the adapter changes, but refuse nothing.",
+        ),
+        *OPENING,
+    ),
+    groups=(
+        Group(
+            heading="How much the adapter may change",
+            module="blindtune.offsite.vetting",
+            name="ChangeBounds",
         ),
     ),
     act=act,

@@ -93,6 +93,7 @@ def print_estimate(verb: str, estimate: Estimate, *, as_json: bool) -> None:
         ("time", f"about {duration(estimate.seconds)}"),
         *((f"  {part}", duration(seconds)) for part, seconds in estimate.parts.items()),
         *((name, size(count)) for name, count in estimate.sizes.items()),
+        *estimate.findings.items(),
     ]
     console = stdout_console()
     print_pairs(console, f"{verb}: an estimate, nothing was done", pairs)

@@ -9,6 +9,14 @@ import click
 from blindtune.cli.options import Group
 from blindtune.cli.output import Facts
 from blindtune.cli.printing import duration, print_pairs, size
+from blindtune.cli.trusting import (
+    OPENING,
+    WRITING,
+    signed_by,
+    signer_of,
+    signing_as,
+    trust_of,
+)
 from blindtune.cli.verb import Settings, Verb, process_rank
 
 if TYPE_CHECKING:
@@ -53,6 +61,7 @@ def act(settings: Settings) -> Facts:
         if process_rank() == 0:
             click.echo(f"One example, «trained tokens» marked:\n{sample}\n", err=True)
 
+    signer = signer_of(settings)
     tuned = tune(
         settings["emulator"],
         settings["data"],
@@ -64,11 +73,15 @@ def act(settings: Settings) -> Facts:
         validation=settings["validation"],
         overwrite=settings.overwrite,
         on_sample=on_sample,
+        trust=trust_of(settings),
+        signer=signer,
     )
     return {
         "path": str(tuned.path),
         "id": tuned.adapter_id,
+        "signed_by": signing_as(signer),
         "emulator": tuned.emulator.id,
+        "emulator_signed_by": signed_by(tuned.emulator.signature),
         "trained_parameters": tuned.trained_parameters,
         **asdict(tuned.training),
     }
@@ -92,6 +105,8 @@ def show(facts: Facts, console: Console) -> None:
         ends = _ends(facts["validation_loss"])
         pairs.append(("validation loss", f"{ends}, best {best:.4f} at step {facts['best_step']:,}"))
     pairs += [
+        ("emulator signed by", facts["emulator_signed_by"]),
+        ("signed by", facts["signed_by"]),
         ("package id", facts["id"]),
         ("adapter", facts["path"]),
         ("options", facts["options"]),
@@ -135,6 +150,8 @@ VERB = Verb(
             metavar="FILE",
             help="Validation data; without it, a share of the data is set aside.",
         ),
+        *OPENING,
+        *WRITING,
     ),
     groups=(
         Group(heading="Adapter", module="blindtune.offsite.adapter", name="AdapterConfig"),

@@ -146,13 +146,15 @@ class Verb:
         known: dict[str, Field] = {}
         for parameter in self.parameters:
             assert parameter.name is not None
+            flag = getattr(parameter, "is_flag", False)
             known[parameter.name] = Field(
                 name=parameter.name,
-                kind=str,
+                kind=bool if flag else str,
                 default=None,
                 help="",
                 choices=tuple(getattr(parameter.type, "choices", ())),
-                optional=not parameter.required,
+                repeated=getattr(parameter, "multiple", False),
+                optional=not parameter.required and not flag,
             )
         for group in self.groups:
             known |= group.options()
@@ -248,7 +250,8 @@ def _act(verb: Verb, settings: Settings, out: Path | None) -> Facts:
         if verb.mark:
             check()
         return verb.act(settings)
-    inputs = [str(parameter.name) for parameter in verb.parameters]
+    files = [p for p in verb.parameters if not getattr(p, "is_flag", False)]
+    inputs = [str(parameter.name) for parameter in files]
     asked = request(verb.name, out, settings.values, inputs, verb.untold)
     if settings["resume"] == "auto" and (facts := asked.done()) is not None:
         return facts | {"already_done": True}

@@ -21,6 +21,7 @@ from blindtune.evaluation.harness import TaskResult, run_tasks
 from blindtune.evaluation.utility import Perplexity, Progress, loss_on_targets, perplexity
 from blindtune.exchange.manifest import MANIFEST_NAME
 from blindtune.exchange.package import open_package
+from blindtune.exchange.signing import Trust
 from blindtune.models.decoder import check_context, context_limit
 from blindtune.models.loading import load_model, load_tokenizer, preferred_device
 from blindtune.offsite.adapter import tuned_emulator
@@ -80,6 +81,7 @@ def evaluate(
     choices: str | Path | None = None,
     config: EvaluationConfig | None = None,
     on_progress: Progress | None = None,
+    trust: Trust | None = None,
 ) -> Evaluation:
     """Score a model, an emulator, or either of them with an adapter.
 
@@ -90,15 +92,17 @@ def evaluate(
         choices: a .jsonl file of question, choices, label, for accuracy.
         config: how much is scored, and harness tasks.
         on_progress: called with (done, total) while scoring.
+        trust: whose packages are opened; None: anybody's.
 
     Raises:
+        PolicyError: `trust` refuses a package.
         ConfigError: nothing to score was given, or max_length exceeds what the model can read.
         ModelError, DataError, PackageError, MismatchError: see errors.py.
     """
     config, start = config or EvaluationConfig(), time.perf_counter()
     if data is None and choices is None and not config.tasks:
         raise ConfigError("expected something to score: give --data, --choices or --tasks")
-    loaded, tokenizer, limits = open_any(model, adapter)
+    loaded, tokenizer, limits = open_any(model, adapter, trust=trust)
     if data is not None:
         check_context(config.max_length, *limits)
     loaded.to(preferred_device())
@@ -122,7 +126,7 @@ def evaluate(
 
 
 def open_any(
-    model: str | Path, adapter: str | Path | None = None
+    model: str | Path, adapter: str | Path | None = None, *, trust: Trust | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tuple[int | None, ...]]:
     """A full model or an emulator, with an adapter in it if one is given.
 
@@ -130,14 +134,14 @@ def open_any(
         The model, its tokenizer, and what limits the tokens that it reads at once.
     """
     if (Path(model) / MANIFEST_NAME).is_file():
-        emulator = open_emulator(model, dtype=torch.float32)
+        emulator = open_emulator(model, dtype=torch.float32, trust=trust)
         if adapter is not None:
-            emulator = tuned_emulator(emulator, adapter)
+            emulator = tuned_emulator(emulator, adapter, trust=trust)
         limits = context_limit(emulator.model.config), emulator.manifest.max_length
         return emulator.model, emulator.tokenizer, limits
     full = load_model(model)
     if adapter is not None:
-        merge(full, open_package(adapter, "adapter"))
+        merge(full, open_package(adapter, "adapter", trust=trust))
     return full, load_tokenizer(model), (context_limit(full.config),)
 
 

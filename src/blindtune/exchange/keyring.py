@@ -162,6 +162,7 @@ class Keyring:
             allow_unsigned=allow_unsigned,
             allow_older=allow_older,
             memory=self if remember else None,
+            own_name=OWN_NAME,
         )
 
     def newest(self, subject: str, key: PublicKey) -> tuple[int, str] | None:

@@ -118,6 +118,8 @@ class Trust:
     """Open a package although a newer one of the same signer and subject was seen."""
     memory: Memory | None = None
     """What was seen before; None: nothing is remembered, and no package is too old."""
+    own_name: str | None = None
+    """What the reader calls itself: of its own packages none is too old."""
 
     def admit(self, path: Path, signature: Signature | None) -> Signature | None:
         """The signature with the signer's name.
@@ -150,7 +152,9 @@ class Trust:
         Raises:
             PolicyError: it is older, or another one of the same number.
         """
-        if self.memory is None or signature is None or signature.name is None:
+        if self.memory is None or signature is None:
+            return
+        if signature.name in (None, self.own_name):
             return
         subject = subject_of(manifest)
         serial, known = self.memory.newest(subject, signature.key) or (0, "")

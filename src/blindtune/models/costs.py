@@ -182,6 +182,8 @@ class Estimate:
     """What the times were computed from."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Other bytes worth knowing, by name."""
+    findings: dict[str, str] = field(default_factory=dict)
+    """What was not estimated but measured, by name."""
 
 
 def estimated(

@@ -8,7 +8,7 @@ Shapes: O output features, I input features, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,13 @@ from transformers.pytorch_utils import Conv1D
 from blindtune.errors import ConfigError, MismatchError, PackageError
 from blindtune.exchange.manifest import AdapterManifest, LoraFacts
 from blindtune.exchange.package import Package, open_package, write_package
+from blindtune.exchange.signing import Signer, Trust
 from blindtune.exchange.tensors import Expected, is_finite
 from blindtune.models.decoder import Decoder
 from blindtune.offsite.emulator import DTYPES, Emulator, adapter_parameters
+
+Updates = dict[int, dict[str, Tensor]]
+"""New float32 values by layer index in the full model and parameter name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +51,14 @@ class AdapterConfig:
 
 
 def write_adapter(
-    emulator: Emulator, config: AdapterConfig, out: str | Path, *, overwrite: bool = False
+    emulator: Emulator,
+    config: AdapterConfig,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    signer: Signer | None = None,
 ) -> str:
-    """Write the tuned adapter of an emulator as a package and return its id."""
+    """Write the tuned adapter of an emulator as a package, signed or not, and return its id."""
     tensors = (
         _lora_tensors(emulator.model, emulator.adapter_indices)
         if config.lora_rank
@@ -67,7 +76,7 @@ def write_adapter(
         layers=len(emulator.manifest.layers),
         lora=_lora_facts(tensors, config) if config.lora_rank else None,
     )
-    return write_package(out, manifest, tensors, {}, overwrite=overwrite)
+    return write_package(out, manifest, tensors, {}, overwrite=overwrite, signer=signer)
 
 
 def _lora_tensors(model: PreTrainedModel, indices: tuple[int, ...]) -> dict[str, Tensor]:
@@ -93,6 +102,7 @@ def apply_adapter(
     slots: Mapping[int, int],
     *,
     dtype: torch.dtype | None = None,
+    vet: Callable[[Decoder, Updates], None] | None = None,
 ) -> dict[int, float]:
     """Put an opened adapter into a model, in place.
 
@@ -102,6 +112,7 @@ def apply_adapter(
         slots: index in the emulator -> index in `model`, of every adapter layer.
         dtype: in which the new weights must be finite too, because they will be written in it;
             None: the model's own.
+        vet: looks at the new weights, and raises if they are not to be put in.
 
     Returns:
         |W' - W| / |W| over all weights of each adapter layer, by index in `model`.
@@ -115,6 +126,8 @@ def apply_adapter(
     updates = read(decoder, package, slots)
     for i, values in updates.items():
         _check_finite(decoder, i, values, dtype, package.path)
+    if vet is not None:
+        vet(decoder, updates)
     change: dict[int, float] = {}
     for i, values in updates.items():
         moved = before = 0.0
@@ -147,13 +160,19 @@ def _squares(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
-def tuned_emulator(emulator: Emulator, adapter: str | Path) -> Emulator:
+def tuned_emulator(
+    emulator: Emulator, adapter: str | Path, *, trust: Trust | None = None
+) -> Emulator:
     """The emulator with an adapter that was tuned on it, in place (Emulator FT).
 
+    Args:
+        trust: whose adapters are opened; None: anybody's.
+
     Raises:
+        PolicyError: `trust` refuses the adapter.
         MismatchError: the adapter was tuned on another emulator.
     """
-    package = open_package(adapter, "adapter")
+    package = open_package(adapter, "adapter", trust=trust)
     if package.manifest.emulator != emulator.id:
         raise MismatchError(
             f"{adapter}: expected an adapter tuned on this emulator ({emulator.id[:19]}...), got "
@@ -161,10 +180,6 @@ def tuned_emulator(emulator: Emulator, adapter: str | Path) -> Emulator:
         )
     apply_adapter(emulator.model, package, {i: i for i in emulator.adapter_indices})
     return emulator
-
-
-Updates = dict[int, dict[str, Tensor]]
-"""New float32 values by layer index in the full model and parameter name."""
 
 
 def _read_full(

@@ -27,6 +27,7 @@ from blindtune.exchange.manifest import (
     LayerEntry,
     RawLayer,
 )
+from blindtune.exchange.signing import Signer
 from blindtune.models.blocks import Harmonizer
 from blindtune.models.decoder import Decoder
 from blindtune.models.fingerprint import fingerprint
@@ -105,6 +106,7 @@ def emulate(
     *,
     model: str | Path | None = None,
     overwrite: bool = False,
+    signer: Signer | None = None,
 ) -> Emulation:
     """Make one emulator package from a study. Seconds to minutes, no training.
 
@@ -114,6 +116,7 @@ def emulate(
         config: the triplet.
         model: where the studied model is now; None: where it was when it was studied.
         overwrite: replace an earlier package.
+        signer: signs the package; None: it stays unsigned.
 
     Raises:
         ConfigError: the triplet leaves no middle layer or no kept one, or asks for what the study
@@ -142,6 +145,7 @@ def emulate(
         full_model=facts,
         dtype=config.dtype,
         overwrite=overwrite,
+        signer=signer,
     )
     return Emulation(
         id=package_id,

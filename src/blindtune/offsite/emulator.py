@@ -28,6 +28,7 @@ from blindtune.exchange.manifest import (
     LayerEntry,
 )
 from blindtune.exchange.package import Package, open_package, write_package
+from blindtune.exchange.signing import Signature, Signer, Trust
 from blindtune.exchange.tensors import Expected, check_expected
 from blindtune.models.blocks import Harmonizer
 from blindtune.models.configs import (
@@ -54,6 +55,8 @@ class Emulator:
     id: str
     """Package id, which the adapter names."""
     manifest: EmulatorManifest
+    signature: Signature | None = None
+    """Who signed the package."""
 
     @property
     def adapter_indices(self) -> tuple[int, ...]:
@@ -88,6 +91,7 @@ def write_emulator(
     dtype: Dtype = "float32",
     max_length: int | None = None,
     overwrite: bool = False,
+    signer: Signer | None = None,
 ) -> str:
     """Write an assembled emulator as a package and return its id.
 
@@ -98,6 +102,7 @@ def write_emulator(
         full_model: facts that `inspect` compares with.
         dtype: of the weights in the package.
         max_length: longest sequence the emulator is meant for; None: the config's limit.
+        signer: signs the package; None: it stays unsigned.
 
     Raises:
         OutputError: it cannot be written, or no reader would accept the config or the
@@ -120,7 +125,7 @@ def write_emulator(
         tokenizer_from_files(files, rows=model.config.vocab_size)
     except PackageError as error:
         raise OutputError(f"no reader would accept this emulator: {error}") from error
-    return write_package(out, manifest, tensors, files, overwrite=overwrite)
+    return write_package(out, manifest, tensors, files, overwrite=overwrite, signer=signer)
 
 
 def package_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -129,19 +134,23 @@ def package_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict().items() if name not in aliases}
 
 
-def open_emulator(package: str | Path, *, dtype: torch.dtype | None = None) -> Emulator:
+def open_emulator(
+    package: str | Path, *, dtype: torch.dtype | None = None, trust: Trust | None = None
+) -> Emulator:
     """Open an emulator package, trusting none of it.
 
     Args:
         package: its directory.
         dtype: of the model; None: as in the package.
+        trust: whose emulators are opened; None: anybody's.
 
     Raises:
+        PolicyError: `trust` refuses the package.
         PackageError: the package is damaged or malformed (docs/package-format.md).
         MismatchError: its tensors are not those that its manifest describes.
         UnsupportedModelError: its model family is not known here.
     """
-    opened = open_package(package, "emulator")
+    opened = open_package(package, "emulator", trust=trust)
     model = _load(opened)
     if dtype is not None:
         model = model.to(dtype)
@@ -152,7 +161,13 @@ def open_emulator(package: str | Path, *, dtype: torch.dtype | None = None) -> E
     names = [name for name in FILE_NAMES if name in opened.manifest.files]
     files = {name: opened.read_file(name) for name in names}
     tokenizer = tokenizer_from_files(files, rows=model.config.vocab_size)
-    return Emulator(model=model, tokenizer=tokenizer, id=opened.id, manifest=opened.manifest)
+    return Emulator(
+        model=model,
+        tokenizer=tokenizer,
+        id=opened.id,
+        manifest=opened.manifest,
+        signature=opened.signature,
+    )
 
 
 def sketch(package: Package[EmulatorManifest]) -> PreTrainedModel:

@@ -28,6 +28,7 @@ from blindtune.exchange.manifest import (
     LayerEntry,
 )
 from blindtune.exchange.package import Package, open_package
+from blindtune.exchange.signing import Signature, Trust
 from blindtune.exchange.tensors import TensorFacts
 from blindtune.models.decoder import Decoder
 from blindtune.models.families import Family
@@ -87,6 +88,8 @@ class InspectedEmulator:
     tokenizer: str
     """Its kind and number of tokens."""
     created_by: str
+    signature: Signature | None
+    """Who signed it."""
     reveals: tuple[str, ...]
     """Everything that a reader learns about the full model."""
 
@@ -117,6 +120,8 @@ class InspectedAdapter:
     parameters: int
     bytes: int
     created_by: str
+    signature: Signature | None
+    """Who signed it."""
     reveals: tuple[str, ...]
     """Everything that a reader learns about the tuning."""
 
@@ -124,12 +129,17 @@ class InspectedAdapter:
 Inspection = InspectedEmulator | InspectedAdapter
 
 
-def inspect(package: str | Path) -> Inspection:
+def inspect(package: str | Path, *, trust: Trust | None = None) -> Inspection:
     """Tell what is in an emulator or adapter package.
 
     The whole package is verified; of an adapter the tensors are also read, for their norms.
 
+    Args:
+        package: its directory.
+        trust: whose packages are opened, and by what names; None: anybody's.
+
     Raises:
+        PolicyError: `trust` refuses the package.
         ConfigError: there is no such directory.
         PackageError: it is damaged or malformed, an emulator that cannot be opened, or an adapter
             with a NaN or infinite value or a tensor of no adapter layer.
@@ -137,7 +147,7 @@ def inspect(package: str | Path) -> Inspection:
             package of split tuning.
         UnsupportedModelError: its model family is not known here.
     """
-    opened = open_package(package)
+    opened = open_package(package, trust=trust)
     if isinstance(opened.manifest, EmulatorManifest):
         return _inspect_emulator(opened, opened.manifest)
     if isinstance(opened.manifest, AdapterManifest):
@@ -178,6 +188,7 @@ def _inspect_emulator(package: Package[Any], manifest: EmulatorManifest) -> Insp
         unchanged_parameters=parameters - changed,
         tokenizer=_tokenizer(package, manifest, shape.config.vocab_size),
         created_by=manifest.created_by,
+        signature=package.signature,
         reveals=_revealed(manifest, layers, parameters, changed, feed_forward=feed_forward),
     )
 
@@ -331,6 +342,7 @@ def _inspect_adapter(package: Package[Any], manifest: AdapterManifest) -> Inspec
         parameters=_count(package.header),
         bytes=_file_bytes(manifest),
         created_by=manifest.created_by,
+        signature=package.signature,
         reveals=(
             "which emulator it was tuned on, and so which model",
             f"the tuned weights of layers {spans([layer.index for layer in layers])}: they were "

@@ -1,14 +1,17 @@
 """The model owner's last act: put the returned adapter into the full model.
 
 Nothing of the adapter is believed: it must name this model's fingerprint, and hold exactly the
-adapter layers' tensors, in their shapes, all finite. The result is a plain Hugging Face directory.
+adapter layers' tensors, in their shapes, all finite, and change the model within bounds. The result
+is a plain Hugging Face directory.
 
 Source: offsite-tuning (arXiv 2302.04870), section 3.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +22,21 @@ from blindtune.atomic import atomic_directory, check_free
 from blindtune.errors import ConfigError, MismatchError, ModelError
 from blindtune.exchange.manifest import AdapterManifest
 from blindtune.exchange.package import Package, open_package
+from blindtune.exchange.signing import Signature, Trust
 from blindtune.exchange.tensors import is_finite
 from blindtune.models.decoder import Decoder
 from blindtune.models.fingerprint import fingerprint
 from blindtune.models.loading import load_model, load_tokenizer
-from blindtune.offsite.adapter import apply_adapter
+from blindtune.offsite.adapter import Updates, apply_adapter
 from blindtune.offsite.emulator import DTYPES, adapter_indices
+from blindtune.offsite.vetting import (
+    ChangeBounds,
+    LayerChange,
+    check_changes,
+    check_loss,
+    measure_changes,
+    public_loss,
+)
 
 CONFIG_NAME = "config.json"
 
@@ -41,6 +53,12 @@ class PlugIn:
     """full or lora."""
     relative_change: dict[int, float]
     """|W' - W| / |W| over all weights of each adapter layer, by index in the full model."""
+    changes: tuple[LayerChange, ...]
+    """Norm and spectrum of what the adapter changed, layer by layer."""
+    public_loss: tuple[float, float] | None
+    """Before and after, nats a token on the public text; None if there was none."""
+    signature: Signature | None
+    """Who signed the adapter."""
 
 
 def plug_in(
@@ -50,8 +68,15 @@ def plug_in(
     *,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     overwrite: bool = False,
+    data: str | Path | None = None,
+    bounds: ChangeBounds | None = None,
+    accept_large_change: bool = False,
+    emulator: str | None = None,
+    trust: Trust | None = None,
 ) -> PlugIn:
     """Put an adapter package into the full model and write a Hugging Face directory.
+
+    What the adapter changes is measured first, and refused if it is out of bounds.
 
     Args:
         model: a local directory, a hub name, or `smollm2-135m`.
@@ -59,8 +84,15 @@ def plug_in(
         out: where to write; None checks and merges in memory only.
         dtype: of the written weights; all of them must be finite in it, in a dry run too.
         overwrite: replace what is in the way.
+        data: public text, on which the loss may not rise too much; None: it is not measured.
+        bounds: how much the adapter may change; None: as `ChangeBounds` says.
+        accept_large_change: measure, but refuse nothing.
+        emulator: package id of the only emulator whose adapter is taken; None: of any emulator
+            of this model.
+        trust: whose adapters are opened; None: anybody's.
 
     Raises:
+        PolicyError: the change is out of bounds, or `trust` refuses the package.
         PackageError: the package is damaged, or a value or a new weight is NaN or infinite.
         MismatchError: it was tuned for another model, or its tensors are not this model's.
         ModelError, OutputError: see errors.py.
@@ -69,13 +101,17 @@ def plug_in(
         raise ConfigError(f"expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}")
     if out is not None:
         check_free(Path(out), overwrite=overwrite, mark=CONFIG_NAME)
-    package = open_package(adapter, "adapter")
+    package = open_package(adapter, "adapter", trust=trust)
+    _check_emulator(package, emulator)
     full = load_model(model)
-    change = merge(full, package, dtype=DTYPES[dtype])
+    tokenizer = load_tokenizer(model) if data is not None or out is not None else None
+    public = None if data is None else partial(public_loss, full, tokenizer, data)
+    limits = None if accept_large_change else bounds or ChangeBounds()
+    merged = _vetted_merge(full, package, DTYPES[dtype], public, limits)
     if out is not None:
-        tokenizer = load_tokenizer(model)
         full = full.to(DTYPES[dtype])
         _check_finite(full, dtype)
+        assert tokenizer is not None
         with atomic_directory(out, overwrite=overwrite, mark=CONFIG_NAME) as directory:
             full.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
@@ -84,8 +120,44 @@ def plug_in(
         model=full,
         adapter_id=package.id,
         kind=package.manifest.kind,
-        relative_change=change,
+        relative_change={change.layer: change.relative for change in merged[0]},
+        changes=merged[0],
+        public_loss=merged[1],
+        signature=package.signature,
     )
+
+
+def _vetted_merge(
+    model: PreTrainedModel,
+    package: Package[AdapterManifest],
+    dtype: torch.dtype,
+    public: Callable[[], float] | None,
+    bounds: ChangeBounds | None,
+) -> tuple[tuple[LayerChange, ...], tuple[float, float] | None]:
+    """Merge, measure, and refuse what is out of bounds; None: refuse nothing."""
+    before = None if public is None else public()
+    changes: list[LayerChange] = []
+
+    def vet(decoder: Decoder, updates: Updates) -> None:
+        changes.extend(measure_changes(decoder, updates))
+        if bounds is not None:
+            check_changes(changes, bounds, package.path)
+
+    merge(model, package, dtype=dtype, vet=vet)
+    if public is None or before is None:
+        return tuple(changes), None
+    after = public()
+    if bounds is not None:
+        check_loss(before, after, bounds, package.path)
+    return tuple(changes), (before, after)
+
+
+def _check_emulator(package: Package[AdapterManifest], emulator: str | None) -> None:
+    if emulator is not None and package.manifest.emulator != emulator:
+        raise MismatchError(
+            f"{package.path}: expected an adapter tuned on {emulator[:19]}..., got one tuned on "
+            f"{package.manifest.emulator[:19]}...: ask for the adapter of that emulator"
+        )
 
 
 def _check_finite(model: PreTrainedModel, dtype: str) -> None:
@@ -99,12 +171,17 @@ def _check_finite(model: PreTrainedModel, dtype: str) -> None:
 
 
 def merge(
-    model: PreTrainedModel, package: Package[AdapterManifest], *, dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    package: Package[AdapterManifest],
+    *,
+    dtype: torch.dtype | None = None,
+    vet: Callable[[Decoder, Updates], None] | None = None,
 ) -> dict[int, float]:
     """Put an opened adapter package into the full model, in place.
 
     Args:
         dtype: in which the new weights must be finite too; None: the model's own.
+        vet: looks at the new weights, and raises if they are not to be put in.
 
     Returns:
         Relative change of every adapter layer, by index in the full model.
@@ -128,4 +205,4 @@ def merge(
     in_emulator = adapter_indices(ends, manifest.layers)
     in_model = adapter_indices(ends, layer_count)
     slots = dict(zip(in_emulator, in_model, strict=True))
-    return apply_adapter(model, package, slots, dtype=dtype)
+    return apply_adapter(model, package, slots, dtype=dtype, vet=vet)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from blindtune.atomic import check_free
 from blindtune.errors import BlindtuneError, ConfigError
 from blindtune.exchange.manifest import MANIFEST_NAME
+from blindtune.exchange.signing import Signer, Trust
 from blindtune.models.decoder import Decoder, check_context, context_limit
 from blindtune.offsite.adapter import AdapterConfig, write_adapter
 from blindtune.offsite.emulator import Emulator, open_emulator
@@ -54,6 +56,8 @@ def tune(
     validation: str | Path | None = None,
     overwrite: bool = False,
     on_sample: Callable[[str], None] | None = None,
+    trust: Trust | None = None,
+    signer: Signer | None = None,
 ) -> Tuning:
     """Tune the adapter of an emulator package on private data and write an adapter package.
 
@@ -72,14 +76,17 @@ def tune(
         validation: a file of its own; None: a share of `data` (`DataConfig.validation_split`).
         overwrite: replace an earlier adapter.
         on_sample: gets the marked sample before training starts.
+        trust: whose emulators are opened; None: anybody's.
+        signer: signs the adapter; None: it stays unsigned.
 
     Raises:
+        PolicyError: `trust` refuses the emulator.
         PackageError, DataError, ConfigError, OutputError: see errors.py.
     """
     adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
     reading, out = reading or DataConfig(max_length=128), Path(out)
     check_free(out, overwrite=overwrite, mark=MANIFEST_NAME)
-    opened = open_emulator(emulator, dtype=torch.float32)
+    opened = open_emulator(emulator, dtype=torch.float32, trust=trust)
     limits = context_limit(opened.model.config), opened.manifest.max_length
     check_context(reading.max_length, *limits)
     train, held_out = _examples(opened, data, validation, reading)
@@ -91,7 +98,8 @@ def tune(
     identity = {"emulator": opened.id, **asdict(adapter)}
     result = fit(trained, train, held_out, training, work, run=run, identity=identity)
     count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-    adapter_id = _write_once(opened, adapter, out, overwrite)
+    write = partial(write_adapter, opened, adapter, out, overwrite=overwrite, signer=signer)
+    adapter_id = _write_once(write)
     _clear_once(work)
     return Tuning(
         adapter_id=adapter_id,
@@ -113,14 +121,14 @@ def _trainable(emulator: Emulator, adapter: AdapterConfig, seed: int) -> torch.n
         return add_lora(emulator, adapter)
 
 
-def _write_once(emulator: Emulator, config: AdapterConfig, out: Path, overwrite: bool) -> str:
+def _write_once(write: Callable[[], str]) -> str:
     """Write the package; of several launched processes, the first writes and tells the others."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return write_adapter(emulator, config, out, overwrite=overwrite)
+        return write()
     outcome: list[str | BlindtuneError] = [""]
     if torch.distributed.get_rank() == 0:
         try:
-            outcome = [write_adapter(emulator, config, out, overwrite=overwrite)]
+            outcome = [write()]
         except BlindtuneError as error:
             outcome = [error]
     torch.distributed.broadcast_object_list(outcome, src=0)
