@@ -166,7 +166,7 @@ def _package(name: str, directory: Path, policy: str, read: Callable[[Path], obj
                 raise BlindtuneError("not altered")
             try:
                 read(directory)
-            except (ValueError, RecursionError, AttributeError) as error:
+            except (ValueError, RecursionError, AttributeError, OSError) as error:
                 if error.__traceback__ is not None and _in_forger(error):
                     raise BlindtuneError("the forger could not read it") from error
                 raise

@@ -13,10 +13,12 @@ SPLIT = [
     "bottom", "serve", "admit", "Bottom", "BottomConfig", "Service", "CertificateConfig",
     "ServerConfig", "VendorLimits", "WatchConfig",
 ]  # fmt: skip
+KEYS = ["Keyring", "Signer", "Trust", "seal", "unseal"]
 CONFIGS = [
     "StudyConfig", "DynamicConfig", "EmulatorConfig", "AdapterConfig", "TrainingConfig",
     "RunConfig", "DataConfig", "EvaluationConfig", "PrivatizerConfig", "TuningConfig", "PassConfig",
     "FrontierConfig", "ReadingConfig", "AccessConfig", "AskingConfig",
+    "ChangeBounds",
 ]  # fmt: skip
 RESULTS = ["Study", "Emulation", "Inspection", "Tuning", "PlugIn", "Evaluation", "Emulator"]
 RESULTS += ["Frontier", "SplitTuning", "PrivacyStatement", "Prediction", "Cancellation"]
@@ -29,7 +31,7 @@ ERRORS = [
 
 def test_the_names_are_these():
     assert sorted(blindtune.__all__) == sorted(
-        [*ACTS, *SPLIT, *CONFIGS, *RESULTS, *ERRORS, "__version__"]
+        [*ACTS, *SPLIT, *KEYS, *CONFIGS, *RESULTS, *ERRORS, "__version__"]
     )
     assert set(blindtune.__all__) <= set(dir(blindtune))
 

@@ -218,7 +218,7 @@ def test_too_little_memory(made, blindtune, tune, monkeypatch, error, place):
 def test_a_file_that_cannot_be_read(made, blindtune, monkeypatch):
     import blindtune.offsite.inspection as inspection
 
-    def forbidden(package):
+    def forbidden(package, **options):
         raise PermissionError(errno.EACCES, "Permission denied", str(package))
 
     monkeypatch.setattr(inspection, "inspect", forbidden)
