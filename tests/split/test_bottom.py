@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from blindtune.errors import ConfigError, MismatchError, PackageError
+from blindtune.errors import ConfigError, MismatchError, PackageError, UnsupportedModelError
 from blindtune.exchange.package import open_package
 from blindtune.split.bottom import open_bottom, write_bottom
 from blindtune.split.partition import Cut, lm_logits, run_bottom, run_top, run_vendor, stack_of
@@ -92,8 +92,12 @@ def edit(package, change):
         (lambda p: p["config"].update(num_hidden_layers=200_000), PackageError),
         (lambda p: p["config"].update(hidden_size=1 << 40), PackageError),
         (lambda p: p["config"].update(intermediate_size=96), MismatchError),
+        (lambda p: p["config"].update(max_position_embeddings=-5), PackageError),
+        (lambda p: p["config"].update(output_hidden_states=True), PackageError),
+        (lambda p: p["config"].update(pad_token_id=1 << 20), PackageError),
+        (lambda p: p["config"].update(dtype="float16"), PackageError),
         (lambda p: p["config"].update(vocab_size=1 << 30), MismatchError),
-        (lambda p: p.update(model_type="starling"), PackageError),
+        (lambda p: p.update(model_type="starling"), UnsupportedModelError),
         (lambda p: p.update(cut=1), PackageError),
         (lambda p: p.update(cut=8), PackageError),
         (lambda p: p.update(last=1), PackageError),

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from blindtune.errors import PackageError
+from blindtune.models.encoders import encoder_family_of, is_encoder
 from blindtune.models.families import family_of
 
 MAX_NUMBER = 10**12
@@ -27,6 +28,8 @@ MAX_BUFFER_BYTES = 1 << 20
 
 _LAYER_KEYS = ("num_hidden_layers", "n_layer")
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Where -1 says that there is no limit (DeBERTa).
+_UNLIMITED_KEYS = frozenset({"max_relative_positions", "position_buckets"})
 # Which class, and in which dtype: said by the manifest, and so only compared.
 _STATED_KEYS = frozenset({"model_type", "architectures", "dtype"})
 # What never goes into a package: where the owner keeps the model, library versions, code.
@@ -41,7 +44,7 @@ def config_values(config: Any) -> dict[str, Any]:
     Token ids outside of the vocabulary (some models say pad_token_id -1) become None.
     """
     defaults = _defaults(type(config))
-    known = (set(defaults) | _STATED_KEYS) - _PRIVATE_KEYS - _runtime_keys()
+    known = (set(defaults) | _STATED_KEYS | _family_keys(config)) - _PRIVATE_KEYS - _runtime_keys()
     values = json.loads(config.to_json_string(use_diff=False))
     for key in _TOKEN_KEYS:
         if not _in_vocabulary(getattr(config, key, None), config.vocab_size):
@@ -59,13 +62,13 @@ def config_from_values(
         model_type, dtype, layer_count: as the manifest says.
 
     Raises:
-        UnsupportedModelError: the model type is not in the table of families.
+        UnsupportedModelError: the model type is in neither table of families.
         PackageError: a key is unknown, or a value impossible.
     """
-    family_of(SimpleNamespace(model_type=model_type))
+    more = _family_keys(SimpleNamespace(model_type=model_type))
     try:
         kind = type(AutoConfig.for_model(model_type))
-        _check_keys(values, _defaults(kind))
+        _check_keys(values, _defaults(kind), more)
         _check_stated(values, model_type, dtype, layer_count)
         for key, value in _leaves(values):
             _check_leaf(key, value)
@@ -122,9 +125,19 @@ def _runtime_keys() -> set[str]:
     return {*PreTrainedConfig().to_dict(), "use_cache"} - _STATED_KEYS
 
 
-def _check_keys(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def _family_keys(config: Any) -> frozenset[str]:
+    """What models of the config's family read although its class does not know it."""
+    if is_encoder(config):
+        return frozenset(encoder_family_of(config).config_keys)
+    family_of(config)
+    return frozenset()
+
+
+def _check_keys(
+    values: Mapping[str, Any], defaults: Mapping[str, Any], more: frozenset[str]
+) -> None:
     """Unknown keys are refused; a runtime key may stand with its default, and is not used."""
-    known = (set(defaults) | _STATED_KEYS | {"num_hidden_layers"}) - _PRIVATE_KEYS
+    known = (set(defaults) | _STATED_KEYS | {"num_hidden_layers"} | more) - _PRIVATE_KEYS
     if unknown := sorted(set(values) - known):
         raise ValueError(f"unknown keys {', '.join(unknown)}")
     for key in sorted(_runtime_keys() & set(values)):
@@ -157,6 +170,8 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def _check_leaf(key: str, value: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key in _UNLIMITED_KEYS and value == -1:
+        return
     if is_number and not 0 <= value <= MAX_NUMBER:
         raise ValueError(f"{key} is {value}, expected 0 to {MAX_NUMBER}")
     if key == "partial_rotary_factor" and not (is_number and 0 < value <= 1):

@@ -14,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,19 +131,14 @@ def predict(
         private, statement, reused = _prepare(found, package, texts)
         if on_statement is not None:
             on_statement(statement)
-        with saying_what_next():
-            transport = resume_job(connect, found.token, access.retries())
-            try:
-                told, scores = _ask(
-                    found, package, texts, private, transport, asking.batch_size, on_progress
-                )
-            finally:
-                transport.close()
+        with (
+            saying_what_next(),
+            closing(resume_job(connect, found.token, access.retries())) as transport,
+        ):
+            size = asking.batch_size
+            told, scores = _ask(found, package, texts, private, transport, size, on_progress)
     if out is not None:
-        with atomic_file(out) as partial:
-            partial.write_text(
-                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in told)
-            )
+        _write(Path(out), told)
     return Prediction(
         path=None if out is None else Path(out),
         texts=tuple(told),
@@ -153,6 +149,11 @@ def predict(
         bytes_received=traffic.received,
         seconds=time.perf_counter() - begin,
     )
+
+
+def _write(out: Path, told: list[dict[str, Any]]) -> None:
+    with atomic_file(out) as partial:
+        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in told))
 
 
 def _package(job: CustomerJob, place: str | Path | None) -> Bottom:
