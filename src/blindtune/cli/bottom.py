@@ -9,6 +9,7 @@ import click
 from blindtune.cli.options import Group
 from blindtune.cli.output import Facts
 from blindtune.cli.printing import print_pairs, size
+from blindtune.cli.trusting import WRITING, signer_of, signing_as
 from blindtune.cli.verb import Settings, Verb
 
 if TYPE_CHECKING:
@@ -54,16 +55,19 @@ def act(settings: Settings) -> Facts:
     """Call the act."""
     from blindtune.split.service import BottomConfig, bottom
 
+    signer = signer_of(settings)
     made = bottom(
         settings["model"],
         settings["out"],
         settings["cut"],
         settings.of(BottomConfig),
         overwrite=settings.overwrite,
+        signer=signer,
     )
     return {
         "path": str(made.path),
         "id": made.id,
+        "signed_by": signing_as(signer),
         "partition": made.cut.partition,
         "cut": made.cut.cut,
         "last": made.cut.last,
@@ -77,6 +81,7 @@ def show(facts: Facts, console: Console) -> None:
     pairs = [
         ("split", partition_facts(facts)),
         ("bytes", size(facts["bytes"])),
+        ("signed by", facts["signed_by"]),
         ("bottom id", facts["id"]),
         ("bottom", facts["path"]),
         ("options", facts["options"]),
@@ -99,6 +104,7 @@ VERB = Verb(
         click.Argument(["model"], metavar="MODEL"),
         CUT,
         click.Option(["--out"], required=True, metavar="DIR", help="Directory of the package."),
+        *WRITING,
     ),
     groups=(GROUP,),
     act=act,

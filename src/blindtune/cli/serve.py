@@ -15,6 +15,7 @@ from blindtune.cli.bottom import CUT, GROUP, partition_facts
 from blindtune.cli.options import Group
 from blindtune.cli.output import Facts
 from blindtune.cli.printing import duration, print_pairs
+from blindtune.cli.trusting import WRITING, signer_of
 from blindtune.cli.verb import Settings, Verb
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def act(settings: Settings) -> Facts:
             server=settings.of(ServerConfig),
             limits=settings.of(VendorLimits),
             watch=settings.of(WatchConfig),
+            signer=signer_of(settings),
         )
         facts = {
             "state": "serving",
@@ -162,6 +164,7 @@ VERB = Verb(
             show_default=True,
             help="Time for requests that are worked on when it is to end.",
         ),
+        *WRITING,
     ),
     groups=(
         GROUP,

@@ -9,6 +9,7 @@ import click
 from blindtune.cli.options import Group
 from blindtune.cli.output import Facts
 from blindtune.cli.printing import duration, print_pairs, size
+from blindtune.cli.trusting import OPENING, trust_of
 from blindtune.cli.verb import Settings, Verb
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def act(settings: Settings) -> Facts:
         reading=settings.of(ReadingConfig),
         access=settings.of(AccessConfig),
         resume=settings["resume"],
+        trust=trust_of(settings),
         on_statement=lambda statement: click.echo(f"{statement}\n", err=True),
     )
     return asdict(tuned) | {"path": str(tuned.path)}
@@ -122,6 +124,7 @@ VERB = Verb(
             show_default=True,
             help="auto: a job that is there goes on; never: it is refused.",
         ),
+        *OPENING,
     ),
     groups=(
         Group(

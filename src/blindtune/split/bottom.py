@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blindtune.errors import ConfigError, PackageError
 from blindtune.exchange.manifest import BottomManifest, Dtype
 from blindtune.exchange.package import Package, open_package, write_package
+from blindtune.exchange.signing import Signature, Signer, Trust
 from blindtune.models.configs import (
     check_buffers,
     check_finite_buffers,
@@ -54,6 +55,8 @@ class Bottom:
     """The package id's 64 hex digits, which the vendor names in its welcome."""
     max_length: int | None
     """Longest sequence in tokens."""
+    signature: Signature | None = None
+    """Who signed the package."""
 
     @property
     def hidden_size(self) -> int:
@@ -70,6 +73,7 @@ def write_bottom(
     dtype: Dtype = "float32",
     max_length: int | None = None,
     overwrite: bool = False,
+    signer: Signer | None = None,
 ) -> str:
     """Write the customer's part of a whole model as a package.
 
@@ -79,6 +83,7 @@ def write_bottom(
         dtype: of the weights in the package.
         max_length: longest sequence in tokens; None: the model's limit alone.
         overwrite: replace an earlier package.
+        signer: signs the package; None: it stays unsigned.
 
     Returns:
         The 64 hex digits of the package id.
@@ -114,24 +119,28 @@ def write_bottom(
         max_length=max_length,
     )
     identity = write_package(
-        out, manifest, tensors, tokenizer_files(tokenizer), overwrite=overwrite
+        out, manifest, tensors, tokenizer_files(tokenizer), overwrite=overwrite, signer=signer
     )
     return identity.removeprefix("sha256:")
 
 
-def open_bottom(package: str | Path, *, dtype: torch.dtype = torch.float32) -> Bottom:
+def open_bottom(
+    package: str | Path, *, dtype: torch.dtype = torch.float32, trust: Trust | None = None
+) -> Bottom:
     """Open a bottom package, trusting none of it.
 
     Args:
         package: its directory.
         dtype: of the model.
+        trust: whose packages are opened; None: anybody's.
 
     Raises:
+        PolicyError: `trust` refuses the package.
         PackageError: the package is damaged or malformed (docs/package-format.md).
         MismatchError: its tensors are not those that its manifest describes.
         UnsupportedModelError: its model family is not known here.
     """
-    opened = open_package(package, "bottom")
+    opened = open_package(package, "bottom", trust=trust)
     manifest = opened.manifest
     cut = Cut(
         partition=manifest.partition, layers=manifest.layers, cut=manifest.cut, last=manifest.last
@@ -146,6 +155,7 @@ def open_bottom(package: str | Path, *, dtype: torch.dtype = torch.float32) -> B
         cut=cut,
         id=opened.id.removeprefix("sha256:"),
         max_length=manifest.max_length,
+        signature=opened.signature,
     )
 
 

@@ -29,6 +29,7 @@ from blindtune.exchange.manifest import BottomManifest, Dtype
 from blindtune.exchange.messages import Partition
 from blindtune.exchange.package import open_package
 from blindtune.exchange.serving import Server, ServerConfig
+from blindtune.exchange.signing import Signer
 from blindtune.models import fingerprint as models
 from blindtune.models.encoders import load_any
 from blindtune.models.loading import preferred_device
@@ -92,6 +93,7 @@ def bottom(
     config: BottomConfig | None = None,
     *,
     overwrite: bool = False,
+    signer: Signer | None = None,
 ) -> Bottom:
     """Write the package that customers of split tuning get: embedding and the first blocks.
 
@@ -100,13 +102,15 @@ def bottom(
         out: directory of the package.
         cut: blocks of the bottom; 0: the embedding alone.
         overwrite: replace an earlier package.
+        signer: signs the package; None: it stays unsigned.
 
     Raises:
         ConfigError: the model cannot be cut there. ModelError: it cannot be had.
         OutputError: the package cannot be written.
     """
     loaded, tokenizer = load_any(model)
-    return _write(loaded, tokenizer, Path(out), cut, config or BottomConfig(), overwrite=overwrite)
+    config = config or BottomConfig()
+    return _write(loaded, tokenizer, Path(out), cut, config, overwrite=overwrite, signer=signer)
 
 
 def _write(
@@ -117,10 +121,18 @@ def _write(
     config: BottomConfig,
     *,
     overwrite: bool = False,
+    signer: Signer | None = None,
 ) -> Bottom:
     where = config.cut(stack_of(model).layer_count, cut)
     options = {"dtype": config.dtype, "max_length": config.max_length, "overwrite": overwrite}
-    identity = write_bottom(model, tokenizer, out, where, **options)  # type: ignore[arg-type]
+    identity = write_bottom(
+        model,
+        tokenizer,
+        out,
+        where,
+        signer=signer,
+        **options,  # type: ignore[arg-type]
+    )
     return Bottom(path=out, id=identity, cut=where, bytes=_size(out))
 
 
@@ -178,6 +190,7 @@ class Service:
         server_config: ServerConfig,
         limits: VendorLimits,
         watch: WatchConfig,
+        signer: Signer | None = None,
     ) -> None:
         self._closing, self._grace = threading.Lock(), 10.0
         with ExitStack() as undo:
@@ -191,7 +204,7 @@ class Service:
             if place.exists():
                 self.bottom = _find(loaded, place, cut, bottom_config)
             else:
-                self.bottom = _write(loaded, tokenizer, place, cut, bottom_config)
+                self.bottom = _write(loaded, tokenizer, place, cut, bottom_config, signer=signer)
             self._metrics: Metrics | None = None
             stack = stack_of(loaded.to(preferred_device()))
             self._vendor = Vendor(
@@ -278,6 +291,7 @@ def serve(
     server: ServerConfig | None = None,
     limits: VendorLimits | None = None,
     watch: WatchConfig | None = None,
+    signer: Signer | None = None,
 ) -> Service:
     """Serve a model to customers of split tuning; use the result as a context manager.
 
@@ -290,6 +304,7 @@ def serve(
         server: address, and limits of streams and messages.
         limits: of jobs.
         watch: metrics and log.
+        signer: signs the package for customers when it is made; None: it stays unsigned.
 
     Raises:
         ConfigError: an option is not possible, the address is taken, or another process serves
@@ -306,4 +321,5 @@ def serve(
         server or ServerConfig(),
         limits or VendorLimits(),
         watch or WatchConfig(),
+        signer,
     )

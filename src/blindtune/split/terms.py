@@ -53,7 +53,7 @@ class TuningConfig:
                 "expected lora_rank >= 1, lora_alpha > 0 and lora_dropout in [0, 1), got "
                 f"{self.lora_rank}, {self.lora_alpha}, {self.lora_dropout}"
             )
-        if not self.learning_rate > 0 or min(numbers) < 0 or not max(numbers) < 1e6:
+        if not self.learning_rate > 0 or not all(0 <= n < 1e6 for n in numbers):  # NaN is neither
             raise ConfigError("learning_rate must be above 0, the other numbers from 0 to 1e6")
         if not all(0 <= n < 2**31 for n in (self.warmup_steps, self.max_steps, self.seed)):
             raise ConfigError("warmup_steps, max_steps and seed must be from 0 to 2147483647")

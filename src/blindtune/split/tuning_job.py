@@ -18,6 +18,7 @@ from typing import Literal
 import msgspec
 
 from blindtune.errors import ConfigError, OutputError, PolicyError
+from blindtune.exchange.signing import Trust
 from blindtune.split.access import (
     AccessConfig,
     Connect,
@@ -79,6 +80,7 @@ def split_tune(
     resume: Literal["auto", "never"] = "auto",
     on_statement: Callable[[PrivacyStatement], None] | None = None,
     silent: bool = False,
+    trust: Trust | None = None,
 ) -> SplitTuning:
     """Tune a vendor's model on private texts; interrupted, the same call goes on.
 
@@ -95,18 +97,20 @@ def split_tune(
         resume: "never" refuses a job that is there instead of going on with it.
         on_statement: gets the privacy statement before anything is sent.
         silent: no progress bar.
+        trust: whose bottom packages are opened; None: anybody's.
 
     Raises:
         ConfigError: options that contradict each other, or are not those of the job that is there.
         DataError, PackageError, OutputError: see errors.py.
-        NetworkError: the vendor cannot be reached; the job is kept. PolicyError: it refuses.
+        NetworkError: the vendor cannot be reached; the job is kept.
+        PolicyError: the vendor refuses, or `trust` does.
     """
     tuning, passes = tuning or TuningConfig(), passes or PassConfig()
     reading, access = reading or ReadingConfig(), access or AccessConfig()
     privatizer.check_whole()
     traffic = Traffic()
     connect = connector(vendor, access, traffic)
-    package = open_bottom(bottom)
+    package = open_bottom(bottom, trust=trust)
     _check_purpose(package, privatizer, reading)
     texts = read_training(package, data, reading)
     if tuning.schedule != "constant" and not tuning.max_steps:
