@@ -27,6 +27,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FunctionType
 
 from blindtune.errors import BlindtuneError
 from fuzz_targets import FORBIDDEN, WORDS, Target, make_targets
@@ -222,7 +223,10 @@ def guided(target: Target, seconds: float, results: Path) -> None:
         if record["executions"] % 2000 == 0 or problem is not None:
             save(saved, results)
 
-    atheris.instrument_all()
+    for module in [m for name, m in sys.modules.items() if name.startswith("blindtune.")]:
+        for function in [f for f in vars(module).values() if isinstance(f, FunctionType)]:
+            if function.__module__ == module.__name__:
+                atheris.instrument_func(function)
     with tempfile.TemporaryDirectory() as corpus, tempfile.NamedTemporaryFile("w") as words:
         for i, seed in enumerate(target.seeds):
             (Path(corpus) / str(i)).write_bytes(seed)
