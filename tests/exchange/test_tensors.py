@@ -198,6 +198,29 @@ def test_one_value_that_is_not_finite_is_refused(tmp_path, dtype, value):
         t.read_tensors(path, {"layer.weight": ((70_001,), dtype)})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_flood_of_subnormal_values_is_refused(tmp_path, dtype):
+    flood = torch.full((30, 30), 1e-39).to(dtype)
+    some = torch.randn(30, 30).to(dtype)
+    some.view(-1)[:50] = 1e-39
+    assert 0 < float(flood[0, 0]) < torch.finfo(torch.float32).tiny
+    path = tmp_path / "x.safetensors"
+    expected = {"a": ((30, 30), dtype)}
+    safetensors.torch.save_file({"a": some}, path)
+    assert torch.equal(t.read_tensors(path, expected)["a"], some)
+    safetensors.torch.save_file({"a": flood}, path)
+    with pytest.raises(PackageError, match="subnormal"):
+        t.read_tensors(path, expected)
+    with pytest.raises(OutputError, match="subnormal"):
+        t.shard({"a": flood}, 100)
+    assert not t.is_flooded(torch.full((30, 30), 1e-6).half())  # normal in float32
+    assert not t.is_flooded(torch.zeros(30, 30))
+    # found in a later part of a large tensor too
+    large = torch.zeros(3 << 20)
+    large[2 << 20 :] = 1e-39
+    assert t.is_flooded(large)
+
+
 def test_a_mismatch_is_refused_before_allocating(tmp_path, tensors, expected, monkeypatch):
     path = write(tmp_path / "x.safetensors", tensors)
     monkeypatch.setattr(t.torch, "empty", lambda *_, **__: pytest.fail("allocated"))

@@ -218,8 +218,7 @@ def open_package(
     weights = _check_entries(path, manifest, names, max_bytes)
     for name, entry in manifest.files.items():
         verify(path / name, size=entry.bytes, sha256=entry.sha256)
-    header, shards = _read_headers(path, weights)
-    identity = package_id(manifest_bytes)
+    (header, shards), identity = _read_headers(path, weights), package_id(manifest_bytes)
     if trust is not None:
         trust.check_order(path, signature, manifest, identity)
     return Package(

@@ -40,6 +40,8 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*")
 _SHOWN = 3
+_FEW = 256
+"""Tensors of fewer values cannot slow anything down."""
 
 Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -130,6 +132,11 @@ def read_tensors(path: Path, expected: Expected, *, sha256: str | None = None) -
             raise PackageError(
                 f"{path}: {name} holds NaN or infinite values: ask for the package again"
             )
+        if is_flooded(tensor):
+            raise PackageError(
+                f"{path}: {name} is full of subnormal values, with which processors compute many "
+                "times slower: ask for the package again"
+            )
     return tensors
 
 
@@ -137,6 +144,21 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite; needs no memory beyond the tensor."""
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def is_flooded(tensor: Tensor) -> bool:
+    """Whether more than a sixteenth of a tensor is subnormal where it is computed, in float32.
+
+    Real weights have hardly any. float16 is computed in float32, where its smallest values are
+    normal.
+    """
+    if tensor.dtype == torch.float16 or tensor.numel() < _FEW:
+        return False
+    tiny, count = torch.finfo(torch.float32).tiny, 0
+    for part in tensor.detach().reshape(-1).split(CHUNK_BYTES):
+        size = part.abs()
+        count += int(((size > 0) & (size < tiny)).sum())
+    return 16 * count > tensor.numel()
 
 
 def shard(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
@@ -197,6 +219,10 @@ def _check_writable(name: str, tensor: Tensor) -> None:
         raise OutputError(
             f"{name} holds NaN or infinite values: nothing was written; "
             "if it was trained, lower the learning rate and train again"
+        )
+    if is_flooded(tensor):
+        raise OutputError(
+            f"{name} is full of subnormal values, no reader would accept that: set them to 0"
         )
 
 

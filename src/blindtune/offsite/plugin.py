@@ -51,14 +51,17 @@ class PlugIn:
     adapter_id: str
     kind: str
     """full or lora."""
-    relative_change: dict[int, float]
-    """|W' - W| / |W| over all weights of each adapter layer, by index in the full model."""
     changes: tuple[LayerChange, ...]
     """Norm and spectrum of what the adapter changed, layer by layer."""
     public_loss: tuple[float, float] | None
     """Before and after, nats a token on the public text; None if there was none."""
     signature: Signature | None
     """Who signed the adapter."""
+
+    @property
+    def relative_change(self) -> dict[int, float]:
+        """|W' - W| / |W| over all weights of each adapter layer, by index in the full model."""
+        return {change.layer: change.relative for change in self.changes}
 
 
 def plug_in(
@@ -76,8 +79,6 @@ def plug_in(
 ) -> PlugIn:
     """Put an adapter package into the full model and write a Hugging Face directory.
 
-    What the adapter changes is measured first, and refused if it is out of bounds.
-
     Args:
         model: a local directory, a hub name, or `smollm2-135m`.
         adapter: the package's directory.
@@ -87,8 +88,7 @@ def plug_in(
         data: public text, on which the loss may not rise too much; None: it is not measured.
         bounds: how much the adapter may change; None: as `ChangeBounds` says.
         accept_large_change: measure, but refuse nothing.
-        emulator: package id of the only emulator whose adapter is taken; None: of any emulator
-            of this model.
+        emulator: package id of the only emulator whose adapter is taken; None: of any.
         trust: whose adapters are opened; None: anybody's.
 
     Raises:
@@ -120,7 +120,6 @@ def plug_in(
         model=full,
         adapter_id=package.id,
         kind=package.manifest.kind,
-        relative_change={change.layer: change.relative for change in merged[0]},
         changes=merged[0],
         public_loss=merged[1],
         signature=package.signature,

@@ -69,19 +69,15 @@ def tune(
         emulator: the package's directory.
         data: private data, a file or a hub name.
         out: directory of the adapter package.
-        adapter: what is trained.
-        training: how; what decides the result.
-        reading: how the data is cut into examples.
-        run: speed and bookkeeping.
+        adapter, training: what is trained, and how: what decides the result.
+        reading, run: how the data is cut into examples; speed and bookkeeping.
         validation: a file of its own; None: a share of `data` (`DataConfig.validation_split`).
         overwrite: replace an earlier adapter.
         on_sample: gets the marked sample before training starts.
-        trust: whose emulators are opened; None: anybody's.
-        signer: signs the adapter; None: it stays unsigned.
+        trust, signer: whose emulators are opened (None: anybody's), what signs the adapter.
 
     Raises:
-        PolicyError: `trust` refuses the emulator.
-        PackageError, DataError, ConfigError, OutputError: see errors.py.
+        PolicyError, PackageError, DataError, ConfigError, OutputError: see errors.py.
     """
     adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
     reading, out = reading or DataConfig(max_length=128), Path(out)
@@ -97,7 +93,6 @@ def tune(
     work = out.absolute().parent / f"{out.absolute().name}.work"
     identity = {"emulator": opened.id, **asdict(adapter)}
     result = fit(trained, train, held_out, training, work, run=run, identity=identity)
-    count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     write = partial(write_adapter, opened, adapter, out, overwrite=overwrite, signer=signer)
     adapter_id = _write_once(write)
     _clear_once(work)
@@ -106,7 +101,7 @@ def tune(
         path=out,
         emulator=opened,
         training=result,
-        trained_parameters=count,
+        trained_parameters=sum(p.numel() for p in trained.parameters() if p.requires_grad),
         sample=sample,
     )
 

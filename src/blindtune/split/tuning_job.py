@@ -90,8 +90,7 @@ def split_tune(
         data: private texts with labels; or texts alone, for a language model.
         out: directory of the job; it holds the private texts and must stay here.
         privatizer: how the texts are noised. Decides privacy, and nothing else does.
-        tuning: how the vendor tunes.
-        passes: how often and in which batches the texts are sent.
+        tuning, passes: how the vendor tunes; how often, in which batches the texts are sent.
         reading: what the texts are for, and which columns hold them.
         access: the vendor's certificate, the customer's token, retries.
         resume: "never" refuses a job that is there instead of going on with it.
@@ -101,9 +100,8 @@ def split_tune(
 
     Raises:
         ConfigError: options that contradict each other, or are not those of the job that is there.
-        DataError, PackageError, OutputError: see errors.py.
+        DataError, PackageError, PolicyError, OutputError: see errors.py.
         NetworkError: the vendor cannot be reached; the job is kept.
-        PolicyError: the vendor refuses, or `trust` does.
     """
     tuning, passes = tuning or TuningConfig(), passes or PassConfig()
     reading, access = reading or ReadingConfig(), access or AccessConfig()
