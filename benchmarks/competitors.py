@@ -9,12 +9,10 @@ WikiText-2 and ARC-Easy are rows of `offsite.py`. `--smoke` does the same on a t
 everything, to see that it runs.
 """
 
-import argparse
 import json
 import shutil
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,7 +46,7 @@ from offsite import (
     facts_of,
     tuned_directly,
 )
-from rows import run_rows
+from rows import parse_options, run_rows
 
 PARTS = ("wiki", "arc", "openbook", "cost", "healing")
 CHOICE_RATE = 2e-4
@@ -249,14 +247,7 @@ def plan(bench, part):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", default=PARTS, help=", ".join(PARTS))
-    parser.add_argument("--data", type=Path, required=True, help="directory of the data sets")
-    parser.add_argument("--work", type=Path, required=True, help="directory for rows and emulators")
-    parser.add_argument("--smoke", action="store_true", help="a twentieth of everything")
-    parser.add_argument("--only", default="", help="rows whose name holds this text")
-    parser.add_argument("--fresh", action="store_true", help="run committed rows again")
-    options = parser.parse_args()
+    options = parse_options(__doc__, PARTS)
     options.work.mkdir(parents=True, exist_ok=True)
     bench = Competitors(options.data, options.work, options.smoke)
     rates = {"adapter": ADAPTER_RATE, "choices": CHOICE_RATE, "choices FT": CHOICE_FT_RATE}

@@ -9,7 +9,6 @@ run again either, unless `--fresh` is given.
 `--smoke` does the same on a twentieth of everything, to see that it runs.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -35,7 +34,7 @@ from blindtune.offsite.tuning import tune
 from blindtune.training.loop import RunConfig, TrainingConfig, fit
 from blindtune.training.text import DataConfig, load_dataset_file
 from corpora import public_text
-from rows import alive, run_rows
+from rows import alive, parse_options, run_rows
 
 MODEL = "smollm2-135m"
 LENGTH = 128
@@ -393,15 +392,7 @@ def matmul_rate():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", default=PARTS, help=", ".join(PARTS))
-    parser.add_argument("--data", type=Path, required=True, help="directory of the data sets")
-    parser.add_argument("--work", type=Path, required=True, help="directory for rows and studies")
-    parser.add_argument("--smoke", action="store_true", help="a twentieth of everything")
-    parser.add_argument("--only", default="", help="rows whose name holds this text")
-    parser.add_argument("--fresh", action="store_true", help="run committed rows again")
-    parser.add_argument("--rate", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse_options(__doc__, PARTS, rate=True)
     bench = Bench(options.data, options.work, options.smoke)
     if options.rate:
         print_rate(bench, *options.rate)

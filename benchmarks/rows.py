@@ -5,6 +5,7 @@ rows lie in WORK/rows; what is there of a part is written to benchmarks/results,
 there count as done.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -15,6 +16,20 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def parse_options(description, parts, rate=False):
+    """The command line of every benchmark; `rate` adds a hidden option of processes within rows."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("parts", nargs="*", default=parts, help=", ".join(parts))
+    parser.add_argument("--data", type=Path, required=True, help="directory of the data sets")
+    parser.add_argument("--work", type=Path, required=True, help="directory for rows and the like")
+    parser.add_argument("--smoke", action="store_true", help="little of everything")
+    parser.add_argument("--only", default="", help="rows whose name holds this text")
+    parser.add_argument("--fresh", action="store_true", help="run committed rows again")
+    if rate:
+        parser.add_argument("--rate", nargs=3, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def run_rows(program, part, rows, *, work, facts, only="", fresh=False, smoke=False):

@@ -12,7 +12,6 @@ network: the same tuning by direct calls in this process and over the network, i
 customers: 1, 4 and 16 at once: tokens/s of all, time between a customer's steps, and memory.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -42,7 +41,7 @@ from blindtune.split.private_states import PrivateStates, privatize
 from blindtune.split.service import bottom
 from blindtune.split.terms import TuningConfig
 from blindtune.split.vendor import Vendor
-from rows import run_rows
+from rows import parse_options, run_rows
 
 MODEL, BATCH, CONFIG = "minilm", 16, TuningConfig()
 PAIRS = [(2, "float16"), (2, "int8"), (5, "float16")]
@@ -256,14 +255,7 @@ def cpu_seconds(pid):
 
 def main():
     """Run the parts that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("parts", nargs="*", help="network, customers; default: both")
-    parser.add_argument("--data", type=Path, required=True, help="directory of sst2_train.jsonl")
-    parser.add_argument("--work", type=Path, required=True, help="directory for rows and states")
-    parser.add_argument("--only", default="", help="rows whose name holds this text")
-    parser.add_argument("--fresh", action="store_true", help="run committed rows again")
-    parser.add_argument("--smoke", action="store_true", help="little of everything")
-    options = parser.parse_args()
+    options = parse_options(__doc__, ("network", "customers"))
     torch.set_num_threads(1)
     FORK.set_forkserver_preload(["blindtune.split.customer", "blindtune.exchange.network", "grpc"])
     bench = Bench(options.data, options.work, options.smoke)
@@ -273,7 +265,7 @@ def main():
                     for cut, precision in PAIRS],
         "customers": [(f"{count} at once", bench.customers(count)) for count in counts],
     }  # fmt: skip
-    for part in options.parts or parts:
+    for part in options.parts:
         run_rows(
             "serving", part, parts[part], work=options.work, facts={"model": MODEL, "batch": BATCH},
             only=options.only, fresh=options.fresh, smoke=options.smoke,

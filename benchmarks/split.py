@@ -13,12 +13,10 @@ smollm2: the same film reviews on SmolLM2-135M by the U-shape.
 wikitext: causal language modelling on SmolLM2-135M by the U-shape.
 """
 
-import argparse
 import json
 import random
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -51,7 +49,7 @@ from blindtune.split.ushape import Top, predict_u_shape, train_u_shape
 from blindtune.split.vendor import Vendor
 from blindtune.split.word_vectors import word_vectors
 from blindtune.training.optimizers import build_optimizer, build_scheduler
-from rows import run_rows
+from rows import parse_options, run_rows
 
 SEEDS = (0, 1, 2)
 ETAS = (100.0, 80.0, 65.0)
@@ -476,14 +474,7 @@ def plan_reviews(bench, add, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", default=["leaks", "sst2", "fpb", "wikitext", "smollm2"])
-    parser.add_argument("--data", type=Path, required=True, help="directory of the data sets")
-    parser.add_argument("--work", type=Path, required=True, help="directory for rows")
-    parser.add_argument("--smoke", action="store_true", help="a twentieth of everything")
-    parser.add_argument("--only", default="", help="rows whose name holds this text")
-    parser.add_argument("--fresh", action="store_true", help="run committed rows again")
-    options = parser.parse_args()
+    options = parse_options(__doc__, ("leaks", "sst2", "fpb", "wikitext", "smollm2"))
     bench = Bench(options.data, options.work, options.smoke)
     facts = {"batch": BATCH, "epochs": EPOCHS, "learning_rate": RATE, "max_length": LENGTH}
     for part in options.parts:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from blindtune.exchange.transcript import Recorder
 from blindtune.exchange.transport import InProcessTransport
@@ -26,13 +25,12 @@ from blindtune.privacy.noise_level import NoiseSurvey
 from blindtune.privacy.token_importance import ImportanceConfig
 from blindtune.split.bottom import open_bottom, write_bottom
 from blindtune.split.customer import PassConfig, new_token, open_job, predict, train
-from blindtune.split.labelled_text import read_labelled
 from blindtune.split.partition import Cut, stack_of
 from blindtune.split.private_states import privatize
 from blindtune.split.terms import TuningConfig
 from blindtune.split.vendor import Vendor
 from nearest_attack import attacked
-from sample_sentences import write_sentences
+from side_by_side import as_table, labelled_texts
 from whole_model import tune_whole_model
 
 
@@ -40,11 +38,7 @@ def main() -> None:
     """Run the protocol and leave split.json in the output directory."""
     options, begin, say = parse_options(), time.perf_counter(), Console().print
     out = options.out
-    out.mkdir(parents=True, exist_ok=True)
-    if not (options.train and options.test):
-        options.train, options.test = write_sentences(out, 240, 160)
-    learn = read_labelled(options.train)
-    test = read_labelled(options.test, names=learn.names)
+    learn, test = labelled_texts(options)
 
     say("\n[bold]Vendor[/] cuts the model, writes the bottom package, and serves the top.")
     model, tokenizer = load_any(options.model)
@@ -77,7 +71,7 @@ def main() -> None:
             {"run": name} | tune(vendor, bottom, learn, test, mechanism, importance, options)
         )
     (out / "split.json").write_text(json.dumps(rows, indent=2))
-    say(as_table(rows, cut))
+    say(as_table(rows, cut.cut, cut.layers))
     say(f"{time.perf_counter() - begin:,.0f} s in all.")
 
 
@@ -116,16 +110,6 @@ def plans(options) -> tuple[TuningConfig, PassConfig]:
     """What is asked of the vendor, and how the customer goes through its texts."""
     config = TuningConfig(learning_rate=options.learning_rate, seed=options.seed)
     return config, PassConfig(epochs=options.epochs, seed=options.seed)
-
-
-def as_table(rows, cut) -> Table:
-    """The runs side by side."""
-    table = Table(title=f"Two-part split at cut {cut.cut} of {cut.layers} layers")
-    for name in rows[-1]:
-        table.add_column(name, justify="left" if name == "run" else "right")
-    for row in rows:
-        table.add_row(*(v if isinstance(v, str) else f"{v:,.3g}" for v in row.values()))
-    return table
 
 
 def parse_options() -> argparse.Namespace:

@@ -20,14 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 import blindtune
 from blindtune.split.bottom import open_bottom
 from blindtune.split.customer_job import CustomerJob
-from blindtune.split.labelled_text import read_labelled
 from nearest_attack import attacked
-from sample_sentences import write_sentences
+from side_by_side import as_table, labelled_texts
 from whole_model import tune_whole_model
 
 TUNING = blindtune.TuningConfig(learning_rate=1e-3)
@@ -39,11 +37,7 @@ def main() -> None:
     """Serve, tune, ask; leave split.json and everything of both parties in the output directory."""
     options, begin, say = parse_options(), time.perf_counter(), Console().print
     out = options.out
-    out.mkdir(parents=True, exist_ok=True)
-    if not (options.train and options.test):
-        options.train, options.test = write_sentences(out, 240, 160)
-    learn = read_labelled(options.train)
-    test = read_labelled(options.test, names=learn.names)
+    learn, test = labelled_texts(options)
 
     say("\n[bold]Nobody[/] could do this: the whole model tuned on the texts as they are.")
     rows = [{"run": "whole model, no split"}]
@@ -56,7 +50,7 @@ def main() -> None:
             say(f"[bold]Customer[/] privatizes once and tunes: {name}.")
             rows.append({"run": name} | one_job(options, facts, name, privatizer))
     (out / "split.json").write_text(json.dumps(rows, indent=2))
-    say(as_table(rows, facts))
+    say(as_table(rows, facts["cut"], facts["layers"]))
     say(f"{time.perf_counter() - begin:,.0f} s in all.")
 
 
@@ -115,16 +109,6 @@ def one_job(options, facts, name, privatizer) -> dict:
         "bytes a token": tuned.bytes_sent / tuned.tokens,
         "seconds": time.perf_counter() - begin,
     }
-
-
-def as_table(rows, facts) -> Table:
-    """The runs side by side."""
-    table = Table(title=f"Two-part split at cut {facts['cut']} of {facts['layers']} layers")
-    for name in rows[-1]:
-        table.add_column(name, justify="left" if name == "run" else "right")
-    for row in rows:
-        table.add_row(*(f"{v:,.3g}" if isinstance(v, float) else v or "" for v in row.values()))
-    return table
 
 
 def parse_options() -> argparse.Namespace:

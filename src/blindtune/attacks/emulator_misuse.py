@@ -30,7 +30,7 @@ from blindtune.errors import ConfigError, DataError
 from blindtune.models.blocks import Harmonizer, LowRankLinear
 from blindtune.models.decoder import Decoder
 from blindtune.models.surgery import replace_layer
-from blindtune.training.optimizers import build_optimizer, build_scheduler
+from blindtune.training.windows import WindowPlan, window_steps
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,21 +116,23 @@ def train_on(model: PreTrainedModel, public_NL: Tensor, config: HealingConfig) -
     layers = Decoder(model).layers
     model.requires_grad_(False)
     layers.requires_grad_(True)
-    optimizer = build_optimizer(layers, config.learning_rate)
-    scheduler = build_scheduler(optimizer, "constant", config.warmup_steps, config.steps)
-    generator = torch.Generator().manual_seed(config.seed)
+    plan = WindowPlan(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        schedule="constant",
+        warmup_steps=config.warmup_steps,
+        seed=config.seed,
+    )
+
+    def loss_of(batch_BL: Tensor) -> Tensor:
+        loss: Tensor = model(input_ids=batch_BL, labels=batch_BL, use_cache=False).loss
+        return loss
+
     yield Stop(tokens=0, training_loss=float("nan"))
     losses: list[float] = []
-    for step in range(1, config.steps + 1):
-        chosen = torch.randint(len(public_NL), (config.batch_size,), generator=generator)
-        batch_BL = public_NL[chosen].to(model.device)
-        loss: Tensor = model(input_ids=batch_BL, labels=batch_BL, use_cache=False).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(layers.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
+    for step, loss in enumerate(window_steps(layers, public_NL, loss_of, plan), 1):
+        losses.append(loss)
         if step in config.stops:
             tokens = step * config.batch_size * public_NL.shape[1]
             yield Stop(tokens=tokens, training_loss=sum(losses) / len(losses))

@@ -22,11 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blindtune.errors import ConfigError
-from blindtune.exchange.manifest import AdapterLayer, LayerEntry, RawLayer
+from blindtune.exchange.manifest import LayerEntry
 from blindtune.models.decoder import Decoder
-from blindtune.models.surgery import keep_layers
 from blindtune.offsite.calibration import SINK_POSITIONS
-from blindtune.offsite.layer_drop import kept_count, middle_layers
+from blindtune.offsite.layer_drop import keep_middle, kept_count, middle_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +72,7 @@ def crash(
         for cluster in clusters
         for _ in range(len(cluster) if config.share else 1)
     ]
-    tail = range(middle.stop, decoder.layer_count)
-    keep_layers(model, [*range(middle.start), *filled, *tail])
-    entries: list[LayerEntry] = [AdapterLayer() for _ in range(middle.start)]
-    entries += [RawLayer() for _ in filled]
-    entries += [AdapterLayer() for _ in tail]
-    return entries, used_NL.numel()
+    return keep_middle(model, middle, filled), used_NL.numel()
 
 
 @torch.no_grad()

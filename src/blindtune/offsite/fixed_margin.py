@@ -29,7 +29,7 @@ from blindtune.models.decoder import Decoder
 from blindtune.models.surgery import replace_layer
 from blindtune.offsite.emulation import uniform_choice
 from blindtune.offsite.layer_drop import kept_count, middle_layers
-from blindtune.training.optimizers import build_optimizer, build_scheduler
+from blindtune.training.windows import WindowPlan, window_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,22 +119,21 @@ def train_to_margin(
     """Train the stand-ins, in place; returns the objective of every step before its update."""
     decoder.model.requires_grad_(False)
     trained = nn.ModuleList(stand_ins.values())
-    optimizer = build_optimizer(trained, config.learning_rate)
-    scheduler = build_scheduler(optimizer, "linear", 0, config.steps)
-    generator = torch.Generator().manual_seed(config.seed)
-    objectives = []
-    for _ in range(config.steps):
-        chosen = torch.randint(len(windows_NL), (config.batch_size,), generator=generator)
-        batch_BL = windows_NL[chosen].to(decoder.model.device)
+    plan = WindowPlan(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        schedule="linear",
+        warmup_steps=0,
+        seed=config.seed,
+    )
+
+    def objective(batch_BL: Tensor) -> Tensor:
         with torch.no_grad():
             full_N = token_losses(decoder, batch_BL, {})
-        objective = (token_losses(decoder, batch_BL, stand_ins) - full_N - config.margin).square()
-        objective.mean().backward()
-        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        objectives.append(objective.mean().item())
+        return (token_losses(decoder, batch_BL, stand_ins) - full_N - config.margin).square().mean()
+
+    objectives = list(window_steps(trained, windows_NL, objective, plan))
     trained.requires_grad_(False)
     return objectives
 

@@ -28,7 +28,7 @@ from blindtune.exchange.manifest import AdapterLayer, LayerEntry, RawLayer
 from blindtune.models.decoder import Decoder
 from blindtune.models.surgery import keep_layers
 from blindtune.offsite.emulation import uniform_choice
-from blindtune.training.optimizers import build_optimizer, build_scheduler
+from blindtune.training.windows import WindowPlan, window_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +90,16 @@ def kept_count(middle: range, alpha: float) -> int:
     return max(1, len(middle) - int(alpha * len(middle) + 0.5))
 
 
+def keep_middle(model: PreTrainedModel, middle: range, kept: Sequence[int]) -> list[LayerEntry]:
+    """Put the layers `kept` (an index may come twice) in the place of the middle; what is where."""
+    tail = range(middle.stop, Decoder(model).layer_count)
+    keep_layers(model, [*range(middle.start), *kept, *tail])
+    entries: list[LayerEntry] = [AdapterLayer() for _ in range(middle.start)]
+    entries += [RawLayer() for _ in kept]
+    entries += [AdapterLayer() for _ in tail]
+    return entries
+
+
 def drop_layers(
     model: PreTrainedModel, windows_NL: Tensor, config: LayerDropConfig
 ) -> tuple[list[LayerEntry], int]:
@@ -115,13 +125,7 @@ def drop_layers(
         distil(decoder, students, kept, middle, windows_NL, config)
         for i, student in zip(kept, students, strict=True):
             decoder.layers[i] = student
-    ends = config.adapter_layers
-    tail = range(middle.stop, decoder.layer_count)
-    keep_layers(model, [*range(ends), *kept, *tail])
-    entries: list[LayerEntry] = [AdapterLayer() for _ in range(ends)]
-    entries += [RawLayer() for _ in kept]
-    entries += [AdapterLayer() for _ in tail]
-    return entries, config.steps * config.batch_size * windows_NL.shape[1]
+    return keep_middle(model, middle, kept), config.steps * config.batch_size * windows_NL.shape[1]
 
 
 def distil(
@@ -144,21 +148,19 @@ def distil(
     """
     decoder.model.requires_grad_(False)
     students.requires_grad_(True)
-    optimizer = build_optimizer(students, config.learning_rate)
-    warmup = int(config.warmup_share * config.steps)
-    scheduler = build_scheduler(optimizer, "cosine", warmup, config.steps)
-    generator = torch.Generator().manual_seed(config.seed)
-    losses = []
-    for _ in range(config.steps):
-        chosen = torch.randint(len(windows_NL), (config.batch_size,), generator=generator)
-        batch_BL = windows_NL[chosen].to(decoder.model.device)
-        loss = distillation_loss(decoder, students, kept, middle, batch_BL, config.hidden_weight)
-        loss.backward()
-        nn.utils.clip_grad_norm_(students.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
+    plan = WindowPlan(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        schedule="cosine",
+        warmup_steps=int(config.warmup_share * config.steps),
+        seed=config.seed,
+    )
+
+    def loss_of(batch_BL: Tensor) -> Tensor:
+        return distillation_loss(decoder, students, kept, middle, batch_BL, config.hidden_weight)
+
+    losses = list(window_steps(students, windows_NL, loss_of, plan))
     students.requires_grad_(False)
     return losses
 

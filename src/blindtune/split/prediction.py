@@ -39,7 +39,7 @@ from blindtune.split.bottom import Bottom, open_bottom
 from blindtune.split.customer import predict as predict_two_part
 from blindtune.split.customer_job import CustomerJob, texts_hash
 from blindtune.split.privacy_statement import PrivacyStatement, PrivatizerConfig, state_privacy
-from blindtune.split.private_states import PrivateStates, privatize_ids
+from blindtune.split.private_states import PrivateStates, privatize
 from blindtune.split.private_texts import PrivateTexts, ReadingConfig, read_unseen
 from blindtune.split.terms import TuningConfig
 from blindtune.split.ushape import Top, customers_head, each_u_shape
@@ -120,11 +120,7 @@ def predict(
     if out is not None and Path(out).exists():
         raise OutputError(f"{out}: expected a new file, something is there: choose another --out")
     with found.working():
-        if found.record.state != "tuned":
-            raise DataError(
-                f"{job}: expected a tuned job, this one is {found.record.state}: run the same "
-                "`blindtune split-tune` again until it is done"
-            )
+        _check_tuned(found)
         package = _package(found, bottom)
         reading = _reading(found, asking)
         texts = read_unseen(package, data, reading, found.record.names)
@@ -135,8 +131,9 @@ def predict(
             saying_what_next(),
             closing(resume_job(connect, found.token, access.retries())) as transport,
         ):
-            size = asking.batch_size
-            told, scores = _ask(found, package, texts, private, transport, size, on_progress)
+            told, scores = _ask(
+                found, package, texts, private, transport, asking.batch_size, on_progress
+            )
     if out is not None:
         _write(Path(out), told)
     return Prediction(
@@ -149,6 +146,14 @@ def predict(
         bytes_received=traffic.received,
         seconds=time.perf_counter() - begin,
     )
+
+
+def _check_tuned(job: CustomerJob) -> None:
+    if job.record.state != "tuned":
+        raise DataError(
+            f"{job.path}: expected a tuned job, this one is {job.record.state}: run the same "
+            "`blindtune split-tune` again until it is done"
+        )
 
 
 def _write(out: Path, told: list[dict[str, Any]]) -> None:
@@ -186,7 +191,7 @@ def _prepare(
     if path.exists():
         private = PrivateStates.load(path)
     else:
-        private = privatize_ids(
+        private = privatize(
             package,
             texts.ids,
             mechanism=privatizer.mechanism(job.record.eta),

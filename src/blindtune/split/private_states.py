@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from safetensors import SafetensorError
@@ -100,9 +100,10 @@ class PrivateStates:
             raise DataError(f"{path}: expected privatized states, cannot read them") from error
 
 
+@torch.no_grad()
 def privatize(
     bottom: Bottom,
-    texts: Sequence[str],
+    texts: Sequence[str] | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
     mechanism: Mechanism | None,
@@ -112,49 +113,12 @@ def privatize(
     batch_size: int = 32,
     testing_seed: int | None = None,
 ) -> PrivateStates:
-    """Tokenise, noise and run the bottom, once.
+    """Tokenise what is text, noise, and run the bottom, once.
 
     Args:
         bottom: from `open_bottom`.
-        texts: private; none may be without tokens.
-        labels, mechanism, importance, groups, classes, batch_size, testing_seed: as for
-            `privatize_ids`.
-
-    Raises:
-        DataError: no texts, an empty text, other labels than texts.
-        ConfigError: options that contradict each other.
-    """
-    return privatize_ids(
-        bottom,
-        encode_texts(bottom, texts),
-        labels,
-        mechanism=mechanism,
-        importance=importance,
-        groups=groups,
-        classes=classes,
-        batch_size=batch_size,
-        testing_seed=testing_seed,
-    )
-
-
-@torch.no_grad()
-def privatize_ids(
-    bottom: Bottom,
-    ids: Sequence[Tensor],
-    labels: Tensor | None = None,
-    *,
-    mechanism: Mechanism | None,
-    importance: ImportanceConfig | None = None,
-    groups: WordGroups | None = None,
-    classes: int = 0,
-    batch_size: int = 32,
-    testing_seed: int | None = None,
-) -> PrivateStates:
-    """Noise and run the bottom, once, on texts that are token ids already.
-
-    Args:
-        bottom: from `open_bottom`.
-        ids: [L] of every text, by the bottom's own tokenizer; private.
+        texts: private, as text or as token ids [L] of the bottom's own tokenizer; none may be
+            without tokens.
         labels: one a text; None for texts to predict, or for language modelling.
         mechanism: the noise; None: no noise and no promise at all, for comparisons.
         importance: CTI for training texts with classes; None: every token gets full noise, special
@@ -166,9 +130,10 @@ def privatize_ids(
         testing_seed: for tests only: noise that anyone can repeat. Warns.
 
     Raises:
-        DataError: no texts, other labels than texts.
+        DataError: no texts, an empty text, other labels than texts.
         ConfigError: options that contradict each other.
     """
+    ids = _ids_of(bottom, texts)
     if not ids or (labels is not None and len(labels) != len(ids)):
         raise DataError(
             f"expected texts and as many labels, got {len(ids)} and "
@@ -195,9 +160,15 @@ def privatize_ids(
     return PrivateStates(
         states=tuple(states),
         labels=labels,
-        ids=tuple(ids),
+        ids=ids,
         changed=changed / content if content and replaces else None,
     )
+
+
+def _ids_of(bottom: Bottom, texts: Sequence[str] | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    if texts and isinstance(texts[0], Tensor):
+        return tuple(cast(Sequence[Tensor], texts))
+    return encode_texts(bottom, cast(Sequence[str], texts))
 
 
 @torch.no_grad()

@@ -124,15 +124,10 @@ def _write(
     signer: Signer | None = None,
 ) -> Bottom:
     where = config.cut(stack_of(model).layer_count, cut)
-    options = {"dtype": config.dtype, "max_length": config.max_length, "overwrite": overwrite}
     identity = write_bottom(
-        model,
-        tokenizer,
-        out,
-        where,
-        signer=signer,
-        **options,  # type: ignore[arg-type]
-    )
+        model, tokenizer, out, where, dtype=config.dtype, max_length=config.max_length,
+        overwrite=overwrite, signer=signer,
+    )  # fmt: skip
     return Bottom(path=out, id=identity, cut=where, bytes=_size(out))
 
 

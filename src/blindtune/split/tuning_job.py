@@ -35,7 +35,7 @@ from blindtune.split.privacy_statement import (
     choose_eta,
     state_privacy,
 )
-from blindtune.split.private_states import PrivateStates, privatize_ids
+from blindtune.split.private_states import PrivateStates, privatize
 from blindtune.split.private_texts import PrivateTexts, ReadingConfig, read_training
 from blindtune.split.terms import TuningConfig
 from blindtune.split.tuning_run import Watch, Work, tune_two_part, tune_u_shape
@@ -199,7 +199,7 @@ def _prepare(
     eta, classes = job.record.eta, len(texts.names)
     private = job.states()
     if private is None:  # nothing was sent yet: what an earlier call drew and lost spent nothing
-        private = privatize_ids(
+        private = privatize(
             package,
             texts.ids,
             texts.labels,

@@ -126,7 +126,7 @@ class Watch:
         self._work = work
         self._log: LossLog | None = None
         self._applied = 0
-        self._batches = iter(list(_batches(work)))
+        self._batches: Iterator[tuple[int, int, int]] = iter(())
         self._steps = len(work.passes.steps(len(work.private)))
         self._begin = time.perf_counter()
 
