@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+from figures import RESULTS
 
 
 def parse_options(description, parts, rate=False):

@@ -1,0 +1,24 @@
+"""Figures of committed results: where they lie, and how a mean is written."""
+
+import json
+import statistics
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+SEEDS = (0, 1, 2)
+
+
+def path_of(name):
+    return RESULTS / f"{'' if '-' in name else 'offsite-'}{name}.json"
+
+
+def part(name):
+    return json.loads(path_of(name).read_text())
+
+
+def spread(values, digits):
+    """Mean and sample deviation, or the one value; nothing of nothing."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
