@@ -9,6 +9,7 @@ A document marks where a table goes; `BLOCKS` says which results go there, `TABL
 import sys
 from pathlib import Path
 
+import competitor_tables
 import offsite_tables
 import split_tables
 from figures import part, path_of
@@ -18,12 +19,30 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = {
     "README.md": {"results": ("main", "arc", "cost"), "split": ("split-sst2",)},
     "docs/choosing.md": {"frontier": ("frontier",), "grid": ("grid",), "ranking": ("ranking",)},
+    "docs/split.md": {
+        "leaks": ("split-leaks",),
+        "news": ("split-fpb",),
+        "decoder": ("split-smollm2",),
+        "language": ("split-wikitext",),
+    },
+    "docs/competitors.md": {
+        "wiki": ("competitors-wiki",),
+        "cost": ("competitors-cost",),
+        "healing": ("competitors-healing",),
+    },
 }
 TABLES = {
     "main": offsite_tables.wiki_table,
     "arc": offsite_tables.arc_table,
     "frontier": offsite_tables.frontier_table,
     "split-sst2": split_tables.split_table,
+    "split-leaks": split_tables.leak_table,
+    "split-fpb": split_tables.news_table,
+    "split-smollm2": split_tables.decoder_table,
+    "split-wikitext": split_tables.language_table,
+    "competitors-wiki": competitor_tables.wiki_table,
+    "competitors-cost": competitor_tables.cost_table,
+    "competitors-healing": competitor_tables.healing_table,
     "grid": offsite_tables.grid_table,
     "ranking": offsite_tables.ranking_table,
     "cost": offsite_tables.cost_lines,
@@ -40,6 +59,9 @@ def render(path):
     for block, parts in BLOCKS[path].items():
         begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
         tables = ["\n".join(TABLES[name](part(name))) for name in parts if path_of(name).exists()]
+        if not tables:
+            continue
+        assert begin in text, f"{path} has no {begin}"
         head, _, rest = text.partition(begin)
         _, _, tail = rest.partition(end)
         text = head + begin + "\n" + "\n\n".join(tables) + "\n" + end + tail

@@ -1,5 +1,7 @@
 """Tables of split tuning: a list of lines each, from what `split.py` wrote."""
 
+import math
+
 from figures import SEEDS, spread
 
 SPLIT_ROWS = {
@@ -24,4 +26,78 @@ def split_table(sst2):
         wrong = [r["changed in test"] for r in rows if r.get("changed in test") is not None]
         cells = [shown, spread(wrong, 2), spread([r["UA"] for r in rows], 3), str(len(rows))]
         lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+NEWS_ROWS = {
+    "no-noise": "no noise",
+    "token-80": "d_chi, token mode, eta 80",
+    "CTI-80": "the same EP in training, with contributing tokens",
+}
+
+
+def seeds_of(rows, name):
+    return [rows[f"{name}-{s}"] for s in SEEDS if f"{name}-{s}" in rows]
+
+
+def news_table(news):
+    """Three classes, and what of the loss contributing tokens save."""
+    lines = [
+        "| Financial PhraseBank, MiniLM, two-part | EP | UA | points lost | seeds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    clean = {s: news["rows"].get(f"no-noise-{s}") for s in SEEDS}
+    for name, shown in NEWS_ROWS.items():
+        found = {s: r for s in SEEDS if (r := news["rows"].get(f"{name}-{s}")) and r["UA"]}
+        wrong = [r["changed in test"] for r in found.values() if r["changed in test"] is not None]
+        lost = [100 * (clean[s]["UA"] - r["UA"]) for s, r in found.items()]
+        cells = [shown, spread(wrong, 2), spread([r["UA"] for r in found.values()], 3)]
+        cells += ["" if name == "no-noise" else spread(lost, 1), str(len(found))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def decoder_table(found):
+    """The film reviews on a decoder, labels at home."""
+    lines = [
+        "| SST-2, SmolLM2-135M, U-shape | tokens that change | UA | seeds |",
+        "|---|---:|---:|---:|",
+    ]
+    for noise in (0, 0.1, 0.5):
+        rows = seeds_of(found["rows"], f"changed-{noise}")
+        changed = [r["changed in test"] for r in rows if r["changed in test"] is not None]
+        name = f"d_chi, token mode, for {noise:.0%}" if noise else "no noise"
+        cells = [name, spread(changed, 2), spread([r["UA"] for r in rows], 3), str(len(rows))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def language_table(found):
+    """What noise costs a language model, and that the split itself costs nothing."""
+    lines = [
+        "| WikiText-2, SmolLM2-135M, U-shape | tokens that change | perplexity before | after |",
+        "|---|---:|---:|---:|",
+    ]
+    names = {"centralised": "in one place", "changed-0": "split, no noise"}
+    names |= {f"changed-{n}": f"d_chi, token mode, for {n:.0%}" for n in (0.1, 0.3, 0.6)}
+    for name, shown in names.items():
+        for row in seeds_of(found["rows"], name):
+            changed = row.get("changed in test")
+            cells = [shown, "" if changed is None else f"{changed:.2f}"]
+            cells += [f"{math.exp(row[key]):.2f}" for key in ("nats before", "nats after")]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def leak_table(leaks):
+    """EP of the nearest-neighbour attack by depth of the cut."""
+    cuts = sorted({int(name.rpartition("-")[2]) for name in leaks["rows"]})
+    lines = [
+        "| EP of the nearest neighbour | " + " | ".join(f"cut {cut}" for cut in cuts) + " |",
+        "|---" + "|---:" * len(cuts) + "|",
+    ]
+    for name, shown in {"no-noise": "no noise", "token-80": "token mode, eta 80"}.items():
+        rows = [leaks["rows"].get(f"{name}-cut-{cut}") for cut in cuts]
+        cells = ["" if row is None else f"{row['EP nearest neighbour']:.2f}" for row in rows]
+        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
     return lines

@@ -126,12 +126,14 @@ def duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def stages() -> Iterator[OnStage]:
-    """A bar a stage on stderr, with the time left; nothing where stderr is no terminal.
+    """A bar a stage on stderr, with the time left; where that is no terminal, lines now and then.
 
     Where (done, total) is reported, `partial(show, "score")` makes a bar of that name.
     """
     if not sys.stderr.isatty():
-        yield lambda stage, done, total: None
+        from blindtune.training.progress import SpacedLines
+
+        yield SpacedLines()
         return
     from rich.console import Console
     from rich.progress import (

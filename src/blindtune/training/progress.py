@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,10 +47,14 @@ OnProgress = Callable[[StepReport], None]
 
 @contextmanager
 def progress_bar(max_steps: int, silent: bool) -> Iterator[OnProgress]:
-    """A bar on stderr with time left, tokens/s and losses; nothing where there is no terminal."""
+    """A bar on stderr with time left, tokens/s and losses; where no terminal is, `SpacedLines`."""
     console = Console(stderr=True)
-    if silent or not console.is_terminal:
+    if silent:
         yield lambda report: None
+        return
+    if not console.is_terminal:
+        lines = SpacedLines()
+        yield lambda report: lines("tuning", report.step, report.max_steps)
         return
     columns = (
         TextColumn("tuning"),
@@ -74,6 +79,27 @@ def progress_bar(max_steps: int, silent: bool) -> Iterator[OnProgress]:
             bar.update(task, completed=report.step, description=" · ".join(parts))
 
         yield show
+
+
+class SpacedLines:
+    """Progress for a log: a line on stderr from time to time, none of what is soon done."""
+
+    def __init__(self, every_seconds: float = 30.0) -> None:
+        """Start the clock; the first line comes after as long."""
+        self._every_seconds = every_seconds
+        self._last = time.perf_counter()
+        self._begun: dict[str, tuple[float, int]] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Say how far a stage is, and how long the rest will take at its pace so far."""
+        now = time.perf_counter()
+        begun, before = self._begun.setdefault(stage, (now, done))
+        if now - self._last < self._every_seconds:
+            return
+        self._last = now
+        pace = (now - begun) / (done - before) if done > before else None
+        left = "" if pace is None else f", {pace * (total - done):,.0f} s left"
+        print(f"{stage}: {done:,} of {total:,}{left}", file=sys.stderr, flush=True)
 
 
 class Stopwatch:

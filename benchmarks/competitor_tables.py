@@ -1,0 +1,71 @@
+"""Tables of emulators by every method: lines, from what `competitors.py` and `offsite.py` wrote."""
+
+import math
+
+from figures import SEEDS, part, spread
+
+# Rows that `offsite.py` has: name -> (part, prefix, the names of its figures).
+OFFSITE = {
+    "ours (2, 0.25, 0.8)": ("main", "ScaleOT", ("Emulator ZS", "Emulator FT", "Plug-in")),
+    "ours (2, 0.2, 1)": ("frontier", "0.2-1.0", ("Emulator ZS", "Emulator FT", "Plug-in")),
+    "uniform": ("main", "uniform", ("Uniform ZS", "Uniform FT", "Uniform plug-in")),
+}
+
+
+def methods_of(rows):
+    return dict.fromkeys(name.rpartition("-")[0] for name in rows)
+
+
+def wiki_table(wiki):
+    """Plug-in and gap of every method, best plug-in first."""
+    keys = ("Emulator ZS", "Emulator FT", "Plug-in")
+    found = {
+        name: [[wiki["rows"][f"{name}-{s}"][k] for k in keys] for s in SEEDS
+               if f"{name}-{s}" in wiki["rows"]]
+        for name in methods_of(wiki["rows"])
+    }  # fmt: skip
+    for name, (where, prefix, theirs) in OFFSITE.items():
+        rows = part(where)["rows"]
+        found[name] = [[rows[f"{prefix}-{s}"][k] for k in theirs] for s in SEEDS
+                       if f"{prefix}-{s}" in rows]  # fmt: skip
+    lines = [
+        "| WikiText-2, nats a token | emulator ZS | emulator FT | plug-in | gap | seeds |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, seeds in sorted(found.items(), key=lambda item: item[1][0][2]):
+        columns = [spread([row[i] for row in seeds], 3) for i in range(3)]
+        columns += [spread([row[1] - row[2] for row in seeds], 2), str(len(seeds))]
+        lines.append(f"| {name} | " + " | ".join(columns) + " |")
+    return lines
+
+
+def cost_table(cost):
+    """What making an emulator takes, and what it weighs."""
+    lines = [
+        "| making one emulator | seconds, one thread | TFLOPs | tokens read | MB | parameters |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in cost["rows"].items():
+        share = row["parameters"] / row["full_parameters"]
+        tokens = "" if row["tokens"] is None else f"{row['tokens']:,}"
+        lines.append(
+            f"| {name} | {row['seconds']:,.0f} | {row['flops'] / 1e12:,.1f} | {tokens} "
+            f"| {row['bytes'] / 1e6:,.0f} | {share:.0%} |"
+        )
+    return lines
+
+
+def healing_table(healing):
+    """Perplexity of an emulator trained on by whoever keeps it, and of the control."""
+    lines = [
+        "| healed | the full model | as shipped | healed, by tokens | the control |",
+        "|---|---:|---:|---|---|",
+    ]
+    for name, row in healing["rows"].items():
+        curves = [
+            ", ".join(f"{math.exp(nats):.1f} ({tokens // 1000}k)" for tokens, nats in row[key])
+            for key in ("healed", "control")
+        ]
+        known = " | ".join(f"{math.exp(row[key]):.1f}" for key in ("full", "emulator"))
+        lines.append(f"| {name} | {known} | {curves[0]} | {curves[1]} |")
+    return lines
