@@ -63,17 +63,22 @@ STUDIED = {
         EmulatorConfig(weighted=False, reading="removed"),
     ),
 }
+LAMBDA = {"attention_lambda": 0.1, "feed_forward_lambda": 0.1}
 OTHERS = {
     "uniform": LayerDropConfig(),
     "uniform, distilled": LayerDropConfig(steps=400),
     "CRaSh": CrashConfig(),
-    "GradOT": GradotConfig(),
+    # Shares and lambda by the emulator's loss before tuning, so that it is as lossy as ours.
+    "GradOT": GradotConfig(rank_kept=0.8, channels_kept=0.9, **LAMBDA),
+    "GradOT, lossier": GradotConfig(
+        rank_kept=0.4, channels_kept=0.75, attention_lambda=1.0, feed_forward_lambda=1.0
+    ),
     "fixed margin": FixedMarginConfig(),
 }
 METHODS = ("ours", "uniform", "GradOT", "CRaSh", "ours, training-free", "uniform, distilled")
-METHODS += ("ScaleOT as in the paper", "fixed margin")
+METHODS += ("ScaleOT as in the paper", "fixed margin", "GradOT, lossier")
 IN_OFFSITE = ("ours", "uniform")
-HEALED = ("ours", "uniform", "GradOT", "CRaSh", "fixed margin")
+HEALED = ("ours", "uniform", "GradOT", "CRaSh", "fixed margin", "GradOT, lossier")
 
 
 def _attention(query, key, *_, **__):

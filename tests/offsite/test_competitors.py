@@ -218,7 +218,8 @@ def test_gradot_beats_plain_svd_in_its_own_objective():
 
 def test_gradot_takes_rank_and_channels_away():
     model = tiny_model("llama")
-    layers, tokens = gradot(model, ids(8, 16), GradotConfig(adapter_layers=1, tokens=64))
+    config = GradotConfig(adapter_layers=1, tokens=64, rank_kept=0.4, channels_kept=0.75)
+    layers, tokens = gradot(model, ids(8, 16), config)
     assert tokens == 64
     assert all(isinstance(layer, CompressedLayer) for layer in layers[1:-1])
     layer = Decoder(model).layers[3]

@@ -45,13 +45,14 @@ class GradotConfig:
 
     adapter_layers: int = 2
     """N_a: layers at each end that stay raw and are tuned."""
-    rank_kept: float = 0.4
+    rank_kept: float = 0.8
     """Share of the attention weights' singular components that stays."""
-    channels_kept: float = 0.75
+    channels_kept: float = 0.9
     """Share of the feed-forward networks' inner channels that stays; 1 prunes none."""
-    attention_lambda: float = 1.0
-    """Weight of the loss's rise beside the gradients' change, in attention weights."""
-    feed_forward_lambda: float = 1.0
+    attention_lambda: float = 0.1
+    """Weight of the loss's rise beside the gradients' change, in attention weights. 1 with small
+    shares kept leaves a small model no better than noise."""
+    feed_forward_lambda: float = 0.1
     """The same in feed-forward networks."""
     tokens: int = 4096
     """Of public text, for gradients and curvature."""
