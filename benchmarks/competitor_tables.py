@@ -1,7 +1,5 @@
 """Tables of emulators by every method: lines, from what `competitors.py` and `offsite.py` wrote."""
 
-import math
-
 from figures import SEEDS, part, spread
 
 # Rows that `offsite.py` has: name -> (part, prefix, the names of its figures).
@@ -63,9 +61,9 @@ def healing_table(healing):
     ]
     for name, row in healing["rows"].items():
         curves = [
-            ", ".join(f"{math.exp(nats):.1f} ({tokens // 1000}k)" for tokens, nats in row[key])
+            ", ".join(f"{loss['perplexity']:.1f} ({n // 1000}k)" for n, loss in row[key])
             for key in ("healed", "control")
         ]
-        known = " | ".join(f"{math.exp(row[key]):.1f}" for key in ("full", "emulator"))
+        known = " | ".join(f"{row[key]['perplexity']:.1f}" for key in ("full", "emulator"))
         lines.append(f"| {name} | {known} | {curves[0]} | {curves[1]} |")
     return lines

@@ -8,7 +8,15 @@ import pytest
 import blindtune
 
 ACTS = ["study", "emulate", "inspect", "tune", "plug_in", "evaluate", "open_study", "open_emulator"]
-ACTS += ["frontier", "split_tune", "predict", "cancel"]
+ACTS += [
+    "frontier",
+    "split_tune",
+    "predict",
+    "cancel",
+    "audit_adapter",
+    "audit_emulator",
+    "write_audit",
+]
 SPLIT = [
     "bottom", "serve", "admit", "Bottom", "BottomConfig", "Service", "CertificateConfig",
     "ServerConfig", "VendorLimits", "WatchConfig",
@@ -18,10 +26,10 @@ CONFIGS = [
     "StudyConfig", "DynamicConfig", "EmulatorConfig", "AdapterConfig", "TrainingConfig",
     "RunConfig", "DataConfig", "EvaluationConfig", "PrivatizerConfig", "TuningConfig", "PassConfig",
     "FrontierConfig", "ReadingConfig", "AccessConfig", "AskingConfig",
-    "ChangeBounds",
+    "ChangeBounds", "AuditConfig",
 ]  # fmt: skip
 RESULTS = ["Study", "Emulation", "Inspection", "Tuning", "PlugIn", "Evaluation", "Emulator"]
-RESULTS += ["Frontier", "SplitTuning", "PrivacyStatement", "Prediction", "Cancellation"]
+RESULTS += ["Frontier", "SplitTuning", "PrivacyStatement", "Prediction", "Cancellation", "Audit"]
 ERRORS = [
     "BlindtuneError", "ConfigError", "DataError", "ModelError", "UnsupportedModelError",
     "OutputError", "TrainingError", "VerificationError", "PackageError", "MismatchError",

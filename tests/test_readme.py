@@ -34,7 +34,7 @@ def test_every_verb_in_the_readme_parses():
     commands = re.findall(r"^blindtune (.+)$", README, re.MULTILINE)
     assert {line.split()[0] for line in commands} == {
         "study", "emulate", "inspect", "tune", "plug-in", "evaluate",
-        "serve", "admit", "split-tune", "predict", "cancel", "keys",
+        "serve", "admit", "split-tune", "predict", "cancel", "keys", "audit",
     }  # fmt: skip
     for line in commands:
         words = line.split()

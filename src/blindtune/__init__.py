@@ -25,6 +25,10 @@ from blindtune.errors import (
 )
 
 if TYPE_CHECKING:
+    from blindtune.evaluation.audit import Audit, AuditConfig
+    from blindtune.evaluation.audit_adapter import audit_adapter
+    from blindtune.evaluation.audit_emulator import audit_emulator
+    from blindtune.evaluation.audit_page import write_audit
     from blindtune.evaluation.evaluating import Evaluation, EvaluationConfig, evaluate
     from blindtune.evaluation.frontier import Frontier, FrontierConfig, frontier
     from blindtune.exchange.keyring import Keyring
@@ -67,6 +71,8 @@ _PLACES = {
     "AccessConfig": "blindtune.split.access",
     "AdapterConfig": "blindtune.offsite.adapter",
     "AskingConfig": "blindtune.split.prediction",
+    "Audit": "blindtune.evaluation.audit",
+    "AuditConfig": "blindtune.evaluation.audit",
     "Bottom": "blindtune.split.service",
     "BottomConfig": "blindtune.split.service",
     "Cancellation": "blindtune.split.cancellation",
@@ -103,6 +109,8 @@ _PLACES = {
     "VendorLimits": "blindtune.split.terms",
     "WatchConfig": "blindtune.split.service",
     "admit": "blindtune.split.door",
+    "audit_adapter": "blindtune.evaluation.audit_adapter",
+    "audit_emulator": "blindtune.evaluation.audit_emulator",
     "bottom": "blindtune.split.service",
     "cancel": "blindtune.split.cancellation",
     "emulate": "blindtune.offsite.emulation",
@@ -119,6 +127,7 @@ _PLACES = {
     "study": "blindtune.offsite.studying",
     "tune": "blindtune.offsite.tuning",
     "unseal": "blindtune.exchange.sealing",
+    "write_audit": "blindtune.evaluation.audit_page",
 }
 """Where each name is, for those that need torch."""
 
@@ -126,6 +135,8 @@ __all__ = [
     "AccessConfig",
     "AdapterConfig",
     "AskingConfig",
+    "Audit",
+    "AuditConfig",
     "BlindtuneError",
     "Bottom",
     "BottomConfig",
@@ -175,6 +186,8 @@ __all__ = [
     "WatchConfig",
     "__version__",
     "admit",
+    "audit_adapter",
+    "audit_emulator",
     "bottom",
     "cancel",
     "emulate",
@@ -191,6 +204,7 @@ __all__ = [
     "study",
     "tune",
     "unseal",
+    "write_audit",
 ]
 
 

@@ -23,9 +23,12 @@ def test_judge_scores_attack_and_control(tmp_path):
     )  # fmt: skip
     assert [tokens for tokens, _ in found.healed] == [0, 15 * 64, 30 * 64]
     assert [tokens for tokens, _ in found.control] == [0, 15 * 64, 30 * 64]
-    assert found.healed[0][1] == pytest.approx(found.emulator, abs=1e-3)
-    assert found.healed[-1][1] < found.healed[0][1]
-    assert found.control[-1][1] < found.control[0][1]
+    healed = [loss.nats_per_token for _, loss in found.healed]
+    control = [loss.nats_per_token for _, loss in found.control]
+    assert healed[0] == pytest.approx(found.emulator.nats_per_token, abs=1e-3)
+    assert healed[-1] < healed[0]
+    assert control[-1] < control[0]
+    assert found.healed_best.nats_per_token == min(healed)
     assert found.tuned not in (None, found.emulator)
     assert len(seen) == 6
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blindtune.attacks.emulator_misuse import EmulatorView, HealingConfig, Stop, heal, train_on
-from blindtune.evaluation.utility import perplexity
+from blindtune.evaluation.utility import Perplexity, perplexity
+from blindtune.exchange.signing import Trust
 from blindtune.models.decoder import Decoder
 from blindtune.models.loading import load_model
 from blindtune.models.surgery import keep_layers
@@ -28,29 +29,35 @@ from blindtune.offsite.adapter import tuned_emulator
 from blindtune.offsite.emulation import uniform_choice
 from blindtune.offsite.emulator import Emulator, open_emulator
 
-Curve = tuple[tuple[int, float], ...]
-"""(tokens of public text spent, nats a token on the test text)."""
+Curve = tuple[tuple[int, Perplexity], ...]
+"""(tokens of public text spent, loss on the test text)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Misuse:
-    """Nats a token on the test text."""
+    """Losses on the test text."""
 
-    full: float
+    full: Perplexity
     """The full model, untouched."""
-    emulator: float
+    emulator: Perplexity
     """The emulator as it was shipped (Emulator ZS)."""
-    tuned: float | None
+    tuned: Perplexity | None
     """With its adapter (Emulator FT); None without one."""
     healed: Curve
     control: Curve
 
     @property
+    def healed_best(self) -> Perplexity:
+        """The attacker's best stop."""
+        return min((found for _, found in self.healed), key=lambda found: found.nats_per_token)
+
+    @property
     def healed_share(self) -> float | None:
         """Share of the emulator's deficit that healing closes; None where there is no deficit."""
-        deficit = self.emulator - self.full
-        best = min(nats for _, nats in self.healed)
-        return (self.emulator - best) / deficit if deficit > 1e-3 else None
+        shipped = self.emulator.nats_per_token
+        deficit = shipped - self.full.nats_per_token
+        closed = shipped - self.healed_best.nats_per_token
+        return closed / deficit if deficit > 1e-3 else None
 
 
 def judge_misuse(
@@ -61,6 +68,8 @@ def judge_misuse(
     config: HealingConfig | None = None,
     *,
     adapter: str | Path | None = None,
+    trust: Trust | None = None,
+    batch_size: int = 8,
     on_stop: Callable[[str, int, float], None] | None = None,
 ) -> Misuse:
     """Run the attack and its control, and score both.
@@ -72,24 +81,40 @@ def judge_misuse(
         test_NL: what is scored.
         config: the attacker's.
         adapter: tuned on this emulator; scored only.
+        trust: whose packages are opened; None: anybody's.
+        batch_size: windows of one forward pass when scoring.
         on_stop: called with ("healed" or "control", tokens, nats).
 
     Raises:
         PackageError, ModelError, DataError: see errors.py.
     """
     config = config or HealingConfig()
+
+    def score(model: PreTrainedModel) -> Perplexity:
+        return perplexity(model, test_NL, batch_size=batch_size)
+
+    def curve(name: str, model: PreTrainedModel, stops: Iterator[Stop]) -> Curve:
+        points = []
+        for stop in stops:
+            found = score(model)
+            points.append((stop.tokens, found))
+            if on_stop is not None:
+                on_stop(name, stop.tokens, found.nats_per_token)
+        return tuple(points)
+
+    victim = open_emulator(emulator, dtype=torch.float32, trust=trust)
     tuned = None
     if adapter is not None:
-        tuned = _nats(tuned_emulator(_opened(emulator), adapter).model, test_NL)
+        other = open_emulator(emulator, dtype=torch.float32, trust=trust)
+        tuned = score(tuned_emulator(other, adapter, trust=trust).model)
     full = load_model(model)
-    scored_full = _nats(full, test_NL)
-    small = drop_to(full, _full_layers(emulator))
-    control = _curve("control", small, train_on(small, public_NL, config), test_NL, on_stop)
+    scored_full = score(full)
+    small = drop_to(full, _full_layers(victim))
+    control = curve("control", small, train_on(small, public_NL, config))
     del full, small
-    victim = _opened(emulator).model
-    untouched = _nats(victim, test_NL)
-    stops = heal(EmulatorView(model=victim, public_NL=public_NL), config)
-    healed = _curve("healed", victim, stops, test_NL, on_stop)
+    untouched = score(victim.model)
+    stops = heal(EmulatorView(model=victim.model, public_NL=public_NL), config)
+    healed = curve("healed", victim.model, stops)
     return Misuse(full=scored_full, emulator=untouched, tuned=tuned, healed=healed, control=control)
 
 
@@ -99,30 +124,6 @@ def drop_to(model: PreTrainedModel, count: int) -> PreTrainedModel:
     return model
 
 
-def _opened(emulator: str | Path) -> Emulator:
-    return open_emulator(emulator, dtype=torch.float32)
-
-
-def _full_layers(emulator: str | Path) -> int:
-    decoder = Decoder(_opened(emulator).model)
+def _full_layers(emulator: Emulator) -> int:
+    decoder = Decoder(emulator.model)
     return sum(decoder.is_raw(i) for i in range(decoder.layer_count))
-
-
-def _curve(
-    name: str,
-    model: PreTrainedModel,
-    stops: Iterator[Stop],
-    test_NL: Tensor,
-    on_stop: Callable[[str, int, float], None] | None,
-) -> Curve:
-    points = []
-    for stop in stops:
-        nats = _nats(model, test_NL)
-        points.append((stop.tokens, nats))
-        if on_stop is not None:
-            on_stop(name, stop.tokens, nats)
-    return tuple(points)
-
-
-def _nats(model: PreTrainedModel, test_NL: Tensor) -> float:
-    return perplexity(model, test_NL).nats_per_token

@@ -1,0 +1,128 @@
+"""What an audit finds: attacks that were run, what each measured, and what it could not run.
+
+An audit of an emulator is for its owner before shipping, of an adapter for the data owner before
+returning it, of split tuning for the customer before a real run. Each plays the adversary of its
+subject with what that adversary has. A measured leak is real; one that was not found proves
+nothing, so every audit sets the accounted guarantee beside its findings, or says that there is
+none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from blindtune.errors import ConfigError
+
+Kind = Literal["emulator", "adapter", "split"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """How hard the attacks try, and how much is scored."""
+
+    confidence: float = 0.95
+    """Of each interval alone."""
+    test_tokens: int = 8192
+    """Emulator: score on at most this many tokens of the test text, spread evenly over it."""
+    healing_steps: int = 64
+    """Emulator: optimizer steps that the attacker spends on public text; 0 leaves healing out."""
+    healing_batch_size: int = 4
+    """Emulator: windows of public text a step."""
+    healing_learning_rate: float = 2e-4
+    """Emulator: of the attacker's AdamW."""
+    max_records: int = 400
+    """Adapter: judge at most this many trained records and as many others, spread evenly."""
+    false_positive_rate: float = 0.01
+    """Adapter: share of other records that the attack may accuse falsely."""
+    batch_size: int = 8
+    """Windows or records of one forward pass; changes speed and memory only."""
+    seed: int = 0
+    """Of the attacker's batches."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        for name in ("confidence", "false_positive_rate"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"expected {name} between 0 and 1, got {getattr(self, name)}")
+        for name, least in (
+            ("test_tokens", 2), ("healing_steps", 0), ("healing_batch_size", 1),
+            ("max_records", 2), ("batch_size", 1),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ConfigError(f"expected {name} >= {least}, got {getattr(self, name)}")
+        if self.healing_learning_rate <= 0:
+            raise ConfigError(
+                f"expected healing_learning_rate > 0, got {self.healing_learning_rate}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One attack and one figure of it."""
+
+    attack: str
+    knew: str
+    """One sentence: what the attacker had and did."""
+    measure: str
+    """What `value` is, such as "perplexity" or "AUC"."""
+    value: float
+    low: float | None = None
+    """Lower end of the interval; None where there is none."""
+    high: float | None = None
+    meaning: str
+    """One sentence: what the figure means for the reader."""
+
+    @property
+    def shown(self) -> str:
+        """The figure for people."""
+        return show(self.value)
+
+    @property
+    def interval(self) -> str:
+        """The interval for people; empty without one."""
+        return (
+            ""
+            if self.low is None or self.high is None
+            else f"{show(self.low)} to {show(self.high)}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotRun:
+    """An attack that fits the subject and was not run."""
+
+    attack: str
+    needs: str
+    """What it needs, as an option to give."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Everything that one audit found."""
+
+    kind: Kind
+    subject: str
+    """What was audited, as it was named."""
+    verdict: str
+    """One or two sentences: what the strongest attack got."""
+    guarantee: tuple[str, ...]
+    """What is accounted for and holds against every attack, or that nothing is."""
+    findings: tuple[Finding, ...]
+    strongest: int
+    """Which of the findings the reader must look at first."""
+    not_run: tuple[NotRun, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Plain facts about the subject and the data, by name."""
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    """Healing: (public tokens spent, nats a token) by name of the curve."""
+
+    def plain(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def show(value: float) -> str:
+    """A figure: shares with three digits behind the point, larger numbers with two."""
+    return f"{value:.3f}" if abs(value) <= 1 else f"{value:,.2f}"

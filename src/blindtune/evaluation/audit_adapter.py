@@ -1,0 +1,203 @@
+"""What an adapter tells of the records it was tuned on, before it is returned: for their owner.
+
+The adversary is the model owner. It puts the adapter into the model, and asks of candidate records
+whether they were trained on (`attacks.membership`); the judge is `evaluation.membership`.
+
+The data owner has the emulator, not the full model, and measures on that: the model owner's own
+attack may find more or less. Audited records are read as `tune` reads them, so the records that
+tuning set aside for validation, which were not trained on, serve as the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from blindtune.attacks.membership import AdapterView, loss_drops, tuned_losses
+from blindtune.errors import DataError
+from blindtune.evaluation.audit import Audit, AuditConfig, Finding, NotRun, show
+from blindtune.evaluation.evaluating import open_any
+from blindtune.evaluation.membership import MembershipLeakage, membership_leakage
+from blindtune.exchange.package import open_package
+from blindtune.exchange.signing import Trust
+from blindtune.models.decoder import check_context
+from blindtune.training.dataset import TokenDataset
+from blindtune.training.text import DataConfig, load_dataset_file
+
+NO_GUARANTEE = (
+    "There is no guarantee: it was tuned without differential privacy, so nothing bounds what a "
+    "better attack finds.",
+)
+Record = Mapping[str, Tensor]
+
+
+def audit_adapter(
+    adapter: str | Path,
+    model: str | Path,
+    data: str | Path,
+    *,
+    others: str | Path | None = None,
+    reading: DataConfig | None = None,
+    config: AuditConfig | None = None,
+    trust: Trust | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Audit:
+    """Ask of trained records and of others whether they were trained on, by their losses.
+
+    Args:
+        adapter: the package.
+        model: the emulator that it was tuned on, or, at its owner, the full model.
+        data: what it was tuned on.
+        others: records of the same kind that were not; None: those of `data` that `tune` set aside
+            for validation.
+        reading: as at tuning; `validation_split` too, 0 if the validation data was a file.
+        config: how many records, and the intervals.
+        trust: whose packages are opened; None: anybody's.
+        on_progress: called with (stage, done, total).
+
+    Raises:
+        DataError: fewer than 2 records of a sort. PackageError, PolicyError, MismatchError,
+            ModelError: see errors.py.
+    """
+    config, reading = config or AuditConfig(), reading or DataConfig(max_length=128)
+    open_package(adapter, "adapter", trust=trust)
+    untuned, tokenizer, limits = open_any(model, trust=trust)
+    check_context(reading.max_length, *limits)
+    trained, held_out = _both_kinds(tokenizer, data, others, reading)
+    members, strangers = (_some(kind, config.max_records) for kind in (trained, held_out))
+    if min(len(members), len(strangers)) < 2:
+        raise DataError(
+            f"expected at least 2 trained and 2 other records, got {len(members)} and "
+            f"{len(strangers)}: give more of them, the others as --others"
+        )
+    tuned, _, _ = open_any(model, adapter, trust=trust)
+    view = _view(tuned, untuned, (*members, *strangers), config)
+    found = {}
+    for done, (name, attack) in enumerate(ATTACKS.items(), 1):
+        scores_N = attack(view)
+        found[name] = membership_leakage(
+            scores_N[: len(members)], scores_N[len(members) :],
+            false_positive_rate=config.false_positive_rate, confidence=config.confidence,
+        )  # fmt: skip
+        if on_progress is not None:
+            on_progress("attack", done, len(ATTACKS))
+    origin = "set aside by the tuning" if others is None else f"of {Path(others).name}"
+    facts = {
+        "trained records": f"{len(members):,} of {len(trained):,} in {Path(data).name}",
+        "other records": f"{len(strangers):,} {origin}",
+        "measured in": str(model),
+    }
+    return _audit(adapter, found, facts)
+
+
+def _both_kinds(
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | Path,
+    others: str | Path | None,
+    reading: DataConfig,
+) -> tuple[TokenDataset, TokenDataset]:
+    """(what was trained on, what was not), read and split as `tune` does."""
+    trained, held_out = load_dataset_file(data, tokenizer, reading), None
+    if reading.validation_split:
+        trained, held_out = trained.split(reading.validation_split, reading.seed)
+    if others is not None:
+        held_out = load_dataset_file(others, tokenizer, reading)
+    if held_out is None:
+        raise DataError(
+            "expected records that were not trained on: give them as --others, or the "
+            "--validation-split that the tuning had"
+        )
+    return trained, held_out
+
+
+def _audit(
+    adapter: str | Path, found: Mapping[str, MembershipLeakage], facts: Mapping[str, str]
+) -> Audit:
+    findings = tuple(f for name, leak in found.items() for f in _findings(name, leak))
+    best = max(found, key=lambda name: found[name].auc)
+    return Audit(
+        kind="adapter",
+        subject=str(adapter),
+        verdict=_verdict(best, found[best]),
+        guarantee=NO_GUARANTEE,
+        findings=findings,
+        strongest=next(k for k, f in enumerate(findings) if f.attack == best),
+        not_run=(
+            NotRun(attack="shadow models", needs="many tunings of the adversary's own; not here"),
+        ),
+        facts=facts,
+    )
+
+
+ATTACKS: Mapping[str, Callable[[AdapterView], Tensor]] = {
+    "loss": tuned_losses,
+    "loss drop": loss_drops,
+}
+_KNEW = {
+    "loss": "Had the tuned model and candidate records; called those members whose loss is low.",
+    "loss drop": "Had the model with and without the adapter, and candidate records; called those "
+    "members whose loss the adapter lowered most.",
+}
+
+
+def _some(dataset: TokenDataset, most: int) -> tuple[Record, ...]:
+    count = min(len(dataset), most)
+    return tuple(dataset[i * len(dataset) // count] for i in range(count))
+
+
+def _view(
+    tuned: PreTrainedModel,
+    untuned: PreTrainedModel,
+    records: tuple[Record, ...],
+    config: AuditConfig,
+) -> AdapterView:
+    pad = untuned.config.pad_token_id
+    return AdapterView(
+        tuned=tuned,
+        untuned=untuned,
+        records=records,
+        pad_token_id=pad if isinstance(pad, int) and pad >= 0 else 0,
+        batch_size=config.batch_size,
+    )
+
+
+def _findings(name: str, leak: MembershipLeakage) -> tuple[Finding, Finding]:
+    rate = f"{leak.false_positive_rate:.0%}"
+    return (
+        Finding(
+            attack=name,
+            knew=_KNEW[name],
+            measure="AUC",
+            value=leak.auc,
+            low=leak.auc_low,
+            high=leak.auc_high,
+            meaning=f"Of a trained record and another one it points at the trained one in "
+            f"{leak.auc:.0%} of cases; a coin would in 50 %.",
+        ),
+        Finding(
+            attack=name,
+            knew=_KNEW[name],
+            measure=f"found at {rate} false alarms",
+            value=leak.found,
+            low=leak.found_low,
+            high=leak.found_high,
+            meaning=f"It names {leak.found:.0%} of the trained records while it accuses {rate} of "
+            f"the others falsely; guessing would name {rate}.",
+        ),
+    )
+
+
+def _verdict(name: str, leak: MembershipLeakage) -> str:
+    if leak.auc_low > 0.5:
+        return (
+            f"The adapter tells which records it was tuned on: the {name} attack has an AUC of "
+            f"{show(leak.auc)}, at least {show(leak.auc_low)}, where 0.5 is chance."
+        )
+    return (
+        f"No attack told trained records from others better than chance: the best AUC is "
+        f"{show(leak.auc)}, between {show(leak.auc_low)} and {show(leak.auc_high)}. That is no "
+        "proof that none can."
+    )

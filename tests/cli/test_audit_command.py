@@ -1,0 +1,66 @@
+"""`blindtune audit` as both owners use it."""
+
+import json
+
+import pytest
+
+QUICK = ["--max-length", "32", "--test-tokens", "256", "--healing-steps", "4"]
+
+
+def test_an_owner_audits_an_emulator_before_shipping(made, blindtune, tmp_path):
+    out = tmp_path / "audit"
+    asked = [
+        "audit", made / "emulator", "--model", made / "llama", "--public", made / "public.txt",
+        "--test", made / "public.txt", "--out", out, *QUICK,
+    ]  # fmt: skip
+    done = blindtune(*asked, "--json")
+    assert done.code == 0, done.err
+    assert [f["attack"] for f in done.facts["findings"]] == [
+        "free model, as it is", "healing", "control, no attack",
+    ]  # fmt: skip
+    assert sorted(p.name for p in out.iterdir()) == ["audit.html", "audit.json"]
+    kept = json.loads((out / "audit.json").read_text())
+    assert kept["findings"] == done.facts["findings"]
+    again = blindtune(*asked)
+    assert again.code == 0
+    assert "Nothing was run" in again.err
+    assert "The most that was made of this emulator" in again.out
+    assert "not run; it needs --adapter" in again.out
+
+
+def test_a_data_owner_audits_an_adapter_before_returning_it(made, blindtune, tmp_path):
+    done = blindtune(
+        "audit", made / "adapter", "--model", made / "emulator", "--data", made / "private.jsonl",
+        "--max-length", 64, "--out", tmp_path / "audit",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    for word in ("There is no guarantee", "loss drop", "AUC", "found at 1% false alarms"):
+        assert word in done.out
+
+
+@pytest.mark.parametrize(
+    ("subject", "options", "says"),
+    [
+        (
+            "emulator",
+            ["--model", "llama"],
+            "expected --public, --test for the audit of an emulator",
+        ),
+        ("adapter", ["--model", "emulator"], "expected --data for the audit of an adapter"),
+        (
+            "adapter",
+            ["--model", "emulator", "--data", "private.jsonl", "--public", "public.txt"],
+            "--public does not fit the audit of an adapter",
+        ),
+        ("llama", [], "manifest.json"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_a_line(
+    made, blindtune, tmp_path, monkeypatch, subject, options, says
+):
+    monkeypatch.chdir(made)
+    done = blindtune("audit", subject, *options, "--out", tmp_path / "audit")
+    assert done.code in (2, 3)
+    assert says in done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert not (tmp_path / "audit").exists()
