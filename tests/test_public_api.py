@@ -26,7 +26,7 @@ CONFIGS = [
     "StudyConfig", "DynamicConfig", "EmulatorConfig", "AdapterConfig", "TrainingConfig",
     "RunConfig", "DataConfig", "EvaluationConfig", "PrivatizerConfig", "TuningConfig", "PassConfig",
     "FrontierConfig", "ReadingConfig", "AccessConfig", "AskingConfig",
-    "ChangeBounds", "AuditConfig",
+    "ChangeBounds", "AuditConfig", "DpConfig",
 ]  # fmt: skip
 RESULTS = ["Study", "Emulation", "Inspection", "Tuning", "PlugIn", "Evaluation", "Emulator"]
 RESULTS += ["Frontier", "SplitTuning", "PrivacyStatement", "Prediction", "Cancellation", "Audit"]

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from blindtune.split.terms import TuningConfig, VendorLimits
     from blindtune.split.tuning_job import SplitTuning, split_tune
     from blindtune.training.config import RunConfig, TrainingConfig
+    from blindtune.training.dp_plan import DpConfig
     from blindtune.training.text import DataConfig
 
 __version__ = "0.1.0"
@@ -79,6 +80,7 @@ _PLACES = {
     "CertificateConfig": "blindtune.split.door",
     "ChangeBounds": "blindtune.offsite.vetting",
     "DataConfig": "blindtune.training.text",
+    "DpConfig": "blindtune.training.dp_plan",
     "DynamicConfig": "blindtune.offsite.importance",
     "Emulation": "blindtune.offsite.emulation",
     "Emulator": "blindtune.offsite.emulator",
@@ -146,6 +148,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DataError",
+    "DpConfig",
     "DynamicConfig",
     "Emulation",
     "Emulator",

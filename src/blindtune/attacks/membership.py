@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from blindtune.errors import ConfigError, DataError
 from blindtune.training.batches import collate
 from blindtune.training.dataset import IGNORED_LABEL
+from blindtune.training.loss import accepts_logits_to_keep, record_losses
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,21 +69,13 @@ def _record_losses(model: nn.Module, view: AdapterView) -> Tensor:
     """Mean loss of every record's trained tokens [N], float64 on the CPU; without dropout."""
     was_training, device = model.training, next(model.parameters()).device
     losses: list[Tensor] = []
+    keeps = accepts_logits_to_keep(model)
     model.eval()
     try:
         for start in range(0, len(view.records), view.batch_size):
             batch = collate(view.records[start : start + view.batch_size], view.pad_token_id)
-            targets_BL = batch.pop("labels")[:, 1:].to(device)
             inputs = {key: value.to(device) for key, value in batch.items()}
-            logits_BLV = model(**inputs, use_cache=False).logits[:, :-1].float()
-            loss_BL = functional.cross_entropy(
-                logits_BLV.transpose(1, 2),
-                targets_BL,
-                ignore_index=IGNORED_LABEL,
-                reduction="none",
-            )
-            trained_B = (targets_BL != IGNORED_LABEL).sum(1)
-            losses.append((loss_BL.double().sum(1) / trained_B).cpu())
+            losses.append(record_losses(model, inputs, logits_to_keep=keeps).cpu())
     finally:
         model.train(was_training)
     return torch.cat(losses)

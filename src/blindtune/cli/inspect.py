@@ -116,6 +116,7 @@ def _show_adapter(facts: Facts, console: Console) -> None:
         ("tuned on", facts["emulator"]),
         ("model", f"{facts['model_type']}, fingerprint {facts['model'][:16]}..."),
         ("kind", kind),
+        ("differential privacy", _privacy(facts["privacy"])),
         ("weights", facts["dtype"]),
         ("parameters", f"{facts['parameters']:,}"),
         ("bytes", size(facts["bytes"])),
@@ -128,6 +129,15 @@ def _show_adapter(facts: Facts, console: Console) -> None:
     ]
     norm = "norm of the update" if facts["training"] == "lora" else "norm"
     print_columns(console, ("layer", "parameters", norm), rows)
+
+
+def _privacy(stated: Facts | None) -> str:
+    if stated is None:
+        return "none"
+    return (
+        f"epsilon {stated['epsilon']:.2f}, delta {stated['delta']:.1e} a {stated['unit']}, as its "
+        "maker states; nobody else can check it"
+    )
 
 
 def _signer(facts: Facts) -> str:

@@ -29,7 +29,8 @@ HELP = """Tune an emulator's adapter on private data.
 Run by the data owner; needs neither the full model nor the study, and no network. Only the adapter
 layers are trained, all their weights or LoRA inside them. The best step is chosen by the
 emulator's own loss on validation data, because the full model is out of sight. The data stays
-here; the adapter goes back to the model owner.
+here; the adapter goes back to the model owner. With --dp-epsilon it is tuned by DP-SGD: what the
+adapter tells of any one record is bounded, whatever the attack; the last step is taken then.
 
 \b
 Needs:   EMULATOR, a package from the model owner; private data: .txt,
@@ -55,6 +56,7 @@ def act(settings: Settings) -> Facts:
     from blindtune.offsite.adapter import AdapterConfig
     from blindtune.offsite.tuning import tune
     from blindtune.training.config import RunConfig, TrainingConfig
+    from blindtune.training.dp_plan import DpConfig
     from blindtune.training.text import DataConfig
 
     def on_sample(sample: str) -> None:
@@ -68,6 +70,7 @@ def act(settings: Settings) -> Facts:
         settings["out"],
         settings.of(AdapterConfig),
         settings.of(TrainingConfig),
+        settings.of(DpConfig),
         reading=settings.of(DataConfig),
         run=replace(settings.of(RunConfig), resume=settings["resume"]),
         validation=settings["validation"],
@@ -83,6 +86,7 @@ def act(settings: Settings) -> Facts:
         "emulator": tuned.emulator.id,
         "emulator_signed_by": signed_by(tuned.emulator.signature),
         "trained_parameters": tuned.trained_parameters,
+        "privacy": None if tuned.privacy is None else asdict(tuned.privacy),
         **asdict(tuned.training),
     }
 
@@ -104,6 +108,8 @@ def show(facts: Facts, console: Console) -> None:
         best = min(loss for _, loss in facts["validation_loss"])
         ends = _ends(facts["validation_loss"])
         pairs.append(("validation loss", f"{ends}, best {best:.4f} at step {facts['best_step']:,}"))
+    if facts["privacy"] is not None:
+        pairs.append(("differential privacy", _spent(facts["privacy"])))
     pairs += [
         ("emulator signed by", facts["emulator_signed_by"]),
         ("signed by", facts["signed_by"]),
@@ -112,6 +118,14 @@ def show(facts: Facts, console: Console) -> None:
         ("options", facts["options"]),
     ]
     print_pairs(console, "Adapter written", pairs)
+
+
+def _spent(plan: Facts) -> str:
+    return (
+        f"epsilon {plan['epsilon']:.2f}, delta {plan['delta']:.1e} a {plan['unit']}; noise "
+        f"{plan['noise_multiplier']:.2f} x {plan['max_grad_norm']:g}, {plan['steps']:,} steps of "
+        f"{plan['expected_batch']:g} records on average"
+    )
 
 
 def _ends(points: list[tuple[int, float]]) -> str:
@@ -123,6 +137,7 @@ def estimate(settings: Settings) -> Estimate:
     from blindtune.offsite.adapter import AdapterConfig
     from blindtune.offsite.tuning_estimate import estimate_tune
     from blindtune.training.config import RunConfig, TrainingConfig
+    from blindtune.training.dp_plan import DpConfig
     from blindtune.training.text import DataConfig
 
     return estimate_tune(
@@ -130,6 +145,7 @@ def estimate(settings: Settings) -> Estimate:
         settings["data"],
         settings.of(AdapterConfig),
         settings.of(TrainingConfig),
+        settings.of(DpConfig),
         reading=settings.of(DataConfig),
         run=settings.of(RunConfig),
         validation=settings["validation"],
@@ -156,6 +172,12 @@ VERB = Verb(
     groups=(
         Group(heading="Adapter", module="blindtune.offsite.adapter", name="AdapterConfig"),
         Group(heading="Training", module="blindtune.training.config", name="TrainingConfig"),
+        Group(
+            heading="Differential privacy",
+            module="blindtune.training.dp_plan",
+            name="DpConfig",
+            prefix="dp_",
+        ),
         Group(
             heading="Reading the data",
             module="blindtune.training.text",

@@ -10,9 +10,11 @@ tuning set aside for validation, which were not trained on, serve as the others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import msgspec
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +23,7 @@ from blindtune.errors import DataError
 from blindtune.evaluation.audit import Audit, AuditConfig, Finding, NotRun, show
 from blindtune.evaluation.evaluating import open_any
 from blindtune.evaluation.membership import MembershipLeakage, membership_leakage
+from blindtune.exchange.manifest import PrivacyFacts
 from blindtune.exchange.package import open_package
 from blindtune.exchange.signing import Trust
 from blindtune.models.decoder import check_context
@@ -63,7 +66,7 @@ def audit_adapter(
             ModelError: see errors.py.
     """
     config, reading = config or AuditConfig(), reading or DataConfig(max_length=128)
-    open_package(adapter, "adapter", trust=trust)
+    stated = open_package(adapter, "adapter", trust=trust).manifest.privacy
     untuned, tokenizer, limits = open_any(model, trust=trust)
     check_context(reading.max_length, *limits)
     trained, held_out = _both_kinds(tokenizer, data, others, reading)
@@ -90,7 +93,7 @@ def audit_adapter(
         "other records": f"{len(strangers):,} {origin}",
         "measured in": str(model),
     }
-    return _audit(adapter, found, facts)
+    return _audit(adapter, found, facts, stated)
 
 
 def _both_kinds(
@@ -114,7 +117,10 @@ def _both_kinds(
 
 
 def _audit(
-    adapter: str | Path, found: Mapping[str, MembershipLeakage], facts: Mapping[str, str]
+    adapter: str | Path,
+    found: Mapping[str, MembershipLeakage],
+    facts: Mapping[str, str],
+    stated: PrivacyFacts | msgspec.UnsetType,
 ) -> Audit:
     findings = tuple(f for name, leak in found.items() for f in _findings(name, leak))
     best = max(found, key=lambda name: found[name].auc)
@@ -122,7 +128,7 @@ def _audit(
         kind="adapter",
         subject=str(adapter),
         verdict=_verdict(best, found[best]),
-        guarantee=NO_GUARANTEE,
+        guarantee=_guarantee(stated),
         findings=findings,
         strongest=next(k for k, f in enumerate(findings) if f.attack == best),
         not_run=(
@@ -141,6 +147,20 @@ _KNEW = {
     "loss drop": "Had the model with and without the adapter, and candidate records; called those "
     "members whose loss the adapter lowered most.",
 }
+
+
+def _guarantee(stated: PrivacyFacts | msgspec.UnsetType) -> tuple[str, ...]:
+    """In words; the bound on a test's power is Kairouz, Oh and Viswanath's (2015), theorem 2.1."""
+    if stated is msgspec.UNSET:
+        return NO_GUARANTEE
+    odds = math.exp(stated.epsilon)
+    most = min(1.0, odds * 0.01 + stated.delta)
+    return (
+        f"Tuned with differential privacy, as its package states: epsilon {stated.epsilon:.2f}, "
+        f"delta {stated.delta:.1e}, for adding or removing one {stated.unit}.",
+        f"So no attack, known or not, that accuses 1 % of strangers can name a trained "
+        f"{stated.unit} with a chance above {most:.0%}.",
+    )
 
 
 def _some(dataset: TokenDataset, most: int) -> tuple[Record, ...]:

@@ -114,6 +114,19 @@ class LoraFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     targets: Annotated[list[ModuleName], Meta(min_length=1, max_length=64)]
 
 
+class PrivacyFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Differential privacy of a tuning, as the data owner states it: nobody else can check it.
+
+    Attributes:
+        epsilon, delta: for adding or removing one `unit`.
+        unit: one record of the data, or a window of packed text.
+    """
+
+    epsilon: Annotated[float, Meta(gt=0)]
+    delta: Annotated[float, Meta(gt=0, lt=1)]
+    unit: Literal["record", "window"]
+
+
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What every manifest says; each kind adds its `format`. Abstract.
 
@@ -174,6 +187,7 @@ class AdapterManifest(Header, frozen=True, kw_only=True, forbid_unknown_fields=T
         kind: "full" (the adapter layers' weights) or "lora" (low-rank updates of them).
         adapter_layers, layers: N_a and the layer count of that emulator.
         lora: LoRA settings; present exactly when kind is "lora".
+        privacy: present exactly when it was tuned with differential privacy.
     """
 
     format: Literal["blindtune-adapter"] = "blindtune-adapter"
@@ -182,6 +196,7 @@ class AdapterManifest(Header, frozen=True, kw_only=True, forbid_unknown_fields=T
     adapter_layers: LayerCount
     layers: LayerCount
     lora: LoraFacts | None
+    privacy: PrivacyFacts | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         """Check that the fields agree with each other."""

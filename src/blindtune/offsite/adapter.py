@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from blindtune.errors import ConfigError, MismatchError, PackageError
-from blindtune.exchange.manifest import AdapterManifest, LoraFacts
+from blindtune.exchange.manifest import AdapterManifest, LoraFacts, PrivacyFacts
 from blindtune.exchange.package import Package, open_package, write_package
 from blindtune.exchange.signing import Signer, Trust
 from blindtune.exchange.tensors import Expected, is_finite
@@ -57,8 +58,12 @@ def write_adapter(
     *,
     overwrite: bool = False,
     signer: Signer | None = None,
+    privacy: PrivacyFacts | None = None,
 ) -> str:
-    """Write the tuned adapter of an emulator as a package, signed or not, and return its id."""
+    """Write the tuned adapter of an emulator as a package, signed or not, and return its id.
+
+    `privacy` is stated in the package where it was tuned with differential privacy.
+    """
     tensors = (
         _lora_tensors(emulator.model, emulator.adapter_indices)
         if config.lora_rank
@@ -75,6 +80,7 @@ def write_adapter(
         adapter_layers=emulator.manifest.adapter_layers,
         layers=len(emulator.manifest.layers),
         lora=_lora_facts(tensors, config) if config.lora_rank else None,
+        privacy=privacy or msgspec.UNSET,
     )
     return write_package(out, manifest, tensors, {}, overwrite=overwrite, signer=signer)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -119,6 +120,8 @@ class InspectedAdapter:
     """The adapter layers that it has tensors for."""
     parameters: int
     bytes: int
+    privacy: dict[str, Any] | None
+    """Differential privacy as the data owner states it: epsilon, delta, unit; None: none."""
     created_by: str
     signature: Signature | None
     """Who signed it."""
@@ -323,7 +326,7 @@ def _inspect_adapter(package: Package[Any], manifest: AdapterManifest) -> Inspec
                     norm=norm,
                 )
             )
-    lora = manifest.lora
+    lora, private = manifest.lora, manifest.privacy
     return InspectedAdapter(
         kind="adapter",
         path=package.path,
@@ -341,6 +344,7 @@ def _inspect_adapter(package: Package[Any], manifest: AdapterManifest) -> Inspec
         layers=tuple(layers),
         parameters=_count(package.header),
         bytes=_file_bytes(manifest),
+        privacy=None if private is msgspec.UNSET else msgspec.to_builtins(private),
         created_by=manifest.created_by,
         signature=package.signature,
         reveals=(

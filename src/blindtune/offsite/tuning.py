@@ -10,22 +10,26 @@ Source: offsite-tuning (arXiv 2302.04870), section 3.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
 from blindtune.atomic import check_free
 from blindtune.errors import BlindtuneError, ConfigError
-from blindtune.exchange.manifest import MANIFEST_NAME
+from blindtune.exchange.manifest import MANIFEST_NAME, PrivacyFacts
 from blindtune.exchange.signing import Signer, Trust
 from blindtune.models.decoder import Decoder, check_context, context_limit
 from blindtune.offsite.adapter import AdapterConfig, write_adapter
 from blindtune.offsite.emulator import Emulator, open_emulator
+from blindtune.privacy.entropy import uniforms_from
 from blindtune.training import checkpoint
+from blindtune.training.dp_plan import DpConfig, DpPlan, plan_noise
 from blindtune.training.loop import RunConfig, TrainingConfig, TrainingResult, fit
+from blindtune.training.private_sgd import fit_private
 from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file, show_sample
 
 
@@ -42,6 +46,8 @@ class Tuning:
     trained_parameters: int
     sample: str
     """One decoded example with its trained tokens marked."""
+    privacy: DpPlan | None = None
+    """What was spent, where it was tuned with differential privacy."""
 
 
 def tune(
@@ -50,6 +56,7 @@ def tune(
     out: str | Path,
     adapter: AdapterConfig | None = None,
     training: TrainingConfig | None = None,
+    privacy: DpConfig | None = None,
     *,
     reading: DataConfig | None = None,
     run: RunConfig | None = None,
@@ -70,6 +77,9 @@ def tune(
         data: private data, a file or a hub name.
         out: directory of the adapter package.
         adapter, training: what is trained, and how: what decides the result.
+        privacy: with an epsilon, tuned under differential privacy (`training.private_sgd`): no
+            record is set aside for validation, and texts are not packed unless a window is the
+            unit.
         reading, run: how the data is cut into examples; speed and bookkeeping.
         validation: a file of its own; None: a share of `data` (`DataConfig.validation_split`).
         overwrite: replace an earlier adapter.
@@ -80,21 +90,25 @@ def tune(
         PolicyError, PackageError, DataError, ConfigError, OutputError: see errors.py.
     """
     adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
-    reading, out = reading or DataConfig(max_length=128), Path(out)
+    privacy, out = privacy or DpConfig(), Path(out)
+    reading = read_privately(reading or DataConfig(max_length=128), privacy, validation)
     check_free(out, overwrite=overwrite, mark=MANIFEST_NAME)
-    opened = open_emulator(emulator, dtype=torch.float32, trust=trust)
-    limits = context_limit(opened.model.config), opened.manifest.max_length
-    check_context(reading.max_length, *limits)
+    opened = _opened(emulator, reading, trust)
     train, held_out = _examples(opened, data, validation, reading)
     sample = show_sample(train, opened.tokenizer)
     if on_sample is not None:
         on_sample(sample)
+    plan = None if privacy.epsilon is None else plan_noise(privacy, training, len(train))
     trained = _trainable(opened, adapter, training.seed)
     work = out.absolute().parent / f"{out.absolute().name}.work"
     identity = {"emulator": opened.id, **asdict(adapter)}
-    result = fit(trained, train, held_out, training, work, run=run, identity=identity)
+    if plan is None:
+        result = fit(trained, train, held_out, training, work, run=run, identity=identity)
+    else:
+        noise = uniforms_from(privacy.testing_seed)
+        result = fit_private(trained, train, training, plan, work, noise, run, identity)
     write = partial(write_adapter, opened, adapter, out, overwrite=overwrite, signer=signer)
-    adapter_id = _write_once(write)
+    adapter_id = _write_once(partial(write, privacy=_stated(plan)))
     _clear_once(work)
     return Tuning(
         adapter_id=adapter_id,
@@ -103,7 +117,39 @@ def tune(
         training=result,
         trained_parameters=sum(p.numel() for p in trained.parameters() if p.requires_grad),
         sample=sample,
+        privacy=plan,
     )
+
+
+def _opened(emulator: str | Path, reading: DataConfig, trust: Trust | None) -> Emulator:
+    """The emulator, once it is known that it reads examples as long as these."""
+    opened = open_emulator(emulator, dtype=torch.float32, trust=trust)
+    limits = context_limit(opened.model.config), opened.manifest.max_length
+    check_context(reading.max_length, *limits)
+    return opened
+
+
+def read_privately(
+    reading: DataConfig, privacy: DpConfig, validation: str | Path | None
+) -> DataConfig:
+    """How data is read under differential privacy: one example a unit, none held out."""
+    if privacy.epsilon is None:
+        return reading
+    if validation is not None:
+        raise ConfigError(
+            "expected no validation data with differential privacy: choosing the best step by it "
+            "would tell of it; leave --validation out"
+        )
+    pack = reading.pack and privacy.unit == "window"
+    return replace(reading, validation_split=0.0, pack=pack)
+
+
+def _stated(plan: DpPlan | None) -> PrivacyFacts | None:
+    """What the package says of it."""
+    if plan is None:
+        return None
+    unit: Any = plan.unit
+    return PrivacyFacts(epsilon=plan.epsilon, delta=plan.delta, unit=unit)
 
 
 def _trainable(emulator: Emulator, adapter: AdapterConfig, seed: int) -> torch.nn.Module:

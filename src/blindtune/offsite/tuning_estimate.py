@@ -26,7 +26,9 @@ from blindtune.models.surgery import meta_model
 from blindtune.models.tokenizers import FILE_NAMES, tokenizer_from_files
 from blindtune.offsite.adapter import AdapterConfig
 from blindtune.offsite.emulator import adapter_indices, assemble, read_config
+from blindtune.offsite.tuning import read_privately
 from blindtune.training.config import RunConfig, TrainingConfig
+from blindtune.training.dp_plan import DpConfig
 from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file
 
 ADAMW_SECONDS = 5e-9
@@ -38,6 +40,7 @@ def estimate_tune(
     data: str | Path,
     adapter: AdapterConfig | None = None,
     training: TrainingConfig | None = None,
+    privacy: DpConfig | None = None,
     *,
     reading: DataConfig | None = None,
     run: RunConfig | None = None,
@@ -45,13 +48,19 @@ def estimate_tune(
 ) -> Estimate:
     """Estimate `tune`: forward, activations' gradients through every layer, weights' gradients.
 
+    With differential privacy the noise to be added, which takes no time to speak of, is not
+    counted; the gradients of single records, which take memory, are.
+
     The package is checked as always, but of its weights only the header is used.
 
     Raises:
         PackageError, DataError, ConfigError: as for `tune`.
     """
     adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
+    private = privacy is not None and privacy.epsilon is not None
     reading, run = reading or DataConfig(max_length=128), run or RunConfig()
+    if privacy is not None:
+        reading = read_privately(reading, privacy, validation)
     package = open_package(emulator, "emulator")
     manifest = package.manifest
     names = [name for name in FILE_NAMES if name in manifest.files]
@@ -81,12 +90,13 @@ def estimate_tune(
     }
     if held_out is not None:
         parts["validate"] = _validation_seconds(cost, held_out, steps, run, rate)
+    copies = training.per_device_train_batch_size if private else 0
     micro = training.per_device_train_batch_size * length
     activations = _activation_bytes(decoder, micro, run.gradient_checkpointing, share)
     return estimated(
         parts,
         rate,
-        memory=weight_bytes(model) + 3 * FLOAT * trained + activations,
+        memory=weight_bytes(model) + (3 + copies) * FLOAT * trained + activations,
         written=FLOAT * trained,
         scratch=5 * FLOAT * trained,  # weights, two moments, the best weights, one in the making
         tokens=tokens,

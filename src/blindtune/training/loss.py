@@ -42,6 +42,35 @@ def next_token_loss(
         batch: `input_ids` [B, L], `labels` [B, L], and `attention_mask` [B, L] if padded.
         logits_to_keep: see `accepts_logits_to_keep`; if not, all logits are computed.
     """
+    logits_BKV, targets_BK = _predictions(model, batch, logits_to_keep)
+    return functional.cross_entropy(
+        logits_BKV.flatten(0, 1).float(),
+        targets_BK.flatten(),
+        ignore_index=IGNORED_LABEL,
+        reduction="sum",
+    )
+
+
+def record_losses(model: nn.Module, batch: Mapping[str, Tensor], *, logits_to_keep: bool) -> Tensor:
+    """Mean of -ln p(token | tokens before it) over every record's own targets [B], in nats.
+
+    Args:
+        model, batch, logits_to_keep: as for `next_token_loss`; every record has a target.
+    """
+    logits_BKV, targets_BK = _predictions(model, batch, logits_to_keep)
+    loss_BK = functional.cross_entropy(
+        logits_BKV.float().transpose(1, 2),
+        targets_BK,
+        ignore_index=IGNORED_LABEL,
+        reduction="none",
+    )
+    return loss_BK.double().sum(1) / (targets_BK != IGNORED_LABEL).sum(1)
+
+
+def _predictions(
+    model: nn.Module, batch: Mapping[str, Tensor], logits_to_keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Logits [B, K, V] and targets [B, K] at the positions that some row has a target for."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     targets_BL = batch["labels"][:, 1:]
     keep_K = (targets_BL != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)
@@ -49,9 +78,4 @@ def next_token_loss(
         logits_BKV = model(**inputs, logits_to_keep=keep_K, use_cache=False).logits
     else:
         logits_BKV = model(**inputs, use_cache=False).logits[:, keep_K]
-    return functional.cross_entropy(
-        logits_BKV.flatten(0, 1).float(),
-        targets_BL[:, keep_K].flatten(),
-        ignore_index=IGNORED_LABEL,
-        reduction="sum",
-    )
+    return logits_BKV, targets_BL[:, keep_K]

@@ -1,0 +1,121 @@
+"""How much noise a private tuning needs, fixed before the data is looked at; see `private_sgd`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+from blindtune.errors import ConfigError
+from blindtune.training.config import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpConfig:
+    """Differential privacy of a tuning, for each record."""
+
+    epsilon: float | None = None
+    """Bound of what the adapter tells of any one record; None: trained without."""
+    delta: float | None = None
+    """Chance that the bound does not hold; None: 1 / (10 x records)."""
+    max_grad_norm: float = 1.0
+    """C: a record's gradient is scaled down to this norm."""
+    unit: Literal["record", "window"] = "record"
+    """What is protected. record: one record of the data (texts are not packed). window: a window of
+    packed text; a document that spans several is protected less."""
+    testing_seed: int | None = None
+    """Repeatable noise and sampling, for tests only: whoever knows the seed can take it off."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        for name in ("epsilon", "delta", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"expected {name} above 0, got {value}")
+        if self.delta is not None and self.delta >= 1:
+            raise ConfigError(f"expected delta below 1, got {self.delta}")
+        if self.unit not in ("record", "window"):
+            raise ConfigError(f"expected unit record or window, got {self.unit!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpPlan:
+    """What a run will have spent when it ends, known before it begins."""
+
+    epsilon: float
+    delta: float
+    unit: str
+    noise_multiplier: float
+    """sigma: deviation of the noise over C."""
+    sampling_rate: float
+    """Chance of a record to be in a step."""
+    steps: int
+    max_grad_norm: float
+    expected_batch: float
+    """Records that a step has on average."""
+
+
+def plan_noise(config: DpConfig, training: TrainingConfig, records: int) -> DpPlan:
+    """The least noise that keeps a run within its epsilon.
+
+    Args:
+        config: with an epsilon.
+        training: its effective batch is the expected one; steps as without privacy.
+        records: N.
+
+    Raises:
+        ConfigError: Opacus is not installed; fewer records than ten batches' sampling can hide;
+            no noise reaches this epsilon; early stopping, which would look at private data.
+    """
+    assert config.epsilon is not None, "a plan needs an epsilon"
+    try:
+        from opacus.accountants import PRVAccountant
+        from opacus.accountants.utils import get_noise_multiplier
+    except ImportError as error:
+        raise ConfigError(
+            "differential privacy needs Opacus, which is not installed: "
+            "run `pip install 'blindtune[dp]'`"
+        ) from error
+    if training.early_stopping_patience is not None:
+        raise ConfigError(
+            "expected no early_stopping_patience with differential privacy: when to stop would "
+            "be told by private data; leave it out"
+        )
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    if records < 2 * batch:
+        raise ConfigError(
+            f"expected at least {2 * batch} records for an expected batch of {batch}, got "
+            f"{records}: lower per_device_train_batch_size, give more records, or (plain text, "
+            "which is one record a file) take unit window"
+        )
+    rate, delta = batch / records, config.delta or 1 / (10 * records)
+    steps = training.max_steps or math.ceil(records * training.num_train_epochs / batch)
+    try:
+        with warnings.catch_warnings():  # of the cruder bound by which it finds its grid
+            warnings.filterwarnings("ignore", "Optimal order", UserWarning)
+            sigma = get_noise_multiplier(
+                target_epsilon=config.epsilon,
+                target_delta=delta,
+                sample_rate=rate,
+                steps=steps,
+                accountant="prv",
+            )
+            accountant = PRVAccountant()
+            accountant.history = [(sigma, rate, steps)]
+            spent = float(accountant.get_epsilon(delta=delta))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"expected an epsilon that some noise reaches in {steps} steps, got {config.epsilon}: "
+            f"{error}; raise it, or lower the steps"
+        ) from error
+    return DpPlan(
+        epsilon=spent,
+        delta=delta,
+        unit=config.unit,
+        noise_multiplier=float(sigma),
+        sampling_rate=rate,
+        steps=steps,
+        max_grad_norm=config.max_grad_norm,
+        expected_batch=float(batch),
+    )

@@ -1,0 +1,96 @@
+"""Tuning under differential privacy, from the command to what is stated, shown and bounded."""
+
+import json
+
+import pytest
+
+from blindtune.cli.main import run
+from blindtune.errors import ConfigError
+from blindtune.evaluation.audit_adapter import audit_adapter
+from blindtune.exchange.package import open_package
+from blindtune.offsite.adapter import AdapterConfig
+from blindtune.offsite.inspection import inspect
+from blindtune.offsite.plugin import plug_in
+from blindtune.offsite.tuning import tune
+from blindtune.training.dp_plan import DpConfig
+from blindtune.training.loop import TrainingConfig
+from blindtune.training.text import DataConfig
+from offsite_world import SILENT, owners_world
+
+TRAINING = TrainingConfig(max_steps=3, learning_rate=1e-3, per_device_train_batch_size=4)
+READING = DataConfig(max_length=64)
+STRONG = DpConfig(epsilon=1.0, delta=1e-3)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    place = owners_world(tmp_path_factory.mktemp("owners"), "llama").path
+    lines = (json.dumps({"text": f"the cat number {i} eats rice at home"}) for i in range(40))
+    (place / "records.jsonl").write_text("\n".join(lines))
+    return place
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2], ids=["full", "lora"])
+def test_what_is_spent_is_planned_stated_and_shown(world, tmp_path, lora_rank):
+    found = tune(
+        world / "emulator", world / "records.jsonl", tmp_path / "adapter",
+        AdapterConfig(lora_rank=lora_rank), TRAINING, STRONG, reading=READING, run=SILENT,
+    )  # fmt: skip
+    assert found.training.best_step is None
+    assert (found.privacy.sampling_rate, found.privacy.steps) == (0.1, 3)  # none set aside
+    assert 0.9 < found.privacy.epsilon <= 1.0
+    stated = open_package(tmp_path / "adapter", "adapter").manifest.privacy
+    assert (stated.epsilon, stated.delta, stated.unit) == (found.privacy.epsilon, 1e-3, "record")
+    shown = inspect(tmp_path / "adapter").privacy
+    assert shown == {"epsilon": found.privacy.epsilon, "delta": 1e-3, "unit": "record"}
+    assert plug_in(world / "model", tmp_path / "adapter", None).model is not None
+    assert not (tmp_path / "adapter.work").exists()
+    audit = audit_adapter(
+        tmp_path / "adapter", world / "emulator", world / "records.jsonl",
+        others=world / "private.txt", reading=DataConfig(max_length=64, validation_split=0.0),
+    )  # fmt: skip
+    assert "epsilon 1.00" in audit.guarantee[0] or "epsilon 0.99" in audit.guarantee[0]
+    assert "with a chance above 3%" in audit.guarantee[1]
+
+
+def test_without_an_epsilon_nothing_is_stated(world):
+    assert inspect(world / "adapter").privacy is None
+
+
+def test_a_text_file_is_one_record_unless_windows_are_the_unit(world, tmp_path):
+    text = world / "private.txt"
+    with pytest.raises(ConfigError, match="plain text"):
+        tune(
+            world / "emulator", text, tmp_path / "a", None, TRAINING, STRONG,
+            reading=READING, run=SILENT,
+        )  # fmt: skip
+    windows = DpConfig(epsilon=1.0, delta=1e-3, unit="window")
+    found = tune(
+        world / "emulator", text, tmp_path / "a", None, TRAINING, windows,
+        reading=READING, run=SILENT,
+    )  # fmt: skip
+    assert found.privacy.unit == "window"
+    assert inspect(tmp_path / "a").privacy["unit"] == "window"
+
+
+def test_private_validation_data_is_refused(world, tmp_path):
+    with pytest.raises(ConfigError, match="--validation"):
+        tune(
+            world / "emulator", world / "records.jsonl", tmp_path / "a", None, TRAINING, STRONG,
+            reading=READING, run=SILENT, validation=world / "records.jsonl",
+        )  # fmt: skip
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_command_says_what_was_spent(world, tmp_path, capsys):
+    options = [
+        "tune", str(world / "emulator"), "--data", str(world / "records.jsonl"), "--out",
+        str(tmp_path / "a"), "--max-steps", "2", "--per-device-train-batch-size", "4",
+        "--dp-epsilon", "2", "--dp-delta", "1e-3", "--allow-unsigned", "--unsigned",
+    ]  # fmt: skip
+    assert run(options) == 0
+    told = capsys.readouterr().out
+    assert "differential privacy" in told
+    assert "delta 1.0e-03 a record" in told
+    assert run(["inspect", str(tmp_path / "a")]) == 0
+    assert "as its maker states" in " ".join(capsys.readouterr().out.split())
