@@ -3,6 +3,7 @@
 import json
 import logging
 import threading
+import time
 
 import pytest
 from split_world import CONFIG, LABELS, TEXTS
@@ -22,7 +23,7 @@ from blindtune.exchange.messages import Batch, Cancel, Status
 from blindtune.exchange.network import Connection
 from blindtune.exchange.serving import ServerConfig
 from blindtune.split.customer import new_token, predict, train
-from blindtune.split.door import CertificateConfig, admit, credentials_of, told_hosts
+from blindtune.split.door import CertificateConfig, admit, credentials_of, revoke, told_hosts
 from blindtune.split.endpoint import Endpoint
 from blindtune.split.estimates import estimate_bottom, estimate_serve
 from blindtune.split.event_log import EventLog
@@ -160,6 +161,24 @@ def test_customers_come_and_go_while_it_serves(world, service):
     file.write_text(good)
     world.job(service, "carl").close()
     assert "not a file of customers" in world.log.read_text()
+
+
+def test_a_revoked_customer_is_cut_off_while_others_go_on(world, service):
+    stream = world.job(service, "carl")
+    revoke("carl", world.out)
+
+    def ask_on():
+        for _ in range(100):
+            stream.call(Status())
+            time.sleep(0.05)
+
+    with pytest.raises(PolicyError, match="token"):
+        ask_on()
+    assert '"revoked"' in world.log.read_text()
+    with pytest.raises(ConfigError, match="known are"):
+        revoke("nobody", world.out)
+    with pytest.raises(ConfigError, match=r"customers\.json"):
+        revoke("carl", world.out.parent)
 
 
 def test_one_process_serves_from_a_directory(world, service):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from blindtune.exchange.messages import (
     equal,
 )
 from blindtune.exchange.transport import answer
+from blindtune.split import store
+from blindtune.split import vendor as vendor_module
 from blindtune.split.customer import PassConfig, new_token, open_job, predict, train
 from blindtune.split.partition import Cut, stack_of
 from blindtune.split.store import JobStore
@@ -171,6 +174,47 @@ def test_limits_of_a_job(world):
     assert Stream(world, "carl", opened=opening(world)).opened.code == "limit"
     next(iter(world.vendor._jobs.values())).seconds = 1e9
     assert "seconds" in stream.ask(batch(10, lengths=(1, 1))).message
+
+
+def test_bytes_are_counted_at_the_jobs_precision(world):
+    token = new_token()
+    stream = Stream(world, opened=opening(world, token=token, precision="float16"))
+    stream.ask(batch(1))
+    job = next(iter(world.vendor._jobs.values()))
+    assert job.bytes == 2 * batch(1).hidden_TD.numel()
+    stream.ask(Step(sequence=2))
+    stream.ask(Checkpoint(sequence=2))
+    world.start()
+    stream = Stream(world, opened=ResumeJob(token=token))
+    job = next(iter(world.vendor._jobs.values()))
+    assert job.bytes == 2 * batch(1).hidden_TD.numel()  # a restart forgets nothing
+    world.vendor.limits = dataclasses.replace(world.vendor.limits, max_job_bytes=job.bytes + 1)
+    assert "bytes" in stream.ask(batch(3)).message
+    asked = Predict(hidden_TD=batch(1).hidden_TD, lengths=batch(1).lengths)
+    assert "bytes" in stream.ask(asked).message
+
+
+def test_idle_jobs_are_forgotten_but_not_by_a_clock_that_jumps(world, tmp_path, monkeypatch):
+    token, other = new_token(), new_token()
+    Stream(world, opened=opening(world, token=token)).ask(batch(1))
+    month = 31 * 86400
+    clock = {"time": time.time(), "monotonic": time.monotonic()}
+    monkeypatch.setattr(store.time, "time", lambda: clock["time"])
+    monkeypatch.setattr(vendor_module.time, "monotonic", lambda: clock["monotonic"])
+    clock["time"] += month
+    world.vendor.expire()
+    clock["time"] -= month
+    clock["monotonic"] += 7200
+    world.vendor.expire()
+    assert world.vendor.open_jobs() == 1  # the clock had jumped and came back
+    clock["time"] += month
+    world.vendor.expire()
+    clock["monotonic"] += 7200
+    world.vendor.expire()
+    assert world.vendor.open_jobs() == 0
+    assert not list((tmp_path / "vendor").rglob("*.pt"))
+    assert Stream(world, opened=ResumeJob(token=token)).opened.state == "cancelled"
+    assert Stream(world, opened=opening(world, token=other)).opened.state == "open"
 
 
 def test_a_job_is_its_customers_alone(world):

@@ -173,10 +173,24 @@ def add_customer(path: Path, name: str) -> str:
         msgspec.convert(hashes, dict[Name, Sha256])
     except msgspec.ValidationError as error:
         raise ConfigError(f"`{name}` cannot name a customer ({error}): use letters") from error
+    _write_hashes(path, hashes)
+    return token
+
+
+def remove_customer(path: Path, name: str) -> None:
+    """Take a customer's token out; ConfigError if there is no such customer."""
+    hashes = _hashes(path)
+    if name not in hashes:
+        known = ", ".join(sorted(hashes)) or "nobody"
+        raise ConfigError(f"expected a customer of {path}, got `{name}`: known are {known}")
+    del hashes[name]
+    _write_hashes(path, hashes)
+
+
+def _write_hashes(path: Path, hashes: dict[str, str]) -> None:
     with atomic_file(path) as partial:
         partial.touch(mode=0o600)
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(hashes)))
-    return token
 
 
 def token_hash(token: str) -> str:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from blindtune.exchange.messages import Busy, Message, Refusal
 
-StreamEnd = Literal["customer", "busy", "malformed", "stalled", "stopping", "failed"]
+StreamEnd = Literal["customer", "busy", "malformed", "stalled", "stopping", "failed", "revoked"]
 """Who or what ended a stream: the customer, lack of room, a frame that was refused, ..."""
 
 

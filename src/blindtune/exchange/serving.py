@@ -182,7 +182,7 @@ class Server:
             self.tell(TurnedAway(reason="token"))
             context.abort(import_grpc().StatusCode.UNAUTHENTICATED, "unknown token")
         assert customer is not None
-        stream = _Stream(self, customer, context)
+        stream = _Stream(self, customer, token, context)
         if not self._enter(stream):
             self.tell(TurnedAway(reason="room", customer=customer))
             yield from encode(Busy(retry_after_seconds=self.config.retry_after_seconds), 0)
@@ -245,17 +245,22 @@ class Server:
         shortest = min(self.config.stall_timeout_seconds, self.config.idle_timeout_seconds)
         while not self._stopping.wait(min(shortest / 4, 1.0)):
             with self._lock:
-                overdue = [stream for stream in self._streams if stream.overdue()]
-            for stream in overdue:
-                stream.end = "stalled"
-                stream.context.cancel()
+                streams = list(self._streams)
+            for stream in streams:
+                if self._customers.who(stream.token) != stream.customer:
+                    stream.end = "revoked"
+                    stream.context.cancel()
+                elif stream.overdue():
+                    stream.end = "stalled"
+                    stream.context.cancel()
 
 
 class _Stream:
     """One customer's stream: a reader thread, a bounded queue, and the thread that answers."""
 
-    def __init__(self, server: Server, customer: str, context: Any) -> None:
+    def __init__(self, server: Server, customer: str, token: str, context: Any) -> None:
         self.customer = customer
+        self.token = token
         self.context = context
         self.sizes: deque[int] = deque()  # of the requests that it has in memory, oldest first
         self._server = server

@@ -15,6 +15,7 @@ from blindtune.exchange.credentials import (
     add_customer,
     certified_hosts,
     make_development_certificate,
+    remove_customer,
 )
 
 CUSTOMERS = "customers.json"
@@ -144,6 +145,25 @@ def admit(name: str, out: str | Path, *, token_file: str | Path | None = None) -
             partial.touch(mode=0o600)
             partial.write_text(token + "\n")
     return token
+
+
+def revoke(name: str, out: str | Path) -> None:
+    """End a customer's token; a running service ends the streams that came in with it.
+
+    Its jobs stay until they expire: admitted again, the same name goes on with them.
+
+    Args:
+        name: of the customer.
+        out: the vendor's directory.
+
+    Raises:
+        ConfigError: there is no such customer, or no vendor's directory.
+    """
+    customers = Path(out) / CUSTOMERS
+    if not customers.exists():
+        raise ConfigError(f"{out}: expected a vendor's directory, there is no {CUSTOMERS} in it")
+    with FileLock(customers.with_suffix(".lock"), mode=0o600):
+        remove_customer(customers, name)
 
 
 def told_hosts(host: str, port: int, names: Sequence[str]) -> list[str]:

@@ -39,6 +39,8 @@ class Job:
     durable: int = 0
     steps: int = 0
     tokens: int = 0
+    bytes: int = 0
+    """Of states and gradients that came in, at the job's precision."""
     seconds: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held before the numbers' own lock and the turn at the model, never after them."""
@@ -66,6 +68,7 @@ class Job:
             "replies": replies,
             "steps": self.steps,
             "tokens": self.tokens,
+            "bytes": self.bytes,
             "seconds": self.seconds,
         }
 
@@ -74,6 +77,7 @@ class Job:
         replies = [bytes(frame.numpy()) for frame in state["replies"]]
         self.lora, self.deliveries = lora, Deliveries(applied=number, replies=replies)
         self.steps, self.tokens = state["steps"], state["tokens"]
+        self.bytes = state.get("bytes", 0)  # checkpoints of earlier versions lack it
         self.seconds = state["seconds"]
         self.durable = number
 

@@ -8,8 +8,10 @@ Never leaves the vendor. Checkpoints are read with `weights_only=True`.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -82,6 +84,15 @@ class JobStore:
         """Store what was agreed, durably."""
         with atomic_file(self._jobs / record.name / "job.json") as partial:
             partial.write_bytes(msgspec.json.encode(record))
+
+    def touch(self, name: str) -> None:
+        """Note that a job was asked for now."""
+        os.utime(self._jobs / name / "job.json")
+
+    def idle_seconds(self, name: str) -> float:
+        """Since when nobody asked for a job, or moved it."""
+        folder = self._jobs / name
+        return time.time() - max(path.stat().st_mtime for path in folder.iterdir())
 
     def save(self, name: str, number: int, state: dict[str, Any]) -> None:
         """Store the state after request `number`, durably; older ones but one are removed."""

@@ -94,6 +94,8 @@ class VendorLimits:
     """Tokens of one sequence; None: as many as the model takes."""
     max_job_tokens: int = 1_000_000_000
     """Tokens that a job may train on and predict, together."""
+    max_job_bytes: int = 1_000_000_000_000
+    """Bytes of states and gradients that a job may send, at its precision."""
     max_steps: int = 1_000_000
     """Optimizer steps of a job."""
     max_seconds: float = 86400.0
@@ -102,6 +104,8 @@ class VendorLimits:
     """Open jobs, of all customers."""
     max_jobs_per_customer: int = 8
     """Open jobs of one customer."""
+    max_idle_days: float = 30.0
+    """A job that nobody asked for in as many days is forgotten, as if it had been cancelled."""
     max_rank: int = 64
     """LoRA's rank."""
     max_outputs: int = 1024

@@ -59,7 +59,13 @@ from blindtune.exchange.messages import (
     Welcome,
 )
 from blindtune.exchange.transport import Handler
-from blindtune.split.admission import RefusedError, check_labels, check_opening, check_rows
+from blindtune.split.admission import (
+    RefusedError,
+    check_labels,
+    check_opening,
+    check_rows,
+    size_of,
+)
 from blindtune.split.job import Job
 from blindtune.split.lora import JobLora, Served, serve
 from blindtune.split.partition import Cut, Stack, longest_sequence
@@ -68,6 +74,7 @@ from blindtune.split.terms import VendorLimits, tuning_of
 from blindtune.split.turns import Turns
 
 PROGRAM = "blindtune 0.1.0"
+EXPIRY_GRACE_SECONDS = 3600.0
 
 
 @final
@@ -109,6 +116,7 @@ class Vendor:
         self._payload = payload or MessageLimits()
         self._store = JobStore(directory, bottom)
         self._jobs = {r.name: Job(record=r) for r in self._store.records()}
+        self._overdue: dict[str, float] = {}  # since when (monotonic) a job has looked overdue
         self._opening = threading.Lock()
         self._turns = Turns()
         self._tell = observer
@@ -117,6 +125,7 @@ class Vendor:
         self._model = ThreadPoolExecutor(1, thread_name_prefix="blindtune-model")
         most = longest_sequence(stack) or 2**20
         self._longest = min(most, self.limits.max_sequence_tokens or most)
+        self.expire()
 
     @contextmanager
     def session(self, customer: str) -> Iterator[Handler]:
@@ -146,6 +155,7 @@ class Vendor:
         """Open a job, or find it again; durable before it is returned."""
         check_opening(opening, self._served.cut, self._bottom, self.limits)
         name, digest = _name_of(opening.token)
+        self.expire()
         with self._opening:
             job = self._jobs.get(name)
             if job is None:
@@ -186,9 +196,24 @@ class Vendor:
         ):
             raise RefusedError("unknown-job", "there is no such job: open it")
         with job.lock:
+            if job.record.state == "open":
+                self._store.touch(name)
             if job.lora is None and job.record.state == "open":
                 self._go_back(job, self._store.numbers(name)[-1])
         return job
+
+    def expire(self) -> None:
+        """Forget the open jobs that nobody has asked for in `max_idle_days`.
+
+        Only those that looked so `EXPIRY_GRACE_SECONDS` ago already: a clock that jumps ahead and
+        is set right again takes no job away.
+        """
+        now, limit = time.monotonic(), 86400 * self.limits.max_idle_days
+        for name, job in list(self._jobs.items()):
+            if job.record.state != "open" or self._store.idle_seconds(name) <= limit:
+                self._overdue.pop(name, None)
+            elif now - self._overdue.setdefault(name, now) >= EXPIRY_GRACE_SECONDS:
+                self.cancel(job)
 
     def rewind(self, job: Job, number: int) -> None:
         """Take a job back to its checkpoint after request `number`."""
@@ -248,18 +273,20 @@ class Vendor:
         with self._turn(job, message, tokens):
             reply = self._model.submit(job.work, message).result()
         job.tokens += tokens
+        job.bytes += size_of(message, job.record.precision)
         job.steps += isinstance(message, Step)
         return reply
 
     def predict(self, job: Job, message: Predict) -> Message:
         """Use the tuned model; changes nothing but the count of tokens."""
         assert job.lora is not None
-        self._check_time(job)
+        self._check_used(job, message)
         self._check_rows(job, message)
         with self._turn(job, message, len(message.hidden_TD)):
             predicted = self._model.submit(job.lora.predict, message.hidden_TD, message.lengths)
             out = predicted.result()
         job.tokens += len(message.hidden_TD)
+        job.bytes += size_of(message, job.record.precision)
         if job.record.task == "hidden":
             return Outputs(sequence=None, precision=job.record.precision, hidden_TD=out)
         return Predictions(logits_BC=out)
@@ -294,7 +321,7 @@ class Vendor:
         headless = job.record.task == "hidden"
         if isinstance(message, Batch) == headless and not isinstance(message, Step):
             raise MismatchError(f"{type(message).__name__} does not belong to this job's partition")
-        self._check_time(job)
+        self._check_used(job, message)
         if isinstance(message, Step) and job.steps >= self.limits.max_steps:
             raise RefusedError("limit", f"the job used its {self.limits.max_steps} steps")
         if isinstance(message, Batch | Forward):
@@ -305,9 +332,12 @@ class Vendor:
         if isinstance(message, Forward) and job.lora.open_forwards >= WINDOW:
             raise RefusedError("limit", f"{WINDOW} forwards are open: send their gradients first")
 
-    def _check_time(self, job: Job) -> None:
+    def _check_used(self, job: Job, message: Message) -> None:
         if job.seconds >= self.limits.max_seconds:
             raise RefusedError("limit", f"the job used its {self.limits.max_seconds:g} seconds")
+        most = self.limits.max_job_bytes
+        if job.bytes + size_of(message, job.record.precision) > most:
+            raise RefusedError("limit", f"the job used its {most} bytes")
 
     def _check_rows(self, job: Job, message: Batch | Forward | Predict) -> None:
         check_rows(
@@ -356,7 +386,7 @@ class _Session:
         deliveries, lease = self._lease
         with job.lock:
             if job.record.state != "open" or job.lora is None:
-                raise RefusedError("policy", "this job was cancelled")
+                raise RefusedError("policy", "this job was cancelled, or was idle for too long")
             if isinstance(message, Predict):
                 return vendor.predict(job, message)
             if isinstance(message, Checkpoint):
