@@ -1,10 +1,12 @@
 """The customer's command lines against a vendor's service, and as processes that are killed."""
 
 import json
+import pydoc_data.topics
 import random
 import time
 
 import pytest
+import torch
 import yaml
 from customer_world import write_table
 from processes import command_line, free_port, wait_for
@@ -13,6 +15,7 @@ from vendor_world import VendorWorld, write_model
 
 from blindtune.cli.main import run
 from blindtune.split.customer_job import CustomerJob
+from blindtune.split.private_states import PrivateStates
 
 QUICK = ["--lora-rank", "2", "--batch-size", "4", "--epochs", "2", "--learning-rate", "1e-2"]
 NOISE = ["--privatizer", "vector", "--eta", "20"]
@@ -72,6 +75,48 @@ def test_tune_predict_cancel_on_the_command_line(blindtune, tmp_path):
     assert "adapter, head, optimizer and checkpoints of job_" in out
     assert "6 steps" in out
     assert blindtune("predict", "--data", "train.csv")[0] == 2
+
+
+def test_words_become_their_groups(blindtune, tmp_path):
+    text = "\n".join(pydoc_data.topics.topics.values())
+    (tmp_path / "public.txt").write_text(text[:60_000])
+    grouped = ["--privatizer", "groups", "--public-text", "public.txt", "--wrong-guesses", "0.5"]
+    code, out, err = blindtune("split-tune", *grouped, *QUICK, "--json")
+    assert code == 0, err
+    facts = json.loads(out)["privacy"]
+    assert (facts["privatizer"], facts["eta"], facts["spending"]) == ("groups", None, None)
+    assert 0.2 < facts["changed"] < 0.9
+    assert "hidden perfectly, whatever the vendor computes" in err
+    groups = CustomerJob("job").groups()
+    private = CustomerJob("job").states()
+    sent = [groups.apply(ids) for ids in private.ids]
+    drawn = sum(int((a != b).sum()) for a, b in zip(sent, private.ids, strict=True))
+    assert drawn / sum(map(len, sent)) == pytest.approx(facts["changed"], abs=0.2)  # specials count
+    code, out, err = blindtune("predict", "--data", "train.csv")
+    assert code == 0, err
+    assert "hidden perfectly" in err
+    asked = next((tmp_path / "job").glob("asked-*.safetensors"))
+    again = PrivateStates.load(asked)
+    for mine, theirs in zip(again.states, private.states, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)  # the same groups, and no noise
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--privatizer", "groups"], "--public-text"),
+        (["--privatizer", "token", "--eta", "9", "--public-text", "train.csv"], "only then"),
+        (["--privatizer", "groups", "--public-text", "train.csv"], "at least 10,000 tokens"),
+        (
+            ["--privatizer", "groups", "--public-text", "train.csv", "--changed-share", "0.5"],
+            "follows from wrong_guesses",
+        ),
+    ],
+)
+def test_groups_that_cannot_be_made(blindtune, options, says):
+    code, _, err = blindtune("split-tune", *options, *QUICK)
+    assert code == 2
+    assert says in err.splitlines()[-1]
 
 
 def test_a_config_file_and_a_dry_run(blindtune, tmp_path):

@@ -2,6 +2,7 @@
 
     job.json             what was asked for, the classes' names, how far it is
     token                the job's secret, drawn before the vendor hears of the job
+    groups.safetensors   the word groups, where words become their groups'
     private.safetensors  the states that are sent, drawn once; and the texts' ids
     privacy.json         the statement, and one for every file that was predicted
     losses.jsonl         {"request": 12, "loss": 0.69} for every batch
@@ -29,6 +30,7 @@ from torch import Tensor
 from blindtune.atomic import atomic_directory, atomic_file
 from blindtune.errors import ConfigError, DataError, OutputError
 from blindtune.exchange.messages import JobToken, Partition
+from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.privacy_statement import PrivacyStatement
 from blindtune.split.private_states import PrivateStates
 
@@ -142,6 +144,15 @@ class CustomerJob:
                 f"{self.path}: expected the options that this job was begun with, got others "
                 f"({changes}): use them, or begin another job with another --out"
             )
+
+    def groups(self) -> WordGroups | None:
+        """The job's word groups, if they were made."""
+        path = self.path / "groups.safetensors"
+        return WordGroups.load(path) if path.exists() else None
+
+    def keep_groups(self, groups: WordGroups) -> None:
+        """Store the word groups: texts that are predicted get the same."""
+        groups.save(self.path / "groups.safetensors")
 
     def states(self) -> PrivateStates | None:
         """The private states, if they were drawn."""

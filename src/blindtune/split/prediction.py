@@ -195,11 +195,14 @@ def _prepare(
             package,
             texts.ids,
             mechanism=privatizer.mechanism(job.record.eta),
+            groups=job.groups(),
             importance=replace(privatizer.importance(), fraction=0.0),
         )
         private.save(path)
     if statement is None:
-        statement = state_privacy(package, private, privatizer, job.record.eta, training=False)
+        statement = state_privacy(
+            package, private, privatizer, job.record.eta, groups=job.groups(), training=False
+        )
         job.keep_statement(about, statement)
     return private, statement, reused
 

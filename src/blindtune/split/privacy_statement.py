@@ -22,11 +22,12 @@ from blindtune.privacy.accounting import Releases, Spending, account
 from blindtune.privacy.metric_dp import Mechanism
 from blindtune.privacy.noise_level import NoiseSurvey
 from blindtune.privacy.token_importance import ImportanceConfig, SpecialPolicy
+from blindtune.privacy.word_groups import GroupingConfig, WordGroups
 from blindtune.split.bottom import Bottom
 from blindtune.split.private_states import PrivateStates, clean_states
 from blindtune.split.spared_tokens import contributing_tokens, noise_factors
 
-PrivatizerName = Literal["token", "vector", "block-output", "none"]
+PrivatizerName = Literal["token", "vector", "block-output", "groups", "none"]
 _STATES = 64
 """Texts whose states without noise are looked at in block-output mode."""
 
@@ -37,7 +38,8 @@ class PrivatizerConfig:
 
     privatizer: PrivatizerName = "token"
     """What is noised: token (word embedding, then the nearest word), vector (word embedding),
-    block-output (states after the bottom); none: nothing, only with --unprotected."""
+    block-output (states after the bottom); groups: every word becomes its group's, a promise of
+    another kind (docs/privacy.md); none: nothing, only with --unprotected."""
     eta: float | None = None
     """Privacy per token, per unit of distance between embeddings; smaller is more private."""
     changed_share: float | None = None
@@ -49,6 +51,10 @@ class PrivatizerConfig:
     """Noise factor of contributing tokens: 1 is full noise, 0 sends them as they are."""
     clip_norm: float | None = None
     """Block-output only: states are shortened to this length first, which bounds what is spent."""
+    public_text: str | None = None
+    """Groups only: a file of public text of the kind that yours is; words are counted in it."""
+    wrong_guesses: float = 0.6
+    """Groups only: share of frequent words' tokens that a guess by frequency shall get wrong."""
     special: SpecialPolicy = "keep"
     """Special tokens: keep (not noised, their places are public) or noise (as any other)."""
     unprotected: bool = False
@@ -68,6 +74,7 @@ class PrivatizerConfig:
             if self.eta is not None or self.changed_share is not None or self.cti_fraction:
                 raise ConfigError("without a privatizer there is no eta, changed_share or CTI")
             return
+        self._check_groups()
         if self.eta is not None and self.changed_share is not None:
             raise ConfigError("expected eta or changed_share, which chooses eta, got both")
         if self.changed_share is not None and not 0 < self.changed_share < 1:
@@ -80,9 +87,31 @@ class PrivatizerConfig:
         self.importance()
         self.mechanism(1.0 if self.eta is None else self.eta)
 
+    def _check_groups(self) -> None:
+        if (self.privatizer == "groups") != (self.public_text is not None):
+            raise ConfigError(
+                "expected public_text (--public-text) with privatizer groups, and only then: words "
+                "are counted in public text, because counts of private text would tell about it"
+            )
+        if self.privatizer == "groups" and (self.changed_share or self.cti_fraction):
+            raise ConfigError(
+                "with groups the share of tokens that change follows from wrong_guesses, and none "
+                "is spared: give wrong_guesses, and neither changed_share nor cti_fraction"
+            )
+
+    def grouping(self) -> GroupingConfig | None:
+        """How coarse the vocabulary becomes; None without groups."""
+        if self.privatizer != "groups":
+            return None
+        return GroupingConfig(wrong_guesses=self.wrong_guesses, rare_size=2.0)
+
     def check_whole(self) -> None:
         """Raise ConfigError unless the config says how much noise there is."""
-        if self.privatizer != "none" and self.eta is None and self.changed_share is None:
+        if (
+            self.privatizer not in ("none", "groups")
+            and self.eta is None
+            and self.changed_share is None
+        ):
             raise ConfigError(
                 "expected eta or changed_share (--eta, --changed-share): no amount of noise is "
                 "right for all; changed_share 0.5 finds the eta at which half of your tokens "
@@ -90,11 +119,12 @@ class PrivatizerConfig:
             )
 
     def mechanism(self, eta: float | None) -> Mechanism | None:
-        """The mechanism at an eta (per token, per unit of distance); None without a privatizer."""
-        if self.privatizer == "none":
+        """The mechanism at an eta (per token, per unit of distance); None: no noise."""
+        if self.privatizer == "none" or (self.privatizer == "groups" and eta is None):
             return None
         assert eta is not None
-        return Mechanism(eta=eta, mode=self.privatizer, clip_norm=self.clip_norm)
+        mode = "token" if self.privatizer == "groups" else self.privatizer
+        return Mechanism(eta=eta, mode=mode, clip_norm=self.clip_norm)
 
     def importance(self) -> ImportanceConfig:
         """Which tokens get less noise in training texts."""
@@ -141,6 +171,8 @@ class PrivacyStatement:
         if self.expected_change is not None:
             drawn = "" if self.changed is None else f"; {self.changed:.1%} did in this draw"
             lines.append(f"  tokens that change: {self.expected_change:.1%} expected{drawn}")
+        elif self.changed is not None:
+            lines.append(f"  tokens that change: {self.changed:.1%}")
         lines += [f"  {line}" for line in self.account.splitlines()]
         lines += [f"  - {note}" for note in self.notes]
         return "\n".join(lines)
@@ -159,6 +191,7 @@ def state_privacy(
     config: PrivatizerConfig,
     eta: float | None,
     *,
+    groups: WordGroups | None = None,
     classes: int = 0,
     epochs: int = 1,
     training: bool = True,
@@ -169,6 +202,7 @@ def state_privacy(
         bottom: the package.
         private: the states, as `privatize` drew them with this config.
         config, eta: what they were drawn with; `cti_fraction` counts where there are labels.
+        groups: the job's, where words become their groups'.
         classes: number of classes, with CTI.
         epochs: how often each record is sent; one draw, however often.
         training: False for texts to predict.
@@ -176,10 +210,10 @@ def state_privacy(
     mechanism = config.mechanism(eta)
     notes = _notes(bottom, private, config, training)
     if mechanism is None:
-        account_text = "no noise: no promise; states are read back by a small trained network"
         return PrivacyStatement(
-            privatizer="none", eta=None, noise_norm=None, typical_norm=None, expected_change=None,
-            changed=None, spending=None, account=account_text, notes=notes,
+            privatizer=config.privatizer, eta=None, noise_norm=None, typical_norm=None,
+            expected_change=None, changed=private.changed, spending=None,
+            account=_without_noise(groups, private.changed), notes=notes,
         )  # fmt: skip
     if mechanism.mode == "block-output":
         dimension, change = bottom.hidden_size, None
@@ -200,6 +234,18 @@ def state_privacy(
         spending=None if spending is None else asdict(spending),
         account=text,
         notes=notes,
+    )
+
+
+def _without_noise(groups: WordGroups | None, changed: float | None) -> str:
+    if groups is None:
+        return "no noise: no promise; states are read back by a small trained network"
+    words, count = len(groups.representative_V), len(groups.representatives)
+    return (
+        f"{words:,} words in {count:,} groups: which word of its group a token was is hidden "
+        "perfectly, whatever the vendor computes; which group it is of is not hidden at all\n"
+        f"{changed or 0:.1%} of your tokens leave as other words; a guess by frequency alone gets "
+        "the others right, and one by context more"
     )
 
 
@@ -248,6 +294,11 @@ def _notes(
     notes = ["sent besides the states: number of tokens of every text, their order, times"]
     if config.privatizer == "none":
         notes.insert(0, "WARNING: the vendor can read nearly all of the texts")
+    if config.privatizer == "groups":
+        notes.append(
+            "the vendor sees the representative of every word's group; words that are a group of "
+            "their own are seen as they are, and no promise covers a whole text"
+        )
     if config.privatizer == "token":
         notes.append(
             "the vendor may recover the tokens that were drawn, by looking up the nearest word: a "

@@ -29,6 +29,7 @@ from blindtune.split.access import (
 from blindtune.split.bottom import Bottom, open_bottom
 from blindtune.split.customer import PassConfig, new_token
 from blindtune.split.customer_job import MARK, CustomerJob, JobRecord, texts_hash
+from blindtune.split.own_groups import make_groups
 from blindtune.split.privacy_statement import (
     PrivacyStatement,
     PrivatizerConfig,
@@ -197,7 +198,11 @@ def _prepare(
 ) -> tuple[PrivateStates, PrivacyStatement]:
     """The private states and what sending them spends: made once, found again later."""
     eta, classes = job.record.eta, len(texts.names)
-    private = job.states()
+    private, groups = job.states(), job.groups()
+    grouping = privatizer.grouping()
+    if grouping is not None and groups is None:
+        assert privatizer.public_text is not None
+        job.keep_groups(groups := make_groups(package, privatizer.public_text, grouping))
     if private is None:  # nothing was sent yet: what an earlier call drew and lost spent nothing
         private = privatize(
             package,
@@ -205,14 +210,16 @@ def _prepare(
             texts.labels,
             mechanism=privatizer.mechanism(eta),
             importance=privatizer.importance(),
+            groups=groups,
             classes=classes,
         )
         job.keep_states(private)
     statement = job.statements().get("tuning")
     if statement is None:
         statement = state_privacy(
-            package, private, privatizer, eta, classes=classes, epochs=passes.epochs
-        )
+            package, private, privatizer, eta,
+            groups=groups, classes=classes, epochs=passes.epochs,
+        )  # fmt: skip
         job.keep_statement("tuning", statement)
     return private, statement
 

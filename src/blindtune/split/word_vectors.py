@@ -1,7 +1,7 @@
-"""What each word of a vocabulary means to a model: its state after all layers, alone in a text.
+"""What each word of a vocabulary means to a model: its state after its layers, alone in a text.
 
-Made by whoever holds the whole model (the vendor, or a customer with any public model of the same
-tokenizer), from public things only; `privacy.word_groups` joins words whose vectors are near.
+Made from public things only, of a whole model or of the bottom that a customer has;
+`privacy.word_groups` joins words whose vectors are near.
 
 Shapes: V vocabulary, D hidden, L length.
 """
@@ -17,7 +17,11 @@ from blindtune.split.partition import Stack
 
 @torch.no_grad()
 def word_vectors(
-    stack: Stack, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 1024
+    stack: Stack,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    layers: int | None = None,
+    batch_size: int = 1024,
 ) -> Tensor:
     """Unit vectors [V, D]: the mean of the last layer's states of a text of one word.
 
@@ -25,12 +29,16 @@ def word_vectors(
     over V texts of one word.
 
     Args:
-        stack: the whole model.
+        stack: the whole model, or a bottom.
         tokenizer: its tokenizer.
+        layers: run so many; None: all; 0: rows of the embedding table instead of states.
         batch_size: words at once; changes speed only.
     """
     weight = stack.embedding.weight
     assert isinstance(weight, Tensor)
+    if layers == 0:
+        return torch.nn.functional.normalize(weight.float(), dim=1)
+    depth = stack.layer_count if layers is None else layers
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     before = whole[: whole.index(bare[0])]
@@ -40,6 +48,6 @@ def word_vectors(
         ids_BL = torch.tensor([*before, 0, *after]).repeat(len(word_B), 1)
         ids_BL[:, len(before)] = word_B
         inputs = stack.begin(ids_BL, torch.ones_like(ids_BL))
-        hidden_BLD = stack.run_layers(inputs.hidden_BLD, inputs.calls, 0, stack.layer_count)
+        hidden_BLD = stack.run_layers(inputs.hidden_BLD, inputs.calls, 0, depth)
         found.append(torch.nn.functional.normalize(hidden_BLD.mean(1), dim=1))
     return torch.cat(found)
