@@ -16,6 +16,7 @@ ACTS += [
     "audit_adapter",
     "audit_emulator",
     "write_audit",
+    "plant",
 ]
 SPLIT = [
     "bottom", "serve", "admit", "Bottom", "BottomConfig", "Service", "CertificateConfig",
@@ -26,10 +27,18 @@ CONFIGS = [
     "StudyConfig", "DynamicConfig", "EmulatorConfig", "AdapterConfig", "TrainingConfig",
     "RunConfig", "DataConfig", "EvaluationConfig", "PrivatizerConfig", "TuningConfig", "PassConfig",
     "FrontierConfig", "ReadingConfig", "AccessConfig", "AskingConfig",
-    "ChangeBounds", "AuditConfig", "DpConfig",
+    "ChangeBounds", "AuditConfig", "DpConfig", "CanaryConfig",
 ]  # fmt: skip
 RESULTS = ["Study", "Emulation", "Inspection", "Tuning", "PlugIn", "Evaluation", "Emulator"]
-RESULTS += ["Frontier", "SplitTuning", "PrivacyStatement", "Prediction", "Cancellation", "Audit"]
+RESULTS += [
+    "Frontier",
+    "SplitTuning",
+    "PrivacyStatement",
+    "Prediction",
+    "Cancellation",
+    "Audit",
+    "Planting",
+]
 ERRORS = [
     "BlindtuneError", "ConfigError", "DataError", "ModelError", "UnsupportedModelError",
     "OutputError", "TrainingError", "VerificationError", "PackageError", "MismatchError",

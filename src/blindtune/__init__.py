@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     )
     from blindtune.split.terms import TuningConfig, VendorLimits
     from blindtune.split.tuning_job import SplitTuning, split_tune
+    from blindtune.training.canaries import CanaryConfig, Planting, plant
     from blindtune.training.config import RunConfig, TrainingConfig
     from blindtune.training.dp_plan import DpConfig
     from blindtune.training.text import DataConfig
@@ -77,6 +78,7 @@ _PLACES = {
     "Bottom": "blindtune.split.service",
     "BottomConfig": "blindtune.split.service",
     "Cancellation": "blindtune.split.cancellation",
+    "CanaryConfig": "blindtune.training.canaries",
     "CertificateConfig": "blindtune.split.door",
     "ChangeBounds": "blindtune.offsite.vetting",
     "DataConfig": "blindtune.training.text",
@@ -93,6 +95,7 @@ _PLACES = {
     "Keyring": "blindtune.exchange.keyring",
     "PassConfig": "blindtune.split.customer",
     "PlugIn": "blindtune.offsite.plugin",
+    "Planting": "blindtune.training.canaries",
     "Prediction": "blindtune.split.prediction",
     "PrivacyStatement": "blindtune.split.privacy_statement",
     "PrivatizerConfig": "blindtune.split.privacy_statement",
@@ -121,6 +124,7 @@ _PLACES = {
     "inspect": "blindtune.offsite.inspection",
     "open_emulator": "blindtune.offsite.emulator",
     "open_study": "blindtune.offsite.study",
+    "plant": "blindtune.training.canaries",
     "plug_in": "blindtune.offsite.plugin",
     "predict": "blindtune.split.prediction",
     "seal": "blindtune.exchange.sealing",
@@ -142,6 +146,7 @@ __all__ = [
     "BlindtuneError",
     "Bottom",
     "BottomConfig",
+    "CanaryConfig",
     "Cancellation",
     "CertificateConfig",
     "ChangeBounds",
@@ -165,6 +170,7 @@ __all__ = [
     "OutputError",
     "PackageError",
     "PassConfig",
+    "Planting",
     "PlugIn",
     "PolicyError",
     "Prediction",
@@ -199,6 +205,7 @@ __all__ = [
     "inspect",
     "open_emulator",
     "open_study",
+    "plant",
     "plug_in",
     "predict",
     "seal",

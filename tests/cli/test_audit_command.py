@@ -38,6 +38,28 @@ def test_a_data_owner_audits_an_adapter_before_returning_it(made, blindtune, tmp
         assert word in done.out
 
 
+def test_codes_planted_before_the_tuning_are_ranked(made, blindtune, tmp_path):
+    planted = tmp_path / "planted"
+    asked = ["plant", made / "private.jsonl", "--out", planted, "--repeats", "0,4"]
+    done = blindtune(*asked, "--each", 2, "--candidates", 16)
+    assert done.code == 0, done.err
+    assert "48, 8 of them canaries" in done.out
+    data = planted / "planted.jsonl"
+    tuned = blindtune("tune", made / "emulator", "--data", data, "--out", tmp_path / "trial",
+                      "--max-steps", 2, "--max-length", 64)  # fmt: skip
+    assert tuned.code == 0, tuned.err
+    done = blindtune(
+        "audit", tmp_path / "trial", "--model", made / "emulator", "--data", data, "--max-length",
+        64, "--canaries", planted / "canaries.json", "--out", tmp_path / "audit", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = {f["attack"]: f for f in done.facts["findings"]}
+    assert list(found) == ["loss", "loss drop", "canaries, never", "canaries, 4 times"]
+    assert 0 <= found["canaries, 4 times"]["value"] <= 4
+    assert [s["attack"] for s in done.facts["not_run"]] == ["shadow models"]
+    assert "planted code" in done.facts["verdict"] or "Codes planted" in done.facts["verdict"]
+
+
 @pytest.mark.parametrize(
     ("subject", "options", "says"),
     [
@@ -51,6 +73,11 @@ def test_a_data_owner_audits_an_adapter_before_returning_it(made, blindtune, tmp
             "adapter",
             ["--model", "emulator", "--data", "private.jsonl", "--public", "public.txt"],
             "--public does not fit the audit of an adapter",
+        ),
+        (
+            "emulator",
+            ["--model", "llama", "--public", "p", "--test", "t", "--canaries", "c"],
+            "--canaries does not fit the audit of an emulator",
         ),
         ("llama", [], "manifest.json"),
     ],

@@ -29,7 +29,8 @@ Run by whoever is about to hand something over; SUBJECT says what:
                 tuned, and healed by training on public text, beside the full
                 model and a control.
   an adapter    the data owner, before returning it. Membership: which records
-                it was tuned on, by their losses with and without it.
+                it was tuned on, by their losses with and without it;
+                canaries, if the data was planted (blindtune plant).
 
 Prints each attack's figure with its interval beside what is guaranteed, and says in words what the
 attacker knew and what the figure means. A leak that is found is real; one that is not found proves
@@ -50,7 +51,7 @@ Example:
 """
 NEEDS = {"emulator": ("model", "public", "test"), "adapter": ("model", "data")}
 """Options that each kind must have."""
-TAKES = {"emulator": ("adapter",), "adapter": ("others",)}
+TAKES = {"emulator": ("adapter",), "adapter": ("others", "canaries")}
 """Options that only this kind takes, beside those."""
 
 
@@ -127,6 +128,7 @@ def _adapter(settings: Settings, on_stage: Callable[[str, int, int], None]) -> A
         settings["model"],
         settings["data"],
         others=settings["others"],
+        canaries=settings["canaries"],
         reading=settings.of(DataConfig),
         config=settings.of(AuditConfig),
         trust=trust_of(settings),
@@ -180,6 +182,9 @@ VERB = Verb(
             metavar="FILE",
             help="Adapter: records of the same kind that were not trained on; default: those that "
             "tuning set aside for validation.",
+        ),
+        click.Option(
+            ["--canaries"], metavar="FILE", help="Adapter: canaries.json, if --data was planted."
         ),
         *OPENING,
     ),

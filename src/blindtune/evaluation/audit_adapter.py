@@ -21,12 +21,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blindtune.attacks.membership import AdapterView, loss_drops, tuned_losses
 from blindtune.errors import DataError
 from blindtune.evaluation.audit import Audit, AuditConfig, Finding, NotRun, show
+from blindtune.evaluation.canaries import (
+    CanaryLeakage,
+    canary_findings,
+    canary_leakage,
+    canary_verdict,
+)
 from blindtune.evaluation.evaluating import open_any
 from blindtune.evaluation.membership import MembershipLeakage, membership_leakage
 from blindtune.exchange.manifest import PrivacyFacts
 from blindtune.exchange.package import open_package
 from blindtune.exchange.signing import Trust
 from blindtune.models.decoder import check_context
+from blindtune.training.canaries import read_canaries
 from blindtune.training.dataset import TokenDataset
 from blindtune.training.text import DataConfig, load_dataset_file
 
@@ -43,6 +50,7 @@ def audit_adapter(
     data: str | Path,
     *,
     others: str | Path | None = None,
+    canaries: str | Path | None = None,
     reading: DataConfig | None = None,
     config: AuditConfig | None = None,
     trust: Trust | None = None,
@@ -56,16 +64,18 @@ def audit_adapter(
         data: what it was tuned on.
         others: records of the same kind that were not; None: those of `data` that `tune` set aside
             for validation.
+        canaries: `canaries.json` of the planting that `data` is of; None: none were planted.
         reading: as at tuning; `validation_split` too, 0 if the validation data was a file.
         config: how many records, and the intervals.
         trust: whose packages are opened; None: anybody's.
         on_progress: called with (stage, done, total).
 
     Raises:
-        DataError: fewer than 2 records of a sort. PackageError, PolicyError, MismatchError,
-            ModelError: see errors.py.
+        DataError: fewer than 2 records of a sort, canaries that cannot be read. PackageError,
+            PolicyError, MismatchError, ModelError: see errors.py.
     """
     config, reading = config or AuditConfig(), reading or DataConfig(max_length=128)
+    planted = () if canaries is None else read_canaries(canaries)
     stated = open_package(adapter, "adapter", trust=trust).manifest.privacy
     untuned, tokenizer, limits = open_any(model, trust=trust)
     check_context(reading.max_length, *limits)
@@ -87,13 +97,16 @@ def audit_adapter(
         )  # fmt: skip
         if on_progress is not None:
             on_progress("attack", done, len(ATTACKS))
+    leaks = canary_leakage(
+        tuned, untuned, tokenizer, planted, reading, batch_size=config.batch_size
+    )
     origin = "set aside by the tuning" if others is None else f"of {Path(others).name}"
     facts = {
         "trained records": f"{len(members):,} of {len(trained):,} in {Path(data).name}",
         "other records": f"{len(strangers):,} {origin}",
         "measured in": str(model),
     }
-    return _audit(adapter, found, facts, stated)
+    return _audit(adapter, found, leaks, facts, stated)
 
 
 def _both_kinds(
@@ -119,21 +132,25 @@ def _both_kinds(
 def _audit(
     adapter: str | Path,
     found: Mapping[str, MembershipLeakage],
+    leaks: tuple[CanaryLeakage, ...],
     facts: Mapping[str, str],
     stated: PrivacyFacts | msgspec.UnsetType,
 ) -> Audit:
     findings = tuple(f for name, leak in found.items() for f in _findings(name, leak))
+    not_run = [
+        NotRun(attack="shadow models", needs="many tunings of the adversary's own; not here")
+    ]
+    if not leaks:
+        not_run.append(NotRun(attack="canaries", needs="data from `blindtune plant`, --canaries"))
     best = max(found, key=lambda name: found[name].auc)
     return Audit(
         kind="adapter",
         subject=str(adapter),
-        verdict=_verdict(best, found[best]),
+        verdict=_verdict(best, found[best]) + (f" {canary_verdict(leaks)}" if leaks else ""),
         guarantee=_guarantee(stated),
-        findings=findings,
+        findings=(*findings, *canary_findings(leaks)),
         strongest=next(k for k, f in enumerate(findings) if f.attack == best),
-        not_run=(
-            NotRun(attack="shadow models", needs="many tunings of the adversary's own; not here"),
-        ),
+        not_run=tuple(not_run),
         facts=facts,
     )
 

@@ -33,7 +33,14 @@ from blindtune.training.records import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DataConfig", "TokenDataset", "load_dataset_file", "read_rows", "show_sample"]
+__all__ = [
+    "DataConfig",
+    "TokenDataset",
+    "encode_rows",
+    "load_dataset_file",
+    "read_rows",
+    "show_sample",
+]
 
 _EXTENSIONS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 Row = tuple[str, Record]
@@ -88,7 +95,18 @@ def load_dataset_file(
             accepted columns, or most of its examples hold nothing to train on.
     """
     source = str(path_or_hub_name)
-    rows = islice(read_rows(source, config), config.max_samples)
+    return encode_rows(read_rows(source, config), source, tokenizer, config)
+
+
+def encode_rows(
+    rows: Iterable[Row], source: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> TokenDataset:
+    """Records into tokens, as `load_dataset_file` does; `source` is named in errors.
+
+    Raises:
+        DataError: see there.
+    """
+    rows = islice(rows, config.max_samples)
     first = next(rows, None)
     if first is None:
         raise DataError(f"{source}: expected records, the file is empty: give a file with data")
