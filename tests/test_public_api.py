@@ -19,7 +19,7 @@ ACTS += [
     "plant",
 ]
 SPLIT = [
-    "bottom", "serve", "admit", "Bottom", "BottomConfig", "Service", "CertificateConfig",
+    "bottom", "serve", "admit", "revoke", "Bottom", "BottomConfig", "Service", "CertificateConfig",
     "ServerConfig", "VendorLimits", "WatchConfig",
 ]  # fmt: skip
 KEYS = ["Keyring", "Signer", "Trust", "seal", "unseal"]

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from blindtune.split.access import AccessConfig
     from blindtune.split.cancellation import Cancellation, cancel
     from blindtune.split.customer import PassConfig
-    from blindtune.split.door import CertificateConfig, admit
+    from blindtune.split.door import CertificateConfig, admit, revoke
     from blindtune.split.prediction import AskingConfig, Prediction, predict
     from blindtune.split.privacy_statement import PrivacyStatement, PrivatizerConfig
     from blindtune.split.private_texts import ReadingConfig
@@ -127,6 +127,7 @@ _PLACES = {
     "plant": "blindtune.training.canaries",
     "plug_in": "blindtune.offsite.plugin",
     "predict": "blindtune.split.prediction",
+    "revoke": "blindtune.split.door",
     "seal": "blindtune.exchange.sealing",
     "serve": "blindtune.split.service",
     "split_tune": "blindtune.split.tuning_job",
@@ -208,6 +209,7 @@ __all__ = [
     "plant",
     "plug_in",
     "predict",
+    "revoke",
     "seal",
     "serve",
     "split_tune",

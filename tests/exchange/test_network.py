@@ -20,6 +20,7 @@ from blindtune.errors import (
 )
 from blindtune.exchange.codec import FrameReader, encode
 from blindtune.exchange.credentials import (
+    CustomerFile,
     Customers,
     ServerCredentials,
     VendorTrust,
@@ -462,9 +463,18 @@ def test_tokens_are_kept_as_hashes_only(tmp_path):
     assert path.stat().st_mode & 0o077 == 0
     with pytest.raises(ConfigError, match="name a customer"):
         add_customer(path, "a/b")
+    live = CustomerFile(path)
+    digest = token_hash(token)
+    assert live.admits("alice", digest)
+    assert not live.admits("bob", digest)
     path.write_text("[]")
     with pytest.raises(ConfigError, match="customers"):
         open_customers(path)
+    assert live.who(token) is None  # while nobody can say, nobody comes in,
+    assert live.admits("alice", digest)  # and nobody is sent away
+    path.unlink()
+    add_customer(path, "alice")
+    assert not live.admits("alice", digest)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from blindtune.errors import ModelError, UnsupportedModelError
 from blindtune.models.loading import load_model, load_tokenizer
@@ -50,6 +51,17 @@ def test_weights_that_the_config_does_not_know_are_refused(saved):
     (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"9 more.*layers\.7\."):
         load_model(saved)
+
+
+def test_a_surplus_of_keys_is_judged_here_and_not_printed(saved, caplog):
+    weights = load_file(saved / "model.safetensors")
+    weights["pooler.scale"] = torch.ones(8)
+    save_file(weights, saved / "model.safetensors", {"format": "pt"})
+    AutoModelForCausalLM.from_pretrained(saved)
+    assert "LOAD REPORT" in caplog.text
+    caplog.clear()
+    load_model(saved)
+    assert "REPORT" not in caplog.text
 
 
 def test_buffers_of_old_checkpoints_are_ignored(saved):

@@ -49,8 +49,7 @@ def customer(folder, address, fingerprint, token, secret):
         except NetworkError:  # the vendor is not up again yet
             return None
 
-    job = wait_for(opened)
-    batch = (job.job.applied + 1) // 2  # batches have the odd numbers
+    batch = 0
     with (folder / "losses").open("a") as file:
 
         def note(loss):
@@ -59,7 +58,14 @@ def customer(folder, address, fingerprint, token, secret):
             file.flush()
             batch += 1
 
-        train(job, private, PLAN, applied=job.job.applied, on_loss=note)
+        while True:
+            job = wait_for(opened)
+            batch = (job.job.applied + 1) // 2  # batches have the odd numbers
+            try:
+                train(job, private, PLAN, applied=job.job.applied, on_loss=note)
+                break
+            except NetworkError:  # the vendor went back behind where this process began
+                job.close()
     state = job.call(Status())
     logits = predict(job, private, precision="float32")
     partial = folder / "result.partial"
@@ -211,3 +217,8 @@ def test_mistakes_and_estimates_of_the_vendor(tmp_path, capsys):
     assert not (tmp_path / "d").exists()
     assert run(["admit", "anna", "--out", str(tmp_path / "v"), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["token"]) == 43
+    assert "no token is given" in refused("admit", "--revoke", "anna", *here, "--token-file", "t")
+    assert run(["admit", "--revoke", "anna", "--out", str(tmp_path / "v")]) == 0
+    assert "Revoked" in capsys.readouterr().out
+    assert json.loads((tmp_path / "v" / "customers.json").read_text()) == {}
+    assert "known are nobody" in refused("admit", "--revoke", "anna", *here)

@@ -22,7 +22,7 @@ from blindtune.exchange.events import JobOpened
 from blindtune.exchange.messages import Batch, Cancel, Status
 from blindtune.exchange.network import Connection
 from blindtune.exchange.serving import ServerConfig
-from blindtune.split.customer import new_token, predict, train
+from blindtune.split.customer import PassConfig, new_token, predict, train
 from blindtune.split.door import CertificateConfig, admit, credentials_of, revoke, told_hosts
 from blindtune.split.endpoint import Endpoint
 from blindtune.split.estimates import estimate_bottom, estimate_serve
@@ -179,6 +179,28 @@ def test_a_revoked_customer_is_cut_off_while_others_go_on(world, service):
         revoke("nobody", world.out)
     with pytest.raises(ConfigError, match=r"customers\.json"):
         revoke("carl", world.out.parent)
+
+
+def test_a_running_job_is_told_that_its_token_was_withdrawn(world, service):
+    job = world.job(service, "dora", token=(token := new_token()))
+    private, seen = world.private(), []
+
+    def on_loss(loss):
+        seen.append(loss)
+        if len(seen) == 3:
+            revoke("dora", world.out)
+
+    plan = PassConfig(epochs=5000, batch_size=1)
+    with pytest.raises(PolicyError, match="withdrawn your token"):
+        train(job, private, plan, on_loss=on_loss)
+    job.close()
+    assert 3 <= len(seen) < 50_000
+    ended = [line for line in lines_of(world) if line["event"] == "stream-ended"]
+    assert ("dora", "revoked") in {(line["customer"], line["reason"]) for line in ended}
+    world.tokens.pop("dora")
+    again = world.job(service, "dora", token=token)  # admitted anew: the job is the name's
+    assert again.job.applied > 0
+    again.close()
 
 
 def test_one_process_serves_from_a_directory(world, service):

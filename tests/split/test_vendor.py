@@ -6,9 +6,10 @@ import time
 
 import pytest
 import torch
-from split_world import CONFIG, World
+from split_world import CONFIG, FAST, World
 
 from blindtune.errors import ConfigError, MismatchError, OutputError, PolicyError
+from blindtune.exchange.events import JobExpired
 from blindtune.exchange.messages import (
     Backward,
     Batch,
@@ -27,7 +28,9 @@ from blindtune.exchange.messages import (
 from blindtune.exchange.transport import answer
 from blindtune.split import store
 from blindtune.split import vendor as vendor_module
+from blindtune.split.access import resume_job
 from blindtune.split.customer import PassConfig, new_token, open_job, predict, train
+from blindtune.split.housekeeping import Housekeeping
 from blindtune.split.partition import Cut, stack_of
 from blindtune.split.store import JobStore
 from blindtune.split.terms import TuningConfig, VendorLimits, tuning_of
@@ -176,25 +179,33 @@ def test_limits_of_a_job(world):
     assert "seconds" in stream.ask(batch(10, lengths=(1, 1))).message
 
 
-def test_bytes_are_counted_at_the_jobs_precision(world):
+def test_bytes_of_a_job_are_those_of_its_tensors_on_the_wire(tmp_path):
+    told = []
+    world = World(tmp_path, limits=VendorLimits(max_job_bytes=1400))
     token = new_token()
-    stream = Stream(world, opened=opening(world, token=token, precision="float16"))
-    stream.ask(batch(1))
-    job = next(iter(world.vendor._jobs.values()))
-    assert job.bytes == 2 * batch(1).hidden_TD.numel()
-    stream.ask(Step(sequence=2))
-    stream.ask(Checkpoint(sequence=2))
-    world.start()
-    stream = Stream(world, opened=ResumeJob(token=token))
-    job = next(iter(world.vendor._jobs.values()))
-    assert job.bytes == 2 * batch(1).hidden_TD.numel()  # a restart forgets nothing
-    world.vendor.limits = dataclasses.replace(world.vendor.limits, max_job_bytes=job.bytes + 1)
-    assert "bytes" in stream.ask(batch(3)).message
-    asked = Predict(hidden_TD=batch(1).hidden_TD, lengths=batch(1).lengths)
-    assert "bytes" in stream.ask(asked).message
+    job = world.job(token=token, precision="float16", tap=lambda _to, frame: told.append(frame))
+    kept = next(iter(world.vendor._jobs.values()))
+    job.call(batch(1, precision="float16"))
+    assert kept.bytes == 5 * 32 * 2 + 2 * 8  # states and labels; no gradient was asked for
+    job.call(Step(sequence=2))
+    job.call(batch(3, precision="float32", input_gradient=True))  # and back in the job's float16
+    assert kept.bytes == 336 + 5 * 32 * (4 + 2) + 16
+    assert kept.bytes == sum(int.from_bytes(frame[16:24], "little") for frame in told)
+    job.call(Step(sequence=4))
+    job.call(Checkpoint(sequence=4))
+    with pytest.raises(PolicyError, match="1400 bytes"):
+        job.call(batch(5))
+    job.close()
+    world.start()  # it forgets nothing
+    again = world.job(token=token, precision="float16")
+    with pytest.raises(PolicyError, match="1400 bytes"):
+        again.call(Predict(hidden_TD=torch.zeros(3, 32), lengths=(3,)))
+    again.close()
 
 
-def test_idle_jobs_are_forgotten_but_not_by_a_clock_that_jumps(world, tmp_path, monkeypatch):
+def test_idle_jobs_are_forgotten_but_not_by_a_clock_that_jumps(tmp_path, monkeypatch):
+    told = []
+    world = World(tmp_path, observer=told.append)
     token, other = new_token(), new_token()
     Stream(world, opened=opening(world, token=token)).ask(batch(1))
     month = 31 * 86400
@@ -213,8 +224,30 @@ def test_idle_jobs_are_forgotten_but_not_by_a_clock_that_jumps(world, tmp_path, 
     world.vendor.expire()
     assert world.vendor.open_jobs() == 0
     assert not list((tmp_path / "vendor").rglob("*.pt"))
-    assert Stream(world, opened=ResumeJob(token=token)).opened.state == "cancelled"
+    late = Stream(world, opened=ResumeJob(token=token))
+    assert late.opened.state == "closed"
+    assert "expired" in late.ask(batch(2)).message
+    world.start()
+    with pytest.raises(PolicyError, match="has expired"):
+        resume_job(world.connect, token, FAST)
     assert Stream(world, opened=opening(world, token=other)).opened.state == "open"
+    assert [event.customer for event in told if isinstance(event, JobExpired)] == ["anna"]
+
+
+def test_housekeeping_goes_on_after_a_failure(caplog):
+    calls, seen = [], threading.Event()
+
+    def work():
+        calls.append(None)
+        if len(calls) == 1:
+            raise RuntimeError("content")
+        seen.set()
+
+    keeping = Housekeeping(work, pause_seconds=0.001)
+    assert seen.wait(10)
+    keeping.close()
+    assert "RuntimeError" in caplog.text
+    assert "content" not in caplog.text
 
 
 def test_a_job_is_its_customers_alone(world):

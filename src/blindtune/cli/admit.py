@@ -18,13 +18,15 @@ HELP = """Give a customer a token to come in with.
 Run by the vendor, before or while `blindtune serve` runs: it knows the customer at once. The token
 is shown once; the vendor keeps its hash alone. Admitting the same name again gives a new token and
 ends the old one; jobs belong to the name and stay. Hand the token over as you would a password.
-With --revoke the name's token ends, and what came in with it is cut off within a second.
+With --revoke the name's token ends, and what came in with it is told so
+and cut off within a second; its jobs stay until they expire (`serve --max-idle-days`).
 
 Finishes in one go; there is no --resume.
 
 \b
 Needs:   NAME, which appears in the vendor's log: letters, digits, _ . + -
-Writes:  the name and the token's hash into DIR/customers.json.
+Writes:  the name and the token's hash into DIR/customers.json; with
+         --revoke it removes them there.
 
 \b
 Example:

@@ -111,6 +111,18 @@ def encode(message: Message, exchange: int) -> Iterator[bytes]:
     return _cut(_NUMBERS[type(message)], exchange, header, payload)
 
 
+def stored_bytes(message: Message) -> int:
+    """Bytes of a message's tensors as `encode` writes them, without encoding them."""
+    total = 0
+    for name in message.__struct_fields__:
+        value = getattr(message, name)
+        if isinstance(value, Tensor):
+            lossy = getattr(message, "precision", None) if name in HIDDEN_FIELDS else None
+            kind = lossy or _EXACT[value.dtype]
+            total += _Facts(dtype=kind, shape=tuple(value.shape)).stored_bytes()
+    return total
+
+
 def _each(facts: list[_Facts]) -> Callable[[Any], Any]:
     """A hook that writes the next facts in the place of each tensor, in the order of fields."""
     order = iter(facts)

@@ -109,6 +109,9 @@ class Doorkeeper(Protocol):
     def who(self, token: str) -> str | None:
         """The customer that has this token, or None."""
 
+    def admits(self, customer: str, digest: str) -> bool:
+        """Whether the token with this sha256 still is the customer's."""
+
 
 class Customers:
     """The customers that a vendor serves: names and the sha256 of their tokens."""
@@ -124,12 +127,17 @@ class Customers:
                 found = name
         return found
 
+    def admits(self, customer: str, digest: str) -> bool:
+        """Whether the token with this sha256 still is the customer's."""
+        return hmac.compare_digest(self._hashes.get(customer, ""), digest)
+
 
 class CustomerFile:
     """The customers of a file that `add_customer` writes, as it is at every moment.
 
-    A customer whose token is new, or was taken out, is known or unknown from the next stream on.
-    While the file cannot be read, nobody is known.
+    Whose token is new is known at once; whose token was taken out or replaced is unknown at once,
+    and a server ends the streams that came in with it. While the file cannot be read nobody comes
+    in, and nobody who is in is sent away.
     """
 
     def __init__(self, path: Path) -> None:
@@ -149,6 +157,16 @@ class CustomerFile:
                 self._seen, self._customers = (), Customers({})
             customers = self._customers
         return customers.who(token)
+
+    def admits(self, customer: str, digest: str) -> bool:
+        """Whether the token with this sha256 still is the customer's; True if nobody can say."""
+        with self._lock:
+            try:
+                self._look()
+            except ConfigError:
+                return True
+            customers = self._customers
+        return customers.admits(customer, digest)
 
     def _look(self) -> None:
         try:

@@ -96,6 +96,14 @@ class JobCancelled:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JobExpired:
+    """The vendor removed a job that nobody had asked for in long."""
+
+    customer: str
+    job: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Worked:
     """The model worked for a job."""
 
@@ -111,7 +119,7 @@ class Worked:
 
 Event = (
     TurnedAway | StreamOpened | StreamEnded | Crossed | Answered | JobOpened | JobSaved
-    | JobCancelled | Worked
+    | JobCancelled | JobExpired | Worked
 )  # fmt: skip
 Observer = Callable[[Event], None]
 """Is told events, by many threads at once; it must be quick and may not raise."""

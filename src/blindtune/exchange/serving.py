@@ -22,7 +22,7 @@ import msgspec
 
 from blindtune.errors import ConfigError, VerificationError
 from blindtune.exchange.codec import FrameReader, MessageLimits, encode
-from blindtune.exchange.credentials import Doorkeeper, ServerCredentials
+from blindtune.exchange.credentials import Doorkeeper, ServerCredentials, token_hash
 from blindtune.exchange.events import (
     Answered,
     Crossed,
@@ -54,6 +54,8 @@ from blindtune.exchange.transport import BusyError, Handler, answer
 
 logger = logging.getLogger(__name__)
 
+REVOKED = "the vendor has withdrawn your token: ask it for a new one, the job is kept meanwhile"
+"""What a customer is told whose token was revoked or replaced."""
 Sessions = Callable[[str], AbstractContextManager[Handler]]
 """Opens a handler for one stream of the named, authenticated customer; left when it ends."""
 
@@ -182,7 +184,7 @@ class Server:
             self.tell(TurnedAway(reason="token"))
             context.abort(import_grpc().StatusCode.UNAUTHENTICATED, "unknown token")
         assert customer is not None
-        stream = _Stream(self, customer, token, context)
+        stream = _Stream(self, customer, token_hash(token), context)
         if not self._enter(stream):
             self.tell(TurnedAway(reason="room", customer=customer))
             yield from encode(Busy(retry_after_seconds=self.config.retry_after_seconds), 0)
@@ -247,20 +249,19 @@ class Server:
             with self._lock:
                 streams = list(self._streams)
             for stream in streams:
-                if self._customers.who(stream.token) != stream.customer:
-                    stream.end = "revoked"
-                    stream.context.cancel()
-                elif stream.overdue():
+                if stream.overdue():
                     stream.end = "stalled"
                     stream.context.cancel()
+                elif not self._customers.admits(stream.customer, stream.token_sha256):
+                    stream.revoke()
 
 
 class _Stream:
     """One customer's stream: a reader thread, a bounded queue, and the thread that answers."""
 
-    def __init__(self, server: Server, customer: str, token: str, context: Any) -> None:
+    def __init__(self, server: Server, customer: str, token_sha256: str, context: Any) -> None:
         self.customer = customer
-        self.token = token
+        self.token_sha256 = token_sha256
         self.context = context
         self.sizes: deque[int] = deque()  # of the requests that it has in memory, oldest first
         self._server = server
@@ -272,6 +273,7 @@ class _Stream:
         # None wakes the answering thread up: look at `_last`, and whether the server stops.
         self._queue: queue.SimpleQueue[tuple[int, Message, float] | None] = queue.SimpleQueue()
         self._last: Message | None = None
+        self._said = threading.Lock()
         self._ended = False
         self._working = False
         self._begun = self._heard = time.monotonic()
@@ -294,6 +296,12 @@ class _Stream:
         """Let the answering thread look around."""
         self._queue.put(None)
 
+    def revoke(self) -> None:
+        """End it: its token counts no longer. What is worked on is answered, nothing else."""
+        if self.end != "revoked":
+            self._stop("revoked", Refusal(code="policy", message=REVOKED))
+            self.wake()
+
     def overdue(self) -> bool:
         """Whether the customer has stalled: within a message, with a reply, or altogether."""
         now, config = time.monotonic(), self._server.config
@@ -309,7 +317,7 @@ class _Stream:
             target=self._read, args=(frames,), name="blindtune-read", daemon=True
         ).start()
         reply: Message | None = None
-        while not isinstance(reply, Busy) and not self._server.stopping:
+        while not isinstance(reply, Busy) and not self._halted:
             item = self._queue.get()
             if item is None:
                 if self._ended:
@@ -321,12 +329,17 @@ class _Stream:
             self._heard = time.monotonic()
             self._working = False
         else:
-            self.end = "busy"
-            if not isinstance(reply, Busy):
+            if isinstance(reply, Busy):
+                self.end = "busy"
+            elif self.end != "revoked":
                 self.end = "stopping"
                 self._last = Busy(retry_after_seconds=self._server.config.retry_after_seconds)
         if self._last is not None:
             yield from self._write(encode(self._last, 0))
+
+    @property
+    def _halted(self) -> bool:
+        return self._server.stopping or self.end == "revoked"
 
     def _reply(
         self, handler: Handler, exchange: int, request: Message, arrived: float
@@ -340,6 +353,12 @@ class _Stream:
             wait_seconds=begin - arrived, seconds=time.monotonic() - begin,
         ))  # fmt: skip
         return reply, frames
+
+    def _stop(self, end: StreamEnd, last: Message) -> None:
+        """Say why it ends; what was said first counts."""
+        with self._said:
+            if self._last is None:
+                self.end, self._last = end, last
 
     def _write(self, frames: Iterator[bytes]) -> Iterator[bytes]:
         for frame in frames:
@@ -364,11 +383,10 @@ class _Stream:
                 if arrived is not None:
                     self._queue.put((*arrived, time.monotonic()))
         except BusyError as error:
-            self.end = "busy"
-            self._last = Busy(retry_after_seconds=error.retry_after_seconds)
+            self._stop("busy", Busy(retry_after_seconds=error.retry_after_seconds))
         except VerificationError as error:
-            self.end = "malformed"
-            self._last = Refusal(code="malformed", message=printable(str(error), limit=1000))
+            text = printable(str(error), limit=1000)
+            self._stop("malformed", Refusal(code="malformed", message=text))
         except Exception as error:  # the customer is gone; gRPC raises what it likes
             logger.debug("a stream of %s ended (%s)", self.customer, type(error).__name__)
         self._ended = True

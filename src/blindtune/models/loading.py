@@ -6,7 +6,9 @@ weight is refused (transformers alone would fill it with random numbers and prin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +86,16 @@ def load_checked(
         ModelError: no safetensors weights, or weights missing, misshapen or too many.
     """
     try:
-        model, info = kind.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
+        with _without_report():
+            model, info = kind.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
     except _FOREIGN as error:
         raise ModelError(
             f"expected safetensors weights that fit the config in {source}, got: "
@@ -113,6 +116,21 @@ def load_checked(
         )
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without the table of keys that transformers logs: they are judged here, or meant so."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def preferred_device() -> torch.device:

@@ -25,6 +25,10 @@ from blindtune.split.customer import PROGRAM
 
 TOKEN_VARIABLE = "BLINDTUNE_TOKEN"  # noqa: S105 (a name)
 _MAX_TOKEN_BYTES = 4096
+_ENDED = {
+    "cancelled": "was cancelled",
+    "closed": "has expired: the vendor removes jobs that nobody asks for in long",
+}
 Connect = Callable[[], Transport]
 """Makes a connection to the vendor."""
 Reached = TypeVar("Reached")
@@ -156,7 +160,7 @@ def resume_job(connect: Connect, token: str, retries: RetryConfig) -> ResumingTr
     )
     if transport.job.state != "open":
         transport.close()
-        raise PolicyError(f"this job is {transport.job.state} at the vendor: begin another job")
+        raise PolicyError(f"this job {_ENDED[transport.job.state]}: begin another job")
     return transport
 
 

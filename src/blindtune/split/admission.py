@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from blindtune.errors import MismatchError, PolicyError, VerificationError
-from blindtune.exchange.messages import Message, OpenJob, RefusalCode
+from blindtune.exchange.messages import OpenJob, RefusalCode
 from blindtune.split.partition import Cut
 from blindtune.split.terms import VendorLimits, tuning_of
 
@@ -74,14 +74,6 @@ def check_rows(
             f"{len(hidden_TD)} tokens, {padded} with padding: at most {most} and {2 * most}: "
             "send smaller batches, or such of more even lengths",
         )
-
-
-def size_of(message: Message, precision: str) -> int:
-    """Bytes of the states or gradients of a request at the job's precision; 0 without any."""
-    rows = getattr(message, "hidden_TD", getattr(message, "gradient_TD", None))
-    if not isinstance(rows, Tensor):
-        return 0
-    return rows.numel() * {"float32": 4, "float16": 2, "int8": 1}[precision]
 
 
 def check_labels(labels: Tensor, task: str, outputs: int) -> None:

@@ -7,11 +7,13 @@ Nothing here is safe for two threads: whoever works on a job holds its lock, and
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from blindtune.exchange.codec import stored_bytes
 from blindtune.exchange.delivery import Deliveries
 from blindtune.exchange.messages import (
     Backward,
@@ -23,10 +25,14 @@ from blindtune.exchange.messages import (
     Message,
     Numbered,
     Outputs,
+    Predict,
+    Step,
     Stepped,
 )
+from blindtune.split.admission import RefusedError
 from blindtune.split.lora import JobLora
 from blindtune.split.store import JobRecord
+from blindtune.split.terms import VendorLimits
 
 
 @dataclass(eq=False)
@@ -40,8 +46,10 @@ class Job:
     steps: int = 0
     tokens: int = 0
     bytes: int = 0
-    """Of states and gradients that came in, at the job's precision."""
+    """Of tensors, sent and received, as they are on the wire."""
     seconds: float = 0.0
+    asked: float = field(default_factory=time.monotonic)
+    """When somebody last asked for it in this process, or when it was read."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held before the numbers' own lock and the turn at the model, never after them."""
 
@@ -80,6 +88,29 @@ class Job:
         self.bytes = state.get("bytes", 0)  # checkpoints of earlier versions lack it
         self.seconds = state["seconds"]
         self.durable = number
+
+    def check_left(self, message: Message, limits: VendorLimits) -> None:
+        """Whether the job may still use what a request needs.
+
+        Raises:
+            RefusedError: it may not.
+        """
+        rows = message.hidden_TD if isinstance(message, Batch | Forward | Predict) else ()
+        for used, most, unit in (
+            (self.seconds, limits.max_seconds, "seconds"),
+            (self.steps if isinstance(message, Step) else 0, limits.max_steps, "steps"),
+            (self.tokens + len(rows) - 1, limits.max_job_tokens, "tokens"),
+            (self.bytes + stored_bytes(message) - 1, limits.max_job_bytes, "bytes"),
+        ):
+            if used >= most:
+                raise RefusedError("limit", f"the job used its {most:.12g} {unit}: ask the vendor")
+
+    def count(self, message: Message, reply: Message) -> None:
+        """Count what a request used that was applied; the model's time is counted by its turn."""
+        if isinstance(message, Batch | Forward | Predict):
+            self.tokens += len(message.hidden_TD)
+        self.steps += isinstance(message, Step)
+        self.bytes += stored_bytes(message) + stored_bytes(reply)
 
     def work(self, message: Numbered) -> Message:
         """The model's part of a request, wholly or not at all; the counts are the caller's."""

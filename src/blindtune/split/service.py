@@ -37,6 +37,7 @@ from blindtune.split.bottom import write_bottom
 from blindtune.split.door import CertificateConfig, credentials_of, prepare, told_hosts
 from blindtune.split.endpoint import Endpoint
 from blindtune.split.event_log import EventLog
+from blindtune.split.housekeeping import Housekeeping
 from blindtune.split.metrics import CONTENT_TYPE, Metrics
 from blindtune.split.partition import Cut, stack_of
 from blindtune.split.terms import VendorLimits
@@ -214,6 +215,7 @@ class Service:
                 observer=self._tell,
             )  # fmt: skip
             undo.callback(lambda: self._server.close(self._grace))
+            undo.callback(Housekeeping(self._vendor.expire).close)
             self.metrics_port = self._open_endpoint(watch, undo)
             self._undo = undo.pop_all()
         names = access.certificate_names

@@ -38,7 +38,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     outputs: int
     precision: Literal["float32", "float16", "int8"]
     options: dict[str, int | float | bool | str | None]
-    state: Literal["open", "cancelled"] = "open"
+    state: Literal["open", "cancelled", "closed"] = "open"
+    """cancelled by the customer; closed by the vendor, because nobody had asked for it in long."""
 
     def agrees(self, opening: OpenJob) -> bool:
         """Whether an opening asks for the same as before."""
@@ -120,9 +121,9 @@ class JobStore:
             if later > number:
                 (self._jobs / name / f"at-{later}.pt").unlink()
 
-    def forget(self, record: JobRecord) -> None:
-        """Remove a job's states; what was agreed stays, as cancelled."""
-        self.write(msgspec.structs.replace(record, state="cancelled"))
+    def forget(self, record: JobRecord, state: Literal["cancelled", "closed"]) -> None:
+        """Remove a job's states; what was agreed stays, with the state that it ended in."""
+        self.write(msgspec.structs.replace(record, state=state))
         for number in self.numbers(record.name):
             (self._jobs / record.name / f"at-{number}.pt").unlink()
         for left in (self._jobs / record.name).glob(".*.partial"):

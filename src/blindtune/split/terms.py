@@ -95,7 +95,7 @@ class VendorLimits:
     max_job_tokens: int = 1_000_000_000
     """Tokens that a job may train on and predict, together."""
     max_job_bytes: int = 1_000_000_000_000
-    """Bytes of states and gradients that a job may send, at its precision."""
+    """Bytes of tensors that a job may send and be sent, as they are written on the wire."""
     max_steps: int = 1_000_000
     """Optimizer steps of a job."""
     max_seconds: float = 86400.0
@@ -105,7 +105,7 @@ class VendorLimits:
     max_jobs_per_customer: int = 8
     """Open jobs of one customer."""
     max_idle_days: float = 30.0
-    """A job that nobody asked for in as many days is forgotten, as if it had been cancelled."""
+    """A job that nobody asked for in as many days expires: all that it learned is removed."""
     max_rank: int = 64
     """LoRA's rank."""
     max_outputs: int = 1024

@@ -22,13 +22,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import final
+from typing import Literal, final
+
+import msgspec
 
 from blindtune.errors import ConfigError, MismatchError, VerificationError
 from blindtune.exchange.codec import MessageLimits
 from blindtune.exchange.delivery import Deliveries
 from blindtune.exchange.events import (
     JobCancelled,
+    JobExpired,
     JobOpened,
     JobSaved,
     Observer,
@@ -59,13 +62,7 @@ from blindtune.exchange.messages import (
     Welcome,
 )
 from blindtune.exchange.transport import Handler
-from blindtune.split.admission import (
-    RefusedError,
-    check_labels,
-    check_opening,
-    check_rows,
-    size_of,
-)
+from blindtune.split.admission import RefusedError, check_labels, check_opening, check_rows
 from blindtune.split.job import Job
 from blindtune.split.lora import JobLora, Served, serve
 from blindtune.split.partition import Cut, Stack, longest_sequence
@@ -73,6 +70,10 @@ from blindtune.split.store import JobRecord, JobStore
 from blindtune.split.terms import VendorLimits, tuning_of
 from blindtune.split.turns import Turns
 
+ENDED = {
+    "cancelled": "this job was cancelled",
+    "closed": "this job has expired: nobody had asked for it in long, and it was removed",
+}
 PROGRAM = "blindtune 0.1.0"
 EXPIRY_GRACE_SECONDS = 3600.0
 
@@ -213,7 +214,10 @@ class Vendor:
             if job.record.state != "open" or self._store.idle_seconds(name) <= limit:
                 self._overdue.pop(name, None)
             elif now - self._overdue.setdefault(name, now) >= EXPIRY_GRACE_SECONDS:
-                self.cancel(job)
+                with job.lock:
+                    if job.record.state == "open" and now - job.asked > EXPIRY_GRACE_SECONDS:
+                        self._end(job, "closed")
+                        self._tell(JobExpired(customer=job.record.owner, job=name))
 
     def rewind(self, job: Job, number: int) -> None:
         """Take a job back to its checkpoint after request `number`."""
@@ -253,17 +257,19 @@ class Vendor:
     def cancel(self, job: Job) -> None:
         """End a job and forget what it learned."""
         with job.lock:
-            if job.record.state == "cancelled":
-                return
-            job.deliveries.take_over()
-            self._store.forget(job.record)
-            job.record = next(r for r in self._store.records() if r.name == job.record.name)
-            job.durable = job.deliveries.applied
-            if job.lora is not None:
-                with self._turns.take(job.record.owner):
-                    job.lora.remove()
-                job.lora = None
-            self._tell(JobCancelled(customer=job.record.owner, job=job.record.name))
+            if job.record.state != "cancelled":
+                self._end(job, "cancelled")
+                self._tell(JobCancelled(customer=job.record.owner, job=job.record.name))
+
+    def _end(self, job: Job, state: Literal["cancelled", "closed"]) -> None:
+        job.deliveries.take_over()
+        self._store.forget(job.record, state)
+        job.record = msgspec.structs.replace(job.record, state=state)
+        job.durable = job.deliveries.applied
+        if job.lora is not None:
+            with self._turns.take(job.record.owner):
+                job.lora.remove()
+            job.lora = None
 
     def apply(self, job: Job, message: Message) -> Message:
         """Apply a numbered request wholly, or raise and leave the job as it was."""
@@ -272,24 +278,24 @@ class Vendor:
         self._check_message(job, message)
         with self._turn(job, message, tokens):
             reply = self._model.submit(job.work, message).result()
-        job.tokens += tokens
-        job.bytes += size_of(message, job.record.precision)
-        job.steps += isinstance(message, Step)
+        job.count(message, reply)
         return reply
 
     def predict(self, job: Job, message: Predict) -> Message:
         """Use the tuned model; changes nothing but the count of tokens."""
         assert job.lora is not None
-        self._check_used(job, message)
-        self._check_rows(job, message)
+        self._check_rows(message)
+        job.check_left(message, self.limits)
         with self._turn(job, message, len(message.hidden_TD)):
             predicted = self._model.submit(job.lora.predict, message.hidden_TD, message.lengths)
             out = predicted.result()
-        job.tokens += len(message.hidden_TD)
-        job.bytes += size_of(message, job.record.precision)
+        reply: Message
         if job.record.task == "hidden":
-            return Outputs(sequence=None, precision=job.record.precision, hidden_TD=out)
-        return Predictions(logits_BC=out)
+            reply = Outputs(sequence=None, precision=job.record.precision, hidden_TD=out)
+        else:
+            reply = Predictions(logits_BC=out)
+        job.count(message, reply)
+        return reply
 
     @contextmanager
     def _turn(self, job: Job, message: Message, tokens: int) -> Iterator[None]:
@@ -321,31 +327,20 @@ class Vendor:
         headless = job.record.task == "hidden"
         if isinstance(message, Batch) == headless and not isinstance(message, Step):
             raise MismatchError(f"{type(message).__name__} does not belong to this job's partition")
-        self._check_used(job, message)
-        if isinstance(message, Step) and job.steps >= self.limits.max_steps:
-            raise RefusedError("limit", f"the job used its {self.limits.max_steps} steps")
+        job.check_left(message, self.limits)
         if isinstance(message, Batch | Forward):
-            self._check_rows(job, message)
+            self._check_rows(message)
         if isinstance(message, Batch):
             check_labels(message.labels, job.record.task, job.record.outputs)
         assert job.lora is not None
         if isinstance(message, Forward) and job.lora.open_forwards >= WINDOW:
             raise RefusedError("limit", f"{WINDOW} forwards are open: send their gradients first")
 
-    def _check_used(self, job: Job, message: Message) -> None:
-        if job.seconds >= self.limits.max_seconds:
-            raise RefusedError("limit", f"the job used its {self.limits.max_seconds:g} seconds")
-        most = self.limits.max_job_bytes
-        if job.bytes + size_of(message, job.record.precision) > most:
-            raise RefusedError("limit", f"the job used its {most} bytes")
-
-    def _check_rows(self, job: Job, message: Batch | Forward | Predict) -> None:
+    def _check_rows(self, message: Batch | Forward | Predict) -> None:
         check_rows(
             message.hidden_TD, message.lengths, width=self._served.stack.hidden_size,
             longest=self._longest, limits=self.limits,
         )  # fmt: skip
-        if job.tokens + len(message.hidden_TD) > self.limits.max_job_tokens:
-            raise RefusedError("limit", f"the job used its {self.limits.max_job_tokens} tokens")
 
 
 class _Session:
@@ -384,9 +379,10 @@ class _Session:
             return job.state()
         assert self._lease is not None
         deliveries, lease = self._lease
+        job.asked = time.monotonic()
         with job.lock:
             if job.record.state != "open" or job.lora is None:
-                raise RefusedError("policy", "this job was cancelled, or was idle for too long")
+                raise RefusedError("policy", ENDED[job.record.state])
             if isinstance(message, Predict):
                 return vendor.predict(job, message)
             if isinstance(message, Checkpoint):
