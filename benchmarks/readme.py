@@ -24,6 +24,7 @@ BLOCKS = {
         "news": ("split-fpb",),
         "decoder": ("split-smollm2",),
         "language": ("split-wikitext",),
+        "depth": ("depth-mpnet",),
     },
     "docs/competitors.md": {
         "wiki": ("competitors-wiki",),
@@ -38,6 +39,7 @@ TABLES = {
     "split-sst2": split_tables.split_table,
     "split-leaks": split_tables.leak_table,
     "split-fpb": split_tables.news_table,
+    "depth-mpnet": split_tables.depth_table,
     "split-smollm2": split_tables.decoder_table,
     "split-wikitext": split_tables.language_table,
     "competitors-wiki": competitor_tables.wiki_table,

@@ -101,3 +101,20 @@ def leak_table(leaks):
         cells = ["" if row is None else f"{row['EP nearest neighbour']:.2f}" for row in rows]
         lines.append(f"| {shown} | " + " | ".join(cells) + " |")
     return lines
+
+
+def depth_table(depth):
+    """EP without noise by depth of the cut: a kind attack beside a trained one."""
+    lines = [
+        "| blocks before the cut | EP, nearest neighbour | EP, trained inverter "
+        "| texts read whole by it |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, row in depth["rows"].items():
+        kind, trained = (row["attacks"][k] for k in ("nearest neighbour", "trained inverter"))
+        span = f" ({trained['low']:.2f} to {trained['high']:.2f})"
+        lines.append(
+            f"| {name.rpartition('-')[2]} | {kind['EP']:.2f} | {trained['EP']:.2f}{span} "
+            f"| {trained['whole texts read']:.0%} |"
+        )
+    return lines
