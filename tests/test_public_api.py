@@ -15,6 +15,7 @@ ACTS += [
     "cancel",
     "audit_adapter",
     "audit_emulator",
+    "audit_split",
     "write_audit",
     "plant",
 ]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from blindtune.evaluation.audit_adapter import audit_adapter
     from blindtune.evaluation.audit_emulator import audit_emulator
     from blindtune.evaluation.audit_page import write_audit
+    from blindtune.evaluation.audit_split import audit_split
     from blindtune.evaluation.evaluating import Evaluation, EvaluationConfig, evaluate
     from blindtune.evaluation.frontier import Frontier, FrontierConfig, frontier
     from blindtune.exchange.keyring import Keyring
@@ -116,6 +117,7 @@ _PLACES = {
     "admit": "blindtune.split.door",
     "audit_adapter": "blindtune.evaluation.audit_adapter",
     "audit_emulator": "blindtune.evaluation.audit_emulator",
+    "audit_split": "blindtune.evaluation.audit_split",
     "bottom": "blindtune.split.service",
     "cancel": "blindtune.split.cancellation",
     "emulate": "blindtune.offsite.emulation",
@@ -198,6 +200,7 @@ __all__ = [
     "admit",
     "audit_adapter",
     "audit_emulator",
+    "audit_split",
     "bottom",
     "cancel",
     "emulate",

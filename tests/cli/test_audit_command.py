@@ -60,9 +60,33 @@ def test_codes_planted_before_the_tuning_are_ranked(made, blindtune, tmp_path):
     assert "planted code" in done.facts["verdict"] or "Codes planted" in done.facts["verdict"]
 
 
+def test_a_customer_audits_a_bottom_before_the_first_run(made, blindtune, tmp_path):
+    package = blindtune(
+        "bottom", made / "llama", "--cut", 1, "--out", tmp_path / "bottom", "--unsigned"
+    )
+    assert package.code == 0, package.err
+    done = blindtune(
+        "audit", tmp_path / "bottom", "--data", made / "public.txt", "--public",
+        made / "public.txt", "--changed-share", 0.5, "--test-tokens", 300, "--public-tokens", 1500,
+        "--attack-seconds", 1, "--allow-unsigned", "--out", tmp_path / "audit",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    for word in ("The strongest attack", "trained inverter", "Bayes, trigrams", "EP, whole texts"):
+        assert word in done.out
+    assert "eta" in done.out
+    assert (tmp_path / "audit" / "audit.html").exists()
+
+
 @pytest.mark.parametrize(
     ("subject", "options", "says"),
     [
+        (
+            "adapter",
+            ["--model", "emulator", "--data", "private.jsonl", "--eta", "3"],
+            "--eta does not fit the audit of an adapter",
+        ),
+        ("public.txt", ["--data", "public.txt"], "expected --bottom for the audit of a transcript"),
+        ("public.txt", ["--data", "x", "--bottom", "x", "--eta", "1"], "not a transcript"),
         (
             "emulator",
             ["--model", "llama"],

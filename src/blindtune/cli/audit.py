@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blindtune.cli.options import Group
+from blindtune.cli.options import Group, option_name
 from blindtune.cli.output import Facts
 from blindtune.cli.printing import print_columns, print_pairs, stages
 from blindtune.cli.trusting import OPENING, trust_of
@@ -31,6 +31,10 @@ Run by whoever is about to hand something over; SUBJECT says what:
   an adapter    the data owner, before returning it. Membership: which records
                 it was tuned on, by their losses with and without it;
                 canaries, if the data was planted (blindtune plant).
+  a bottom      the customer of split tuning, before a run: a sample of --data
+                is privatized as split-tune would with the same options, kept
+                here, and read as the vendor would. Or a job's directory: the
+                states that it drew. Or a recorded transcript.
 
 Prints each attack's figure with its interval beside what is guaranteed, and says in words what the
 attacker knew and what the figure means. A leak that is found is real; one that is not found proves
@@ -40,7 +44,10 @@ nothing. Finishes in one go: interrupted, it leaves nothing behind.
 Needs:   for an emulator --model, --public (the attacker's text) and --test;
          for an adapter --model (the emulator it was tuned on; at the model
          owner, the full model) and --data (what it was tuned on), read with
-         the options of the tuning (--max-length, --validation-split, ...).
+         the options of the tuning (--max-length, --validation-split, ...);
+         for a bottom --data and the privacy options of split-tune, and better
+         --public too, text of the same kind that the attacker learns from;
+         for a job only --public; for a transcript --bottom besides.
 Writes:  audit.html (one page, no network) and audit.json in the directory.
 
 \b
@@ -48,11 +55,27 @@ Example:
   blindtune audit emulator/ --model smollm2-135m --public public.txt \\
       --test sample.txt --out audit/
   blindtune audit adapter/ --model emulator/ --data private.jsonl --out audit/
+  blindtune audit bottom/ --data train.csv --public public.txt \\
+      --changed-share 0.5 --out audit/
 """
-NEEDS = {"emulator": ("model", "public", "test"), "adapter": ("model", "data")}
+NEEDS = {
+    "emulator": ("model", "public", "test"),
+    "adapter": ("model", "data"),
+    "bottom": ("data",),
+    "job": (),
+    "transcript": ("data", "bottom"),
+}
 """Options that each kind must have."""
-TAKES = {"emulator": ("adapter",), "adapter": ("others", "canaries")}
-"""Options that only this kind takes, beside those."""
+TAKES = {
+    "emulator": ("adapter",),
+    "adapter": ("others", "canaries"),
+    "bottom": ("public",),
+    "job": ("public", "bottom"),
+    "transcript": ("public",),
+}
+"""Options that this kind takes beside those."""
+NOISED = ("bottom", "transcript")
+"""Kinds that take the options of the privatizer."""
 
 
 def act(settings: Settings) -> Facts:
@@ -69,20 +92,25 @@ def act(settings: Settings) -> Facts:
 
 
 def kind_of(subject: str) -> str:
-    """What a directory holds, by its own word; it is verified when it is opened.
+    """What a directory or file holds, by its own word; it is verified when it is opened.
 
     Raises:
         MismatchError: nothing that can be audited.
     """
     from blindtune.errors import MismatchError
     from blindtune.exchange.package import open_package
+    from blindtune.split.customer_job import MARK
 
+    if Path(subject).is_file():
+        return "transcript"
+    if (Path(subject) / MARK).is_file():
+        return "job"
     opened = open_package(subject)
     kind = str(opened.manifest.format).removeprefix("blindtune-")
     if kind not in AUDITS:
         raise MismatchError(
-            f"{subject}: expected an emulator or an adapter package, got {kind}: give the other "
-            "directory"
+            f"{subject}: expected a package that can be audited (emulator, adapter, bottom), got "
+            f"{kind}: give another directory"
         )
     return kind
 
@@ -91,13 +119,17 @@ def _check_options(kind: str, settings: Settings) -> None:
     from blindtune.errors import ConfigError
 
     missing = [f"--{name}" for name in NEEDS[kind] if settings[name] is None]
+    this = f"{'an' if kind[0] in 'ae' else 'a'} {kind}"
     if missing:
-        raise ConfigError(f"expected {', '.join(missing)} for the audit of an {kind}: see --help")
+        raise ConfigError(f"expected {', '.join(missing)} for the audit of {this}: see --help")
     known = {*NEEDS[kind], *TAKES[kind]}
     every = {name for names in (*NEEDS.values(), *TAKES.values()) for name in names}
     stray = sorted(f"--{name}" for name in every - known if settings[name] is not None)
+    if kind not in NOISED:
+        fields = PRIVACY.options()
+        stray += [option_name(n) for n, f in fields.items() if settings[n] != f.default]
     if stray:
-        raise ConfigError(f"{', '.join(stray)} does not fit the audit of an {kind}: leave it out")
+        raise ConfigError(f"{', '.join(stray)} does not fit the audit of {this}: leave it out")
 
 
 def _emulator(settings: Settings, on_stage: Callable[[str, int, int], None]) -> Audit:
@@ -136,7 +168,39 @@ def _adapter(settings: Settings, on_stage: Callable[[str, int, int], None]) -> A
     )
 
 
-AUDITS = {"emulator": _emulator, "adapter": _adapter}
+def _split(settings: Settings, on_stage: Callable[[str, int, int], None]) -> Audit:
+    from blindtune.evaluation.audit import AuditConfig
+    from blindtune.evaluation.audit_split import audit_split
+    from blindtune.split.privacy_statement import PrivatizerConfig
+    from blindtune.split.private_texts import ReadingConfig
+    from blindtune.training.text import DataConfig
+
+    reading = settings.of(DataConfig)
+    return audit_split(
+        settings["subject"],
+        bottom=settings["bottom"],
+        data=settings["data"],
+        public=settings["public"],
+        privatizer=settings.of(PrivatizerConfig),
+        reading=ReadingConfig(
+            task=settings["task"],
+            text_column=reading.text_column,
+            label_column=settings["label_column"],
+            max_length=reading.max_length,
+        ),
+        config=settings.of(AuditConfig),
+        trust=trust_of(settings),
+        on_progress=on_stage,
+    )
+
+
+AUDITS = {
+    "emulator": _emulator,
+    "adapter": _adapter,
+    "bottom": _split,
+    "job": _split,
+    "transcript": _split,
+}
 
 
 def show(facts: Facts, console: Console) -> None:
@@ -166,6 +230,13 @@ def _figures(finding: dict[str, Any]) -> tuple[str, str]:
     return found.shown, found.interval
 
 
+PRIVACY = Group(
+    heading="Privacy, as for split-tune",
+    module="blindtune.split.privacy_statement",
+    name="PrivatizerConfig",
+    renamed={"special": "special_tokens"},
+)
+
 VERB = Verb(
     name="audit",
     help=HELP,
@@ -173,10 +244,14 @@ VERB = Verb(
         click.Argument(["subject"], metavar="SUBJECT"),
         click.Option(["--out"], required=True, metavar="DIR", help="Directory of the report."),
         click.Option(["--model"], metavar="MODEL", help="Full model, or (adapter) its emulator."),
-        click.Option(["--public"], metavar="FILE", help="Emulator: text the attacker trains on."),
+        click.Option(["--public"], metavar="FILE", help="Text that the attacker learns from."),
         click.Option(["--test"], metavar="FILE", help="Emulator: text that is scored."),
         click.Option(["--adapter"], metavar="DIR", help="Emulator: one that was tuned on it."),
-        click.Option(["--data"], metavar="FILE", help="Adapter: what it was tuned on."),
+        click.Option(
+            ["--data"],
+            metavar="FILE",
+            help="Private: what an adapter was tuned on, or the texts to be sent.",
+        ),
         click.Option(
             ["--others"],
             metavar="FILE",
@@ -186,6 +261,7 @@ VERB = Verb(
         click.Option(
             ["--canaries"], metavar="FILE", help="Adapter: canaries.json, if --data was planted."
         ),
+        click.Option(["--bottom"], metavar="DIR", help="Job, transcript: the bottom package."),
         *OPENING,
     ),
     groups=(
@@ -196,6 +272,13 @@ VERB = Verb(
             name="DataConfig",
             renamed={"seed": "split_seed"},
             defaults={"max_length": 128},
+        ),
+        PRIVACY,
+        Group(
+            heading="Texts of split tuning",
+            module="blindtune.split.private_texts",
+            name="ReadingConfig",
+            left_out=frozenset({"text_column", "max_length"}),
         ),
     ),
     act=act,

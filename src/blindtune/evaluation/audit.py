@@ -25,7 +25,8 @@ class AuditConfig:
     confidence: float = 0.95
     """Of each interval alone."""
     test_tokens: int = 8192
-    """Emulator: score on at most this many tokens of the test text, spread evenly over it."""
+    """Emulator: score on at most this many tokens of the test text. Split: attack texts that hold
+    about so many. Both are spread evenly over the file."""
     healing_steps: int = 64
     """Emulator: optimizer steps that the attacker spends on public text; 0 leaves healing out."""
     healing_batch_size: int = 4
@@ -36,6 +37,12 @@ class AuditConfig:
     """Adapter: judge at most this many trained records and as many others, spread evenly."""
     false_positive_rate: float = 0.01
     """Adapter: share of other records that the attack may accuse falsely."""
+    public_tokens: int = 32768
+    """Split: the attacker learns from texts that hold about so many tokens."""
+    attack_seconds: float = 300.0
+    """Split: no training of an attack goes on for longer."""
+    fresh_draws: int = 8
+    """Split: independent draws that are averaged, to show what sending one draw prevents."""
     batch_size: int = 8
     """Windows or records of one forward pass; changes speed and memory only."""
     seed: int = 0
@@ -48,14 +55,13 @@ class AuditConfig:
                 raise ConfigError(f"expected {name} between 0 and 1, got {getattr(self, name)}")
         for name, least in (
             ("test_tokens", 2), ("healing_steps", 0), ("healing_batch_size", 1),
-            ("max_records", 2), ("batch_size", 1),
+            ("max_records", 2), ("batch_size", 1), ("public_tokens", 2), ("fresh_draws", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ConfigError(f"expected {name} >= {least}, got {getattr(self, name)}")
-        if self.healing_learning_rate <= 0:
-            raise ConfigError(
-                f"expected healing_learning_rate > 0, got {self.healing_learning_rate}"
-            )
+        for name in ("healing_learning_rate", "attack_seconds"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"expected {name} > 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,200 @@
+"""What a vendor could read of a customer's texts in split tuning, before a real run: for customers.
+
+The adversary is the vendor: it has the model, the announced noise, and public text of its own
+(`attacks.adversary`). The judge is `evaluation.leakage`: empirical privacy (EP), 1 minus the share
+of tokens that an attack read, with an interval over texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from blindtune.evaluation.audit import Audit, AuditConfig, Finding, NotRun, show
+from blindtune.evaluation.leakage import EmpiricalPrivacy, TokenLeakage, empirical_privacy
+from blindtune.evaluation.split_attacks import Attempt, SplitAttacks
+from blindtune.evaluation.split_subject import (
+    SplitSubject,
+    open_subject,
+    read_audited,
+    spread_texts,
+)
+from blindtune.exchange.signing import Trust
+from blindtune.split.privacy_statement import PrivacyStatement, PrivatizerConfig
+from blindtune.split.private_texts import ReadingConfig
+
+LARGE_EPSILON = 10.0
+"""From here on the bound on an attacker's odds, exp(epsilon), rules out nothing in practice."""
+
+
+def audit_split(
+    subject: str | Path,
+    *,
+    bottom: str | Path | None = None,
+    data: str | Path | None = None,
+    public: str | Path | None = None,
+    privatizer: PrivatizerConfig | None = None,
+    reading: ReadingConfig | None = None,
+    config: AuditConfig | None = None,
+    trust: Trust | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Audit:
+    """Read a customer's texts as its vendor would.
+
+    Args:
+        subject: a bottom package: a sample of `data` is privatized as a run would, nothing is
+            sent. Or a customer's job: the states that it drew. Or a recorded transcript.
+        bottom: a job's or a transcript's package; None: where the job found it.
+        data: the private texts, with labels or without; not for a job, which holds them.
+        public: the attacker's own text, of the kind that the private texts are; None: attacks
+            that learn are not run.
+        privatizer: as for `split_tune`; a job has its own.
+        reading: where the texts stand in their file.
+        config: how hard the attacker tries.
+        trust: whose bottom packages are opened; None: anybody's.
+        on_progress: called with (attack, done, of all).
+
+    Raises:
+        ConfigError: something is missing, or does not fit the subject.
+        DataError, PackageError, PolicyError, MismatchError: see errors.py.
+    """
+    config, reading = config or AuditConfig(), reading or ReadingConfig()
+    seen = open_subject(
+        subject, bottom=bottom, data=data, privatizer=privatizer, reading=reading,
+        tokens=config.test_tokens, trust=trust,
+    )  # fmt: skip
+    learned = []
+    if public is not None:
+        texts = read_audited(seen.bottom, public, reading).ids
+        learned = [texts[i] for i in spread_texts(texts, config.public_tokens)]
+    attacks = SplitAttacks(seen, learned, config, on_progress or (lambda *_: None))
+    attacks.run()
+    return _audit(subject, public, seen, learned, attacks, config)
+
+
+def _audit(
+    subject: str | Path,
+    public: str | Path | None,
+    seen: SplitSubject,
+    learned: Sequence[object],
+    attacks: SplitAttacks,
+    config: AuditConfig,
+) -> Audit:
+    scored = [(attempt, _score(attempt, seen, config)) for attempt in attacks.attempts]
+    findings = [f for attempt, leak in scored for f in _findings(attempt, leak)]
+    best, leak = min(
+        (pair for pair in scored if pair[0].real), key=lambda pair: pair[1].content.value
+    )
+    blind = next((s for a, s in scored if a.attack.startswith("guessing")), None)
+    facts = dict(seen.facts)
+    if public is not None:
+        facts["attacker's text"] = f"{len(learned):,} texts of {Path(public).name}"
+    cut = seen.bottom.cut
+    facts["cut"] = f"{cut.cut} of {cut.layers} layers at the customer, {cut.partition}"
+    return Audit(
+        kind="split",
+        subject=str(subject),
+        verdict=_verdict(best, leak, blind),
+        guarantee=guarantee(seen.statement),
+        findings=tuple(findings),
+        strongest=next(k for k, f in enumerate(findings) if f.attack == best.attack),
+        not_run=(*attacks.not_run, *_gradients(seen)),
+        facts=facts,
+    )
+
+
+def _score(attempt: Attempt, seen: SplitSubject, config: AuditConfig) -> TokenLeakage:
+    return empirical_privacy(
+        attempt.guess, seen.ids, special_ids=seen.bottom.tokenizer.all_special_ids,
+        contributing=seen.contributing, confidence=config.confidence,
+    )  # fmt: skip
+
+
+def _findings(attempt: Attempt, leak: TokenLeakage) -> list[Finding]:
+    found = [_finding(attempt, "EP", leak.content, f"read {_share(leak.content)} of the tokens")]
+    for measure, part, kind in (
+        ("EP, contributing tokens", leak.contributing, "the tokens that CTI spares"),
+        ("EP, other tokens", leak.other, "the tokens with full noise"),
+    ):
+        if part is not None:
+            found.append(_finding(attempt, measure, part, f"read {_share(part)} of {kind}"))
+    texts = leak.whole_texts
+    said = f"read {texts.right:,} of {texts.of:,} texts without a mistake"
+    found.append(_finding(attempt, "EP, whole texts", texts, said))
+    return found
+
+
+def _finding(attempt: Attempt, measure: str, part: EmpiricalPrivacy, said: str) -> Finding:
+    sentence = f"It {said}." if attempt.real else f"It would have {said}."
+    note = attempt.note if measure == "EP" else ""
+    return Finding(
+        attack=attempt.attack,
+        knew=attempt.knew,
+        measure=measure,
+        value=part.value,
+        low=part.low,
+        high=part.high,
+        meaning=f"{sentence} {note}".strip(),
+    )
+
+
+def _share(part: EmpiricalPrivacy) -> str:
+    return f"{1 - part.value:.1%}"
+
+
+def _verdict(best: Attempt, leak: TokenLeakage, blind: TokenLeakage | None) -> str:
+    content, texts = leak.content, leak.whole_texts
+    said = (
+        f"The strongest attack, {best.attack}, reads {_share(content)} of your tokens: an EP of "
+        f"{show(content.value)}, between {show(content.low)} and {show(content.high)}; "
+        f"{texts.right:,} of {texts.of:,} texts come out whole."
+    )
+    if blind is not None:
+        said += f" Saying the commonest word each time gets {_share(blind.content)}."
+    return said
+
+
+def guarantee(statement: PrivacyStatement) -> tuple[str, ...]:
+    """What is accounted for, in sentences; then what it does not cover."""
+    spending = statement.spending
+    if statement.privatizer in ("none", "groups") and spending is None:
+        return (*(f"{line[:1].upper()}{line[1:]}." for line in statement.account.splitlines()),
+                *_notes(statement))  # fmt: skip
+    said = [
+        f"Privatizer {statement.privatizer}, eta {statement.eta:.4g}: per token, per unit of "
+        f"distance, under d_chi (metric) privacy. The noise has a mean norm of "
+        f"{statement.noise_norm:.3g}."
+    ]
+    if spending is None:
+        return (*said, f"{statement.account[:1].upper()}{statement.account[1:]}.",
+                *_notes(statement))  # fmt: skip
+    epsilon = spending["epsilon_per_token"]
+    said.append(
+        f"For a word that lies {spending['distance']:.3g} away, that is epsilon {epsilon:.4g} per "
+        f"token; {spending['epsilon_per_record_mean']:.4g} per text on average and "
+        f"{spending['epsilon_per_record_max']:.4g} at most, for a text that differs in every word."
+    )
+    if epsilon > LARGE_EPSILON:
+        said.append(
+            "So large an epsilon rules out nothing in practice: what protects is that the attacks "
+            "below fail, as far as they do."
+        )
+    if spending["unprotected_tokens"]:
+        said.append(f"{spending['unprotected_tokens']:,} tokens have no noise and no guarantee.")
+    return (*said, *_notes(statement))
+
+
+def _notes(statement: PrivacyStatement) -> list[str]:
+    return [f"{note[:1].upper()}{note[1:]}." for note in statement.notes]
+
+
+def _gradients(seen: SplitSubject) -> tuple[NotRun, ...]:
+    """What the U-shape sends besides states."""
+    if seen.bottom.cut.partition != "u-shape":
+        return ()
+    needs = (
+        "a recorded step of the tuning (attacks.gradient_matching, attacks.label_inference); in "
+        "language modelling gradients give nearly every token whatever the noise, in "
+        "classification they group texts by label (docs/attacks.md)"
+    )
+    return (NotRun(attack="gradients", needs=needs),)

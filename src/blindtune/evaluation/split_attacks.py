@@ -1,0 +1,277 @@
+"""The attacks that fit what a vendor saw of a customer's texts, run one after another.
+
+The attacker learns from most of its public text and rehearses on the rest: it noises those texts
+itself and sees how far its prior of the language may be trusted (`attacks.language_prior`).
+
+Shapes: L length, K candidates, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from blindtune.attacks.adversary import Candidates, Guess, StatesView, unigram
+from blindtune.attacks.averaging import averaged_tokens
+from blindtune.attacks.embedding_inversion import nearest_tokens
+from blindtune.attacks.fitting import FitConfig
+from blindtune.attacks.imitation import Imitation
+from blindtune.attacks.language_prior import NgramPrior, best_weight, decode
+from blindtune.attacks.likelihoods import token_candidates, vector_candidates
+from blindtune.attacks.trained_inversion import (
+    Inverter,
+    InverterConfig,
+    candidates,
+    train_inverter,
+)
+from blindtune.errors import ConfigError
+from blindtune.evaluation.audit import AuditConfig, NotRun
+from blindtune.evaluation.split_subject import SplitSubject
+from blindtune.privacy.word_groups import WordGroups
+
+FEWEST_PUBLIC = 20
+"""Texts, below which nothing is learned."""
+REHEARSED = 24
+"""Public texts, at most, on which the attacker rehearses."""
+KEPT = 16
+"""Candidates of a token."""
+TRIGRAMS = "weighed by trigrams of public text"
+Told = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Attempt:
+    """What one attack read."""
+
+    attack: str
+    knew: str
+    """One sentence: what the attacker had and did."""
+    guess: Guess
+    real: bool = True
+    """False: not something that this vendor could do; for comparison."""
+    note: str = ""
+    """A sentence on how far to trust it."""
+
+
+@final
+class SplitAttacks:
+    """Runs what fits.
+
+    Args:
+        subject: the states; nothing else of it is given to an attack.
+        public: token ids [L] of public texts; empty: what needs them is not run.
+        config: how hard to try.
+        told: called with (attack, done, of all).
+    """
+
+    def __init__(
+        self, subject: SplitSubject, public: Sequence[Tensor], config: AuditConfig, told: Told
+    ) -> None:
+        self._subject, self._config, self._told = subject, config, told
+        self.attempts: list[Attempt] = []
+        self.not_run: list[NotRun] = []
+        count = min(REHEARSED, len(public) // 5)
+        enough = len(public) >= FEWEST_PUBLIC
+        self._rehearsed = tuple(public[:count]) if enough else ()
+        self._learned = tuple(public[count:]) if enough else ()
+        special = subject.bottom.tokenizer.all_special_ids if subject.keeps_special else ()
+        self._view = StatesView(
+            model=subject.bottom.stack, cut=subject.bottom.cut.cut, states=subject.states,
+            mechanism=subject.mechanism, special_ids=tuple(special), public=self._learned,
+        )  # fmt: skip
+        self._inverters: dict[bool, Inverter] = {}
+        self._settled = True
+
+    def run(self) -> None:
+        """Fill `attempts` and `not_run`."""
+        steps: list[tuple[str, Callable[[], None]]] = [("nearest neighbour", self._nearest)]
+        if self._learned:
+            steps.append(("trained inverter", self._inverter))
+            steps += self._by_mechanism()
+            steps.append(("guessing", self._guessing))
+        else:
+            names = ["trained inverter", "trigrams", *(name for name, _ in self._by_mechanism())]
+            needs = f"--public, with at least {FEWEST_PUBLIC} texts of the kind that yours are"
+            self.not_run += [NotRun(attack=name, needs=needs) for name in names]
+        if self._subject.redraw is not None and self._config.fresh_draws > 1:
+            steps.append(("fresh draws", self._fresh))
+        for done, (name, step) in enumerate(steps):
+            self._told(name, done, len(steps))
+            step()
+        self._told("attacked", len(steps), len(steps))
+        self.not_run.append(
+            NotRun(attack="dummy embeddings", needs="minutes a text: attacks.gradient_matching")
+        )
+        self.not_run.append(
+            NotRun(attack="attributes of texts", needs="public texts labelled with the attribute: "
+                   "attacks.attribute_inference")
+        )  # fmt: skip
+
+    def _by_mechanism(self) -> list[tuple[str, Callable[[], None]]]:
+        if self._subject.groups is not None:
+            return [("word of the group", self._group)]
+        if self._subject.mechanism is None or self._subject.mechanism.mode == "block-output":
+            return []
+        if self._subject.mechanism.mode == "token":
+            return [("Bayes", self._bayes)]
+        return [] if self._view.cut else [("noise density", self._density)]
+
+    def _nearest(self) -> None:
+        self._add(
+            "nearest neighbour",
+            "Had the states and the model; took for each state the word whose embedding lies "
+            "nearest.",
+            nearest_tokens(self._view),
+            note="Behind blocks it is weak and says little." if self._view.cut else "",
+        )
+
+    def _inverter(self) -> None:
+        self._trained(adaptive=True)
+        knew = (
+            f"Had {len(self._learned):,} public texts too; noised them as you do and trained a "
+            "network to read them"
+        )
+
+        def read(view: StatesView) -> Candidates:
+            return candidates(self._trained(adaptive=True), view.states, KEPT)
+
+        note = "" if self._settled else (
+            "Its training was ended by --attack-seconds: a longer one may read more."
+        )  # fmt: skip
+        self._both("trained inverter", knew, read, note)
+
+    def _bayes(self) -> None:
+        knew = (
+            "Knew the noise and how frequent words are in public text; drew the noise itself to "
+            "see which words come out as those that were sent"
+        )
+        self._both("Bayes", knew, lambda view: token_candidates(view, self._sent(view)))
+
+    def _density(self) -> None:
+        knew = (
+            "Knew the noise and how frequent words are in public text; took the word from which "
+            "the state is likeliest by the noise's own density"
+        )
+        try:
+            self._both("noise density", knew, lambda view: vector_candidates(view, KEPT))
+        except ConfigError:
+            needs = "a model that sends its word embeddings as they are, without positions or norm"
+            self.not_run.append(NotRun(attack="noise density", needs=needs))
+
+    def _group(self) -> None:
+        groups = self._subject.groups
+        assert groups is not None
+        knew = (
+            "Read which group each token is of, and took the group's word that public text has "
+            "most often"
+        )
+        prior_V = unigram(self._learned, len(self._view.table_VD))
+        members = _members(groups, prior_V)
+        self._both("word of the group", knew, lambda view: _of_group(members, self._sent(view)))
+
+    def _guessing(self) -> None:
+        prior_V = unigram(self._learned, len(self._view.table_VD))
+        prior_V[torch.tensor(self._subject.bottom.tokenizer.all_special_ids)] = -torch.inf
+        word = int(prior_V.argmax())
+        self.attempts.append(
+            Attempt(
+                attack="guessing, no attack",
+                knew="Looked at nothing, and said the commonest word of the public text each time.",
+                guess=tuple(torch.full((length,), word) for length in self._view.lengths),
+                real=False,
+            )
+        )
+
+    def _fresh(self) -> None:
+        assert self._subject.redraw is not None
+        count, view = self._config.fresh_draws, self._view
+        again = [self._subject.redraw() for _ in range(count - 1)]
+
+        def read(some: StatesView) -> Guess:
+            if not self._view.cut or not self._learned:
+                return nearest_tokens(some)
+            return candidates(self._trained(adaptive=True), some.states).first()
+
+        self.attempts.append(
+            Attempt(
+                attack=f"{count} fresh draws, never sent",
+                knew=f"Would have {count} independent draws of the same texts, and read their mean "
+                "or their majority. You send one draw, however many epochs there are.",
+                guess=averaged_tokens(view, again, read),
+                real=False,
+            )
+        )
+
+    def _both(
+        self, attack: str, knew: str, read: Callable[[StatesView], Candidates], note: str = ""
+    ) -> None:
+        """An attack by itself and with a prior of the language, after a rehearsal."""
+        found = read(self._view)
+        self._add(attack, f"{knew}.", found.first(), note)
+        prior = NgramPrior(self._learned, len(self._view.table_VD))
+        weight = best_weight(read(self._rehearsal()), self._rehearsed, prior)
+        if not weight:
+            note = (note + " The rehearsal gave trigrams no weight, so it reads the same.").strip()
+        guess = decode(found, prior, weight=weight)
+        self._add(f"{attack}, trigrams", f"{knew}; then {TRIGRAMS}.", guess, note)
+
+    def _rehearsal(self) -> StatesView:
+        """The attacker's own texts as this customer would send them."""
+        mine, groups, view = self._rehearsed, self._subject.groups, self._view
+        if groups is not None:
+            mine = tuple(groups.apply(ids) for ids in mine)
+        imitation = Imitation(view.model, view.cut, view.mechanism, view.special_ids)
+        return replace(view, states=tuple(imitation.states(mine)))
+
+    def _sent(self, view: StatesView) -> Guess:
+        """The tokens that went into the bottom, after noise or grouping."""
+        if not view.cut:
+            return nearest_tokens(view)
+        return candidates(self._trained(adaptive=False), view.states).first()
+
+    def _trained(self, *, adaptive: bool) -> Inverter:
+        if adaptive not in self._inverters:
+            groups, config = self._subject.groups, self._config
+            learned = self._learned
+            if groups is not None and not adaptive:
+                learned = tuple(groups.apply(ids) for ids in learned)
+            fit = FitConfig(limit_seconds=config.attack_seconds, seed=config.seed)
+            inverter, result = train_inverter(
+                replace(self._view, public=learned),
+                InverterConfig(adaptive=adaptive, draws=2, fit=fit),
+            )
+            self._inverters[adaptive] = inverter
+            self._settled = self._settled and result.settled
+        return self._inverters[adaptive]
+
+    def _add(self, attack: str, knew: str, guess: Guess, note: str = "") -> None:
+        self.attempts.append(Attempt(attack=attack, knew=knew, guess=guess, note=note))
+
+
+def _members(groups: WordGroups, prior_V: Tensor) -> dict[int, Tensor]:
+    """The words of every group by its representative, the commonest first, at most `KEPT`."""
+    found: dict[int, list[int]] = {}
+    for word in prior_V.argsort(descending=True, stable=True).tolist():
+        mine = found.setdefault(int(groups.representative_V[word]), [])
+        if len(mine) < KEPT:
+            mine.append(word)
+    return {word: torch.tensor(mine) for word, mine in found.items()}
+
+
+def _of_group(members: dict[int, Tensor], sent: Guess) -> Candidates:
+    """Each token's group as its candidates, of equal likelihood; short groups are filled up."""
+    words, likelihoods = [], []
+    for text_L in sent:
+        some = [members.get(int(word), word[None]) for word in text_L]
+        words.append(torch.stack([_filled(row, row[0].item()) for row in some]))
+        known = [torch.zeros(len(row)) for row in some]
+        likelihoods.append(torch.stack([_filled(row, -torch.inf) for row in known]))
+    return Candidates(words=tuple(words), log_likelihoods=tuple(likelihoods))
+
+
+def _filled(row: Tensor, value: float) -> Tensor:
+    return torch.cat([row, row.new_full((KEPT - len(row),), value)])

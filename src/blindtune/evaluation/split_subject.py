@@ -1,0 +1,300 @@
+"""What an audit of split tuning looks at: the states that a vendor gets, beside the truth.
+
+Three subjects: a bottom package, whose customer wants to know before the first run (a sample of the
+texts is privatized here as a run would do it, and thrown away); a customer's job, whose states were
+drawn already; a recorded transcript of what crossed. The truth of a transcript is in the customer's
+own texts: each text that was seen is taken for the one of its length whose states without noise lie
+nearest. Only a judge can do that.
+
+Shapes: L length, D hidden, N texts, M texts that were seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blindtune.attacks.observation import SeenTexts, seen_texts
+from blindtune.errors import ConfigError, DataError
+from blindtune.evaluation.leakage import contributing_masks
+from blindtune.exchange.signing import Trust
+from blindtune.exchange.transcript import Transcript, open_transcript
+from blindtune.privacy.metric_dp import Mechanism
+from blindtune.privacy.word_groups import WordGroups
+from blindtune.split.bottom import Bottom, open_bottom
+from blindtune.split.customer_job import MARK, CustomerJob
+from blindtune.split.labelled_text import read_texts
+from blindtune.split.own_groups import make_groups
+from blindtune.split.privacy_statement import (
+    PrivacyStatement,
+    PrivatizerConfig,
+    choose_eta,
+    state_privacy,
+)
+from blindtune.split.private_states import PrivateStates, clean_states, privatize
+from blindtune.split.private_texts import (
+    PrivateTexts,
+    ReadingConfig,
+    encode_texts,
+    read_training,
+)
+from blindtune.training.text import DataConfig, read_rows
+
+CLEAN_TEXTS = 64  # whose states without noise are made at once
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SplitSubject:
+    """Some texts of a customer, as the vendor sees them and as they are."""
+
+    bottom: Bottom
+    states: tuple[Tensor, ...]
+    """[L, D] of every text: what the vendor gets."""
+    ids: tuple[Tensor, ...]
+    """[L] of the same texts: the truth."""
+    mechanism: Mechanism | None
+    """The noise, which is announced; None: none."""
+    groups: WordGroups | None
+    contributing: tuple[Tensor, ...] | None
+    """Masks [L] of the tokens that CTI spares; None without CTI."""
+    keeps_special: bool
+    """Whether special tokens are sent without noise."""
+    statement: PrivacyStatement
+    redraw: Callable[[], Sequence[Tensor]] | None
+    """Noises the same texts anew; nothing of it leaves. None where nothing is drawn."""
+    facts: Mapping[str, str]
+    """About texts and states, for the reader."""
+
+
+def open_subject(
+    subject: str | Path,
+    *,
+    bottom: str | Path | None,
+    data: str | Path | None,
+    privatizer: PrivatizerConfig | None,
+    reading: ReadingConfig,
+    tokens: int,
+    trust: Trust | None,
+) -> SplitSubject:
+    """Open whatever it is; see `audit_split` for the arguments and errors."""
+    place = Path(subject)
+    if (place / MARK).exists():
+        return _job(place, bottom, tokens, trust)
+    transcript = None if place.is_dir() else open_transcript(place)
+    package = open_bottom(_needed(bottom if transcript else place, "bottom"), trust=trust)
+    privatizer = privatizer or PrivatizerConfig()
+    privatizer.check_whole()
+    texts = read_audited(package, _needed(data, "data"), reading)
+    if privatizer.cti_fraction and texts.labels is None:
+        raise ConfigError("expected labelled texts with cti_fraction, got texts alone: leave CTI")
+    eta = choose_eta(package, texts.ids, privatizer)
+    grouping = privatizer.grouping()
+    groups = None
+    if grouping is not None and privatizer.public_text is not None:
+        groups = make_groups(package, privatizer.public_text, grouping)
+    made = _Making(package, privatizer, eta, groups, len(texts.names))
+    facts = {"texts": f"{len(texts.ids):,} in {Path(_needed(data, 'data')).name}"}
+    if transcript is not None:
+        return _recorded(made, transcript, texts, tokens, facts)
+    return _drawn(made, texts, tokens, facts)
+
+
+def read_audited(bottom: Bottom, path: str | Path, reading: ReadingConfig) -> PrivateTexts:
+    """Texts with their labels if every row has one, or without; of .txt every line is a text.
+
+    Raises:
+        DataError, ConfigError: as for `read_training`.
+    """
+    if reading.task == "language-model":
+        return read_training(bottom, path, reading)
+    if Path(path).suffix.lower() == ".txt":
+        rows = [str(row["text"]) for _, row in read_rows(str(path), DataConfig())]
+        lines = [line for text in rows for line in text.splitlines() if line.strip()]
+        return PrivateTexts(ids=encode_texts(bottom, lines, reading.max_length), labels=None)
+    texts, _, labelled = read_texts(
+        path, text_column=reading.text_column, label_column=reading.label_column
+    )
+    if labelled:
+        return read_training(bottom, path, reading)
+    return PrivateTexts(ids=encode_texts(bottom, texts, reading.max_length), labels=None)
+
+
+def spread_texts(ids: Sequence[Tensor], tokens: int) -> list[int]:
+    """Indices of texts, spread evenly, that hold about so many tokens; at least two if there are.
+
+    The number follows from the mean length.
+    """
+    mean = sum(map(len, ids)) / len(ids)
+    count = min(len(ids), max(2, int(tokens / mean)))
+    return [i * len(ids) // count for i in range(count)]
+
+
+@dataclass(frozen=True)
+class _Making:
+    """How a customer makes states of texts."""
+
+    bottom: Bottom
+    privatizer: PrivatizerConfig
+    eta: float | None
+    groups: WordGroups | None
+    classes: int
+
+    def draw(self, ids: Sequence[Tensor], labels: Tensor | None) -> PrivateStates:
+        return privatize(
+            self.bottom, ids, labels, mechanism=self.privatizer.mechanism(self.eta),
+            importance=self.privatizer.importance(), groups=self.groups, classes=self.classes,
+        )  # fmt: skip
+
+    def subject(
+        self,
+        texts: PrivateTexts,
+        some: Sequence[int],
+        states: Sequence[Tensor],
+        changed: float | None,
+        facts: Mapping[str, str],
+    ) -> SplitSubject:
+        """The states of some texts as a subject; CTI counts in all of them."""
+        masks = self._contributing(texts)
+        mechanism = self.privatizer.mechanism(self.eta)
+
+        def redraw() -> list[Tensor]:
+            if masks is not None:
+                again = self.draw(texts.ids, texts.labels).states
+                return [again[i] for i in some]
+            labels = None if texts.labels is None else texts.labels[list(some)]
+            return list(self.draw([texts.ids[i] for i in some], labels).states)
+
+        private = PrivateStates(tuple(states), texts.labels, texts.ids, changed)
+        statement = state_privacy(
+            self.bottom, private, self.privatizer, self.eta, groups=self.groups,
+            classes=self.classes,
+        )  # fmt: skip
+        ids = tuple(texts.ids[i] for i in some)
+        count = f"{len(some):,} texts with {sum(map(len, ids)):,} tokens"
+        return SplitSubject(
+            bottom=self.bottom,
+            states=tuple(states),
+            ids=ids,
+            mechanism=mechanism,
+            groups=self.groups,
+            contributing=None if masks is None else tuple(masks[i] for i in some),
+            keeps_special=self.privatizer.special == "keep",
+            statement=statement,
+            redraw=None if mechanism is None else redraw,
+            facts={**facts, "attacked": count},
+        )
+
+    def _contributing(self, texts: PrivateTexts) -> list[Tensor] | None:
+        if not self.privatizer.cti_fraction or texts.labels is None:
+            return None
+        table = self.bottom.stack.embedding.weight
+        assert isinstance(table, Tensor)
+        return contributing_masks(
+            texts.ids, texts.labels, self.bottom.tokenizer.all_special_ids,
+            self.privatizer.importance(), classes=self.classes, vocabulary_size=len(table),
+        )  # fmt: skip
+
+
+def _drawn(
+    made: _Making, texts: PrivateTexts, tokens: int, facts: Mapping[str, str]
+) -> SplitSubject:
+    """A sample, noised as a run would; with CTI, which counts in all texts, all of them are."""
+    some = spread_texts(texts.ids, tokens)
+    if not made.privatizer.cti_fraction:
+        labels = None if texts.labels is None else texts.labels[some]
+        texts = PrivateTexts(ids=tuple(texts.ids[i] for i in some), labels=labels)
+        some = list(range(len(some)))
+    private = made.draw(texts.ids, texts.labels)
+    return made.subject(texts, some, [private.states[i] for i in some], private.changed, facts)
+
+
+def _job(place: Path, bottom: str | Path | None, tokens: int, trust: Trust | None) -> SplitSubject:
+    """The states that a job has drawn: what it sends."""
+    job = CustomerJob(place)
+    package = open_bottom(bottom or job.record.bottom_path, trust=trust)
+    if package.id != job.record.bottom:
+        raise ConfigError(
+            f"{place}: expected the bottom package {job.record.bottom[:12]}..., got "
+            f"{package.id[:12]}...: name the job's own as --bottom"
+        )
+    private = job.states()
+    if private is None:
+        raise DataError(f"{place}: the job has no states yet: audit the bottom package instead")
+    try:
+        privatizer = PrivatizerConfig(**job.record.options["privatizer"])  # type: ignore[arg-type]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{place / MARK}: options of another version: audit the bottom") from error
+    made = _Making(package, privatizer, job.record.eta, job.groups(), len(job.record.names))
+    facts = {"texts": f"{len(private):,} of the job", "states": "those that the job sends"}
+    texts = PrivateTexts(ids=private.ids, labels=private.labels)
+    some = spread_texts(texts.ids, tokens)
+    return made.subject(texts, some, [private.states[i] for i in some], private.changed, facts)
+
+
+def _recorded(
+    made: _Making,
+    transcript: Transcript,
+    texts: PrivateTexts,
+    tokens: int,
+    facts: Mapping[str, str],
+) -> SplitSubject:
+    """What crossed, each text beside the one that it is taken for."""
+    seen = seen_texts(transcript)
+    width = made.bottom.hidden_size
+    if any(state.shape[1] != width for state in seen.states):
+        raise DataError(f"expected states of width {width}, got others: name their bottom package")
+    chosen = [seen.states[i] for i in spread_texts(seen.states, tokens)]
+    owners = matched(made, texts.ids, chosen)
+    pairs = [(k, state) for k, state in zip(owners, chosen, strict=True) if k is not None]
+    if not pairs:
+        raise DataError(
+            "expected the texts that crossed, got texts of other lengths: give --data, "
+            "--text-column and --max-length of the run"
+        )
+    found = _facts_of(seen, len(chosen) - len(pairs))
+    some, states = [k for k, _ in pairs], [state for _, state in pairs]
+    return made.subject(texts, some, states, None, {**facts, **found})
+
+
+def matched(made: _Making, ids: Sequence[Tensor], states: Sequence[Tensor]) -> list[int | None]:
+    """Which of the texts each of the states [L, D] is of; None: none has its length."""
+    by_length: dict[int, list[int]] = {}
+    for i, text in enumerate(ids):
+        by_length.setdefault(len(text), []).append(i)
+    wanted = {len(state) for state in states}
+    clean: dict[int, Tensor] = {}
+    for length in wanted & by_length.keys():
+        mine = [ids[i] for i in by_length[length]]
+        if made.groups is not None:
+            mine = [made.groups.apply(text) for text in mine]
+        parts = [mine[k : k + CLEAN_TEXTS] for k in range(0, len(mine), CLEAN_TEXTS)]
+        rows = [row for part in parts for row in clean_states(made.bottom, part)]
+        clean[length] = torch.stack(rows).flatten(1)
+    found: list[int | None] = []
+    for state in states:
+        if len(state) not in clean:
+            found.append(None)
+            continue
+        distance_N = (clean[len(state)] - state.flatten()).square().sum(1)
+        found.append(by_length[len(state)][int(distance_N.argmin())])
+    return found
+
+
+def _facts_of(seen: SeenTexts, unknown: int) -> dict[str, str]:
+    found = {
+        "crossed": f"{len(seen.states):,} different texts, {sum(seen.times):,} in all",
+        "truth": "the text of --data nearest to each, of equal length",
+    }
+    if unknown:
+        found["left out"] = f"{unknown:,} that crossed and are as long as no text of --data"
+    return found
+
+
+def _needed(given: str | Path | None, name: str) -> str | Path:
+    if given is None:
+        raise ConfigError(f"expected --{name} for the audit of split tuning: see --help")
+    return given

@@ -1,0 +1,221 @@
+"""Audits of split tuning: all is read without noise, nothing under much, and jobs as they are."""
+
+import csv
+import random
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from blindtune.errors import ConfigError, PackageError
+from blindtune.evaluation.audit import AuditConfig
+from blindtune.evaluation.audit_page import page
+from blindtune.evaluation.audit_split import audit_split
+from blindtune.evaluation.report import render
+from blindtune.evaluation.split_subject import spread_texts
+from blindtune.exchange.messages import Batch, BatchResult
+from blindtune.exchange.transcript import Recorder
+from blindtune.exchange.transport import InProcessTransport
+from blindtune.split.bottom import open_bottom, write_bottom
+from blindtune.split.customer import new_token
+from blindtune.split.customer_job import CustomerJob, JobRecord
+from blindtune.split.partition import Cut
+from blindtune.split.privacy_statement import PrivatizerConfig
+from blindtune.split.private_states import privatize
+from blindtune.split.private_texts import ReadingConfig, read_training
+from tiny_encoders import tiny_encoder
+from tiny_models import tiny_model, tiny_tokenizer
+
+OPEN = PrivatizerConfig(privatizer="none", unprotected=True)
+CONFIG = AuditConfig(attack_seconds=1.5, fresh_draws=4, test_tokens=600)
+NOUNS = ("film", "story", "actor", "ending", "plot", "scene", "music", "joke")
+TRAITS = ("good", "bad", "dull", "fine", "slow", "great", "odd", "sad")
+
+
+def sentences(count, seed):
+    draw = random.Random(seed)
+    return [f"the {draw.choice(NOUNS)} is {draw.choice(TRAITS)}" for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Bottom packages at cut 0 and 1, a decoder's U-shape, private and public texts."""
+    place = tmp_path_factory.mktemp("split")
+    for cut in (0, 1):
+        write_bottom(tiny_encoder("bert"), tiny_tokenizer(), place / f"bottom{cut}",
+                     Cut(layers=3, cut=cut))  # fmt: skip
+    llama = tiny_model("llama")
+    cut = Cut(partition="u-shape", layers=llama.config.num_hidden_layers, cut=0)
+    write_bottom(llama, tiny_tokenizer(), place / "u-shape", cut)
+    with (place / "train.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["text", "label"])
+        table.writerows((text, i % 2) for i, text in enumerate(sentences(30, 1)))
+    (place / "public.txt").write_text("\n".join(sentences(60, 2)))
+    return place
+
+
+def audited(world, bottom="bottom0", privatizer=OPEN, **options):
+    return audit_split(
+        world / bottom, data=world / "train.csv", privatizer=privatizer,
+        config=options.pop("config", CONFIG), **options,
+    )  # fmt: skip
+
+
+def eps(found):
+    return {f.attack: f for f in found.findings if f.measure == "EP"}
+
+
+def test_without_noise_everything_is_read(world):
+    found = audited(world)
+    best = found.findings[found.strongest]
+    assert (best.value, best.measure) == (0.0, "EP")
+    assert "reads 100.0% of your tokens" in found.verdict
+    assert "no promise" in found.guarantee[0]
+    assert {"trained inverter", "trigrams"} <= {skipped.attack for skipped in found.not_run}
+    assert all("--public" in s.needs for s in found.not_run[:2])
+
+
+def test_pure_noise_hides_all_but_the_commonest_word(world):
+    noise = PrivatizerConfig(eta=0.01)
+    found = audited(world, privatizer=noise, public=world / "public.txt")
+    every = eps(found)
+    assert list(every) == [
+        "nearest neighbour", "trained inverter", "trained inverter, trigrams", "Bayes",
+        "Bayes, trigrams", "guessing, no attack", "4 fresh draws, never sent",
+    ]  # fmt: skip
+    assert every["nearest neighbour"].value > 0.95
+    assert all(f.low <= f.value <= f.high for f in found.findings)
+    best = found.findings[found.strongest]
+    real = [
+        f.value for f in every.values() if "guessing" not in f.attack and "draws" not in f.attack
+    ]
+    assert best.value == min(real)
+    assert "eta 0.01" in found.guarantee[0]
+    assert "Saying the commonest word each time" in found.verdict
+
+
+def test_patience_reads_what_one_draw_hides(world):
+    noise = PrivatizerConfig(privatizer="vector", changed_share=0.6)
+    config = AuditConfig(fresh_draws=64, test_tokens=600)
+    every = eps(audited(world, privatizer=noise, config=config))
+    fresh = every["64 fresh draws, never sent"]
+    assert fresh.high < every["nearest neighbour"].low
+    assert "You send one draw" in fresh.knew
+
+
+def test_tokens_that_are_spared_are_told_apart(world):
+    noise = PrivatizerConfig(eta=0.01, cti_fraction=0.02)
+    found = audited(world, privatizer=noise, config=AuditConfig(fresh_draws=1))
+    by = {f.measure: f.value for f in found.findings}
+    assert by["EP, contributing tokens"] < 0.1 < 0.9 < by["EP, other tokens"]
+    assert any("no noise and no guarantee" in said for said in found.guarantee)
+
+
+def test_a_model_with_positions_is_read_by_an_inverter_behind_a_block(world):
+    found = audited(world, "bottom1", public=world / "public.txt")
+    every = eps(found)
+    assert every["trained inverter"].value < every["nearest neighbour"].value
+    assert every["trained inverter"].value < 0.3
+
+
+def test_a_decoders_embeddings_are_read_by_the_noises_density(world):
+    noise = PrivatizerConfig(privatizer="vector", changed_share=0.4)
+    found = audited(world, "u-shape", noise, public=world / "public.txt")
+    every = eps(found)
+    assert every["noise density"].value <= every["nearest neighbour"].value
+    assert "gradients" in {skipped.attack for skipped in found.not_run}
+
+
+def test_words_of_a_group_are_told_by_their_frequency(world):
+    public = world / "many.txt"
+    public.write_text("\n".join(sentences(4000, 3)))
+    noise = PrivatizerConfig(
+        privatizer="groups", public_text=str(public), wrong_guesses=0.3
+    )  # fmt: skip
+    every = eps(audited(world, privatizer=noise, public=world / "public.txt"))
+    assert every["word of the group"].value <= every["nearest neighbour"].value
+    assert 0 < every["word of the group"].value < 0.9
+
+
+def job_of(world, place, privatizer, eta):
+    """A customer's job as far as its drawn states."""
+    bottom = open_bottom(world / "bottom0")
+    texts = read_training(bottom, world / "train.csv", ReadingConfig())
+    record = JobRecord(
+        partition="two-part", bottom=bottom.id, bottom_path=str(world / "bottom0"), data="",
+        options={"privatizer": asdict(privatizer)}, eta=eta, names=texts.names,
+    )  # fmt: skip
+    job = CustomerJob.begin(place, record, new_token())
+    job.keep_states(privatize(bottom, texts.ids, texts.labels, mechanism=privatizer.mechanism(eta)))
+    return job
+
+
+def test_a_job_is_read_as_it_was_drawn(world, tmp_path):
+    job = job_of(world, tmp_path / "job", PrivatizerConfig(changed_share=0.5), 20.0)
+    one, two = (audit_split(job.path, config=AuditConfig(fresh_draws=1)) for _ in range(2))
+    assert one == two  # nothing is drawn
+    assert one.facts["states"] == "those that the job sends"
+    (nearest, _) = one.findings
+    assert nearest.value == pytest.approx(job.states().changed, abs=0.02)
+    with pytest.raises(ConfigError, match="expected the bottom package"):
+        audit_split(job.path, bottom=world / "bottom1")
+
+
+def recorded(private, batches):
+    """What a recorder sees of a customer that sends these batches."""
+    recorder = Recorder()
+    result = BatchResult(sequence=1, loss=0.5, metrics={})
+    transport = InProcessTransport(lambda message: result, tap=recorder)
+    for sequence, batch in enumerate(batches, 1):
+        hidden_TD, lengths = private.rows(batch)
+        transport.call(
+            Batch(sequence=sequence, hidden_TD=hidden_TD, lengths=lengths,
+                  labels=private.labels[batch])
+        )  # fmt: skip
+    return recorder.transcript()
+
+
+def test_a_transcript_is_read_beside_the_customers_texts(world, tmp_path):
+    privatizer = PrivatizerConfig(privatizer="vector", eta=300.0)
+    private = job_of(world, tmp_path / "job", privatizer, 300.0).states()
+    order = torch.randperm(len(private), generator=torch.Generator().manual_seed(0)).tolist()
+    recorded(private, [order[:20], order[20:], order[:20]]).save(tmp_path / "run.bin")
+    found = audit_split(
+        tmp_path / "run.bin", bottom=world / "bottom0", data=world / "train.csv",
+        privatizer=privatizer, config=AuditConfig(fresh_draws=1),
+    )  # fmt: skip
+    assert found.facts["crossed"] == "30 different texts, 50 in all"
+    assert found.findings[0].value < 0.05
+    with pytest.raises(ConfigError, match="--data"):
+        audit_split(tmp_path / "run.bin", bottom=world / "bottom0", privatizer=OPEN)
+    (tmp_path / "run.bin").write_bytes((tmp_path / "run.bin").read_bytes()[:-3])
+    with pytest.raises(PackageError, match="ended after"):
+        audit_split(tmp_path / "run.bin", bottom=world / "bottom0", privatizer=OPEN)
+
+
+def test_what_is_missing_is_asked_for(world):
+    with pytest.raises(ConfigError, match="--data"):
+        audit_split(world / "bottom0", privatizer=OPEN)
+    with pytest.raises(ConfigError, match="changed_share"):
+        audit_split(world / "bottom0", data=world / "train.csv")
+    with pytest.raises(ConfigError, match="labelled texts"):
+        audit_split(
+            world / "bottom0", data=world / "public.txt",
+            privatizer=PrivatizerConfig(eta=1.0, cti_fraction=0.1),
+        )  # fmt: skip
+
+
+def test_the_page_holds_every_sentence(world):
+    found = audited(world, public=world / "public.txt")
+    html = render(page(found))
+    assert all(f.knew in html and f.meaning in html for f in found.findings)
+    assert all(s.attack in html and s.needs in html for s in found.not_run)
+    assert "http://" not in html.replace("http://www.w3.org", "")
+
+
+def test_texts_are_spread_evenly():
+    ids = [torch.zeros(n, dtype=torch.int64) for n in (4, 6) * 10]
+    assert spread_texts(ids, 25) == [0, 4, 8, 12, 16]
+    assert len(spread_texts(ids, 1)) == 2
+    assert spread_texts(ids, 10**6) == list(range(20))
