@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import competitor_tables
+import leakage_tables
 import offsite_tables
 import split_tables
 from figures import part, path_of
@@ -26,6 +27,7 @@ BLOCKS = {
         "language": ("split-wikitext",),
         "depth": ("depth-mpnet",),
     },
+    "docs/adapters.md": {"leakage": ("leakage-arc",)},
     "docs/competitors.md": {
         "wiki": ("competitors-wiki",),
         "cost": ("competitors-cost",),
@@ -45,6 +47,7 @@ TABLES = {
     "competitors-wiki": competitor_tables.wiki_table,
     "competitors-cost": competitor_tables.cost_table,
     "competitors-healing": competitor_tables.healing_table,
+    "leakage-arc": leakage_tables.leakage_table,
     "grid": offsite_tables.grid_table,
     "ranking": offsite_tables.ranking_table,
     "cost": offsite_tables.cost_lines,
