@@ -184,6 +184,24 @@ def test_a_pinned_certificate_works_and_another_one_does_not(serve, certificate,
         connection.call(opening())
 
 
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_a_connection_that_breaks_before_the_certificate_may_be_tried_again(answer):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            side, _ = listener.accept()
+            with side:
+                side.recv(1 << 16)
+                side.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        trust = VendorTrust(token=TOKENS["bob"], fingerprint="00" * 32)
+        with pytest.raises(LostError, match=r"TLS 1\.3, or the connection was damaged"):
+            Connection(f"https://127.0.0.1:{listener.getsockname()[1]}", trust)
+        thread.join()
+
+
 def test_a_certificate_for_another_host_is_refused(serve, tmp_path):
     credentials = make_development_certificate(tmp_path, ["vendor.example"])
     server = serve(credentials=credentials)

@@ -185,6 +185,25 @@ def test_lost_connections_and_crashes_train_everything_once(seed):
             assert other.sequence >= one.sequence
 
 
+def test_an_opening_that_comes_late_takes_the_job_for_a_moment_only():
+    vendor = CountingVendor()
+    transport = ResumingTransport(Flaky(vendor, 0.0).connect, opening(), program="test",
+                                  retries=FAST)  # fmt: skip
+    assert transport.call(batch(1)).sequence == 1
+
+    def steal():
+        with vendor.session("alice") as ghost:
+            ghost(opening())
+
+    steal()  # as one of a process that was killed may
+    assert transport.call(batch(2)).sequence == 2
+    assert vendor.effects == {1: 1, 2: 1}
+    steal()  # but nothing of this transport was left unanswered: another customer has the job
+    with pytest.raises(NetworkError, match="another stream has taken"):
+        transport.call(batch(3))
+    transport.close()
+
+
 def test_a_vendor_that_forgot_more_than_the_journal_has_is_an_error():
     vendor = CountingVendor()
     flaky = Flaky(vendor, 0.0)

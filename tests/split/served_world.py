@@ -25,9 +25,10 @@ PLAN = PassConfig(epochs=2, batch_size=2, checkpoint_steps=3)
 class Served:
     """A world behind TLS; every start has a new port."""
 
-    def __init__(self, folder, *model, pause=0.0, **where):
+    def __init__(self, folder, *model, pause=0.0, server=None, **where):
         folder.mkdir()
         self.pause = pause  # of every batch, in seconds
+        self.config = ServerConfig(port=0, retry_after_seconds=0.01, **(server or {}))
         self.world = World(folder, *model, **where)
         self.certificate = make_development_certificate(folder / "tls")
         self.trust = VendorTrust(token=SECRET, roots=self.certificate.certificate)
@@ -40,7 +41,7 @@ class Served:
             self.world.start()
         self.server = Server(
             self.session, Customers({"anna": token_hash(SECRET)}), self.certificate,
-            config=ServerConfig(port=0, retry_after_seconds=0.01),
+            config=self.config,
         )  # fmt: skip
 
     @contextmanager

@@ -179,6 +179,21 @@ def test_limits_of_a_job(world):
     assert "seconds" in stream.ask(batch(10, lengths=(1, 1))).message
 
 
+def test_a_checkpoint_whose_reply_was_lost_is_asked_for_again_amid_the_next_step(world):
+    token = new_token()
+    stream = Stream(world, opened=opening(world, token=token))
+    stream.ask(batch(1))
+    stream.ask(Step(sequence=2))
+    assert stream.ask(Checkpoint(sequence=2)).sequence == 2
+    stream.ask(batch(3))  # sent ahead; then the connection is lost
+    back = Stream(world, opened=ResumeJob(token=token))
+    assert (back.opened.applied, back.opened.durable) == (3, 2)
+    assert stream.ask(Checkpoint(sequence=2)).code == "out-of-order"  # late, on the old stream
+    assert back.ask(Checkpoint(sequence=2)).sequence == 2
+    assert back.ask(Checkpoint(sequence=3)).code == "mismatch"
+    assert back.ask(Step(sequence=4)).steps == 2
+
+
 def test_bytes_of_a_job_are_those_of_its_tensors_on_the_wire(tmp_path):
     told = []
     world = World(tmp_path, limits=VendorLimits(max_job_bytes=1400))

@@ -342,9 +342,10 @@ def _pinned(host: str, port: int, expected: str, timeout_seconds: float) -> byte
             context.wrap_socket(plain, server_hostname=host) as secured,
         ):
             shown = secured.getpeercert(binary_form=True) or b""
-    except ssl.SSLError as error:
-        raise VerificationError(
-            f"{host}:{port} does not speak TLS 1.3 ({error.reason}): check the address"
+    except ssl.SSLError as error:  # a connection that broke looks the same: it may be tried again
+        raise NetworkError(
+            f"{host}:{port} does not speak TLS 1.3, or the connection was damaged "
+            f"({error.reason}): check the address, and try again"
         ) from error
     except OSError as error:
         raise NetworkError(

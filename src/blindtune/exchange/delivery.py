@@ -52,6 +52,11 @@ class Deliveries:
             self._lease += 1
             return self._lease
 
+    def leased_to(self, lease: int) -> bool:
+        """Whether no stream has taken the job over since `take_over` gave this lease."""
+        with self._lock:
+            return lease == self._lease
+
     def deliver(self, message: Numbered, apply: Handler, *, lease: int) -> Message:
         """Apply a request if it is the next one; give the reply again if it was applied.
 

@@ -31,7 +31,7 @@ from blindtune.exchange.messages import (
     ResumeJob,
     Welcome,
 )
-from blindtune.exchange.transport import BusyError, LostError, Transport
+from blindtune.exchange.transport import BusyError, LostError, OutOfOrderError, Transport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +122,7 @@ class ResumingTransport:
         self._closing = threading.Event()
         self._failure: BlindtuneError | None = None
         self._dropped = 0  # the highest number that was dropped before it was durable
+        self._ghosts = 1  # openings that may arrive late; one of a process that was killed
         self._trouble_since: float | None = None
         self._delay = self._retries.first_delay_seconds
         self._connection = self._greet()
@@ -161,7 +162,7 @@ class ResumingTransport:
                     f"expected a welcome in version {PROTOCOL_VERSION}, got {welcome!r}: "
                     "install the release that the vendor has"
                 )
-            job = connection.call(self._opening)
+            job = self._ask_for_job(connection)
             if not isinstance(job, JobState):
                 raise VerificationError(f"expected the job's state, got {job!r}")
         except BaseException:
@@ -169,6 +170,13 @@ class ResumingTransport:
             raise
         self.welcome, self.job = welcome, job
         return connection
+
+    def _ask_for_job(self, connection: Transport) -> Message:
+        try:
+            return connection.call(self._opening)
+        except LostError:
+            self._ghosts += 1
+            raise
 
     def _run(self) -> None:
         failure: BlindtuneError = LostError("the transport was closed before a reply came")
@@ -243,6 +251,12 @@ class ResumingTransport:
         error = done.exception()
         if isinstance(error, LostError | BusyError):
             raise error
+        if isinstance(error, OutOfOrderError) and self._ghosts:
+            # An opening that was sent on an earlier connection, and came after the one of this
+            # connection, has the job now. There are no more of them than were left unanswered, so
+            # that two customers with one job do not take it from each other for ever.
+            self._ghosts -= 1
+            raise LostError(str(error))
         self._trouble_since, self._delay = None, self._retries.first_delay_seconds
         self._finish(entry, error, None if error else done.result())
 

@@ -45,6 +45,10 @@ class LostError(NetworkError):
     """The connection ended, or a reply did not come in time; what was sent may have been done."""
 
 
+class OutOfOrderError(NetworkError):
+    """A request came at the wrong place, or another stream has the job now. It was not applied."""
+
+
 class BusyError(NetworkError):
     """The vendor has no room now. What was asked was not done."""
 
@@ -77,7 +81,7 @@ _ERRORS: dict[RefusalCode, type[BlindtuneError]] = {
     "policy": PolicyError,
     "limit": PolicyError,
     "unknown-job": PolicyError,
-    "out-of-order": NetworkError,
+    "out-of-order": OutOfOrderError,
     "internal": NetworkError,
 }
 _CODES: tuple[tuple[type[BlindtuneError], RefusalCode], ...] = (

@@ -238,10 +238,16 @@ class Vendor:
         job.go_back(number, state, lora)
 
     def checkpoint(self, job: Job, sequence: int) -> Message:
-        """Make the state after the last applied request durable."""
+        """Make the state after the last applied request durable, unless `sequence` is already.
+
+        It is when the customer asks again because the reply was lost; by then a batch that was
+        sent ahead may have been applied, and no step has followed it.
+        """
         assert job.lora is not None
         if sequence > job.deliveries.applied:
             return Refusal(code="out-of-order", message=f"request {sequence} was not applied yet")
+        if sequence <= job.durable:
+            return Checkpointed(sequence=job.durable)
         if not job.lora.settled:
             raise MismatchError("a checkpoint is made after a step: send the step first")
         number, begin = job.deliveries.applied, time.monotonic()
@@ -386,7 +392,7 @@ class _Session:
             if isinstance(message, Predict):
                 return vendor.predict(job, message)
             if isinstance(message, Checkpoint):
-                if deliveries is not job.deliveries:
+                if deliveries is not job.deliveries or not deliveries.leased_to(lease):
                     raise RefusedError("out-of-order", "another stream has taken this job over")
                 return vendor.checkpoint(job, message.sequence)
             if not isinstance(message, Numbered):
