@@ -115,3 +115,39 @@ def test_what_does_not_fit_is_said_in_a_line(
     assert says in done.err
     assert len(done.err.strip().splitlines()) == 1
     assert not (tmp_path / "audit").exists()
+
+
+@pytest.mark.parametrize(
+    ("subject", "options", "part"),
+    [
+        (
+            "emulator",
+            ["--model", "llama", "--public", "public.txt", "--test", "public.txt"],
+            "heal",
+        ),
+        (
+            "adapter",
+            ["--model", "emulator", "--data", "private.jsonl", "--max-length", 64],
+            "score",
+        ),
+        (
+            "bottom",
+            ["--data", "public.txt", "--public", "public.txt", "--eta", 1],
+            "nearest neighbour",
+        ),
+    ],
+)
+def test_a_dry_run_says_how_long_each_audit_takes(
+    made, blindtune, tmp_path, monkeypatch, subject, options, part
+):
+    monkeypatch.chdir(made)
+    if subject == "bottom":
+        subject = tmp_path / "bottom"
+        assert blindtune("bottom", "llama", "--cut", 0, "--out", subject, "--unsigned").code == 0
+    out = tmp_path / "audit"
+    done = blindtune("audit", subject, *options, "--out", out, "--dry-run", "--json")
+    assert done.code == 0, done.err
+    found = done.facts["estimate"]
+    assert found["parts"][part] > 0
+    assert found["seconds"] == pytest.approx(sum(found["parts"].values()))
+    assert not out.exists()

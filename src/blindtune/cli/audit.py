@@ -7,18 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blindtune.cli.options import Group, option_name
+from blindtune.cli.audit_acts import AUDITS, PRIVACY, check_options, estimate, kind_of
+from blindtune.cli.options import Group
 from blindtune.cli.output import Facts
 from blindtune.cli.printing import print_columns, print_pairs, stages
-from blindtune.cli.trusting import OPENING, trust_of
+from blindtune.cli.trusting import OPENING
 from blindtune.cli.verb import Settings, Verb
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.console import Console
 
-    from blindtune.evaluation.audit import Audit
 
 HELP = """Attack what is about to leave, and report what leaks.
 
@@ -58,24 +56,6 @@ Example:
   blindtune audit bottom/ --data train.csv --public public.txt \\
       --changed-share 0.5 --out audit/
 """
-NEEDS = {
-    "emulator": ("model", "public", "test"),
-    "adapter": ("model", "data"),
-    "bottom": ("data",),
-    "job": (),
-    "transcript": ("data", "bottom"),
-}
-"""Options that each kind must have."""
-TAKES = {
-    "emulator": ("adapter",),
-    "adapter": ("others", "canaries"),
-    "bottom": ("public",),
-    "job": ("public", "bottom"),
-    "transcript": ("public",),
-}
-"""Options that this kind takes beside those."""
-NOISED = ("bottom", "transcript")
-"""Kinds that take the options of the privatizer."""
 
 
 def act(settings: Settings) -> Facts:
@@ -83,124 +63,12 @@ def act(settings: Settings) -> Facts:
     from blindtune.evaluation.audit_page import PAGE_NAME, write_audit
 
     kind = kind_of(settings["subject"])
-    _check_options(kind, settings)
+    check_options(kind, settings)
     with stages() as on_stage:
         found = AUDITS[kind](settings, on_stage)
     write_audit(found, settings["out"], overwrite=settings.overwrite)
     out = Path(settings["out"])
     return {"path": str(out), "page": str(out / PAGE_NAME), **found.plain()}
-
-
-def kind_of(subject: str) -> str:
-    """What a directory or file holds, by its own word; it is verified when it is opened.
-
-    Raises:
-        MismatchError: nothing that can be audited.
-    """
-    from blindtune.errors import MismatchError
-    from blindtune.exchange.package import open_package
-    from blindtune.split.customer_job import MARK
-
-    if Path(subject).is_file():
-        return "transcript"
-    if (Path(subject) / MARK).is_file():
-        return "job"
-    opened = open_package(subject)
-    kind = str(opened.manifest.format).removeprefix("blindtune-")
-    if kind not in AUDITS:
-        raise MismatchError(
-            f"{subject}: expected a package that can be audited (emulator, adapter, bottom), got "
-            f"{kind}: give another directory"
-        )
-    return kind
-
-
-def _check_options(kind: str, settings: Settings) -> None:
-    from blindtune.errors import ConfigError
-
-    missing = [f"--{name}" for name in NEEDS[kind] if settings[name] is None]
-    this = f"{'an' if kind[0] in 'ae' else 'a'} {kind}"
-    if missing:
-        raise ConfigError(f"expected {', '.join(missing)} for the audit of {this}: see --help")
-    known = {*NEEDS[kind], *TAKES[kind]}
-    every = {name for names in (*NEEDS.values(), *TAKES.values()) for name in names}
-    stray = sorted(f"--{name}" for name in every - known if settings[name] is not None)
-    if kind not in NOISED:
-        fields = PRIVACY.options()
-        stray += [option_name(n) for n, f in fields.items() if settings[n] != f.default]
-    if stray:
-        raise ConfigError(f"{', '.join(stray)} does not fit the audit of {this}: leave it out")
-
-
-def _emulator(settings: Settings, on_stage: Callable[[str, int, int], None]) -> Audit:
-    from blindtune.evaluation.audit import AuditConfig
-    from blindtune.evaluation.audit_emulator import audit_emulator
-    from blindtune.training.text import DataConfig
-
-    return audit_emulator(
-        settings["subject"],
-        settings["model"],
-        public=settings["public"],
-        test=settings["test"],
-        adapter=settings["adapter"],
-        reading=settings.of(DataConfig),
-        config=settings.of(AuditConfig),
-        trust=trust_of(settings),
-        on_progress=on_stage,
-    )
-
-
-def _adapter(settings: Settings, on_stage: Callable[[str, int, int], None]) -> Audit:
-    from blindtune.evaluation.audit import AuditConfig
-    from blindtune.evaluation.audit_adapter import audit_adapter
-    from blindtune.training.text import DataConfig
-
-    return audit_adapter(
-        settings["subject"],
-        settings["model"],
-        settings["data"],
-        others=settings["others"],
-        canaries=settings["canaries"],
-        reading=settings.of(DataConfig),
-        config=settings.of(AuditConfig),
-        trust=trust_of(settings),
-        on_progress=on_stage,
-    )
-
-
-def _split(settings: Settings, on_stage: Callable[[str, int, int], None]) -> Audit:
-    from blindtune.evaluation.audit import AuditConfig
-    from blindtune.evaluation.audit_split import audit_split
-    from blindtune.split.privacy_statement import PrivatizerConfig
-    from blindtune.split.private_texts import ReadingConfig
-    from blindtune.training.text import DataConfig
-
-    reading = settings.of(DataConfig)
-    return audit_split(
-        settings["subject"],
-        bottom=settings["bottom"],
-        data=settings["data"],
-        public=settings["public"],
-        privatizer=settings.of(PrivatizerConfig),
-        reading=ReadingConfig(
-            task=settings["task"],
-            text_column=reading.text_column,
-            label_column=settings["label_column"],
-            max_length=reading.max_length,
-        ),
-        config=settings.of(AuditConfig),
-        trust=trust_of(settings),
-        on_progress=on_stage,
-    )
-
-
-AUDITS = {
-    "emulator": _emulator,
-    "adapter": _adapter,
-    "bottom": _split,
-    "job": _split,
-    "transcript": _split,
-}
 
 
 def show(facts: Facts, console: Console) -> None:
@@ -229,13 +97,6 @@ def _figures(finding: dict[str, Any]) -> tuple[str, str]:
     found = Finding(**finding)
     return found.shown, found.interval
 
-
-PRIVACY = Group(
-    heading="Privacy, as for split-tune",
-    module="blindtune.split.privacy_statement",
-    name="PrivatizerConfig",
-    renamed={"special": "special_tokens"},
-)
 
 VERB = Verb(
     name="audit",
@@ -283,6 +144,7 @@ VERB = Verb(
     ),
     act=act,
     show=show,
+    estimate=estimate,
     mark="audit.json",
     less_memory="lower --batch-size or --max-length",
 )

@@ -79,7 +79,7 @@ def audit_adapter(
     stated = open_package(adapter, "adapter", trust=trust).manifest.privacy
     untuned, tokenizer, limits = open_any(model, trust=trust)
     check_context(reading.max_length, *limits)
-    trained, held_out = _both_kinds(tokenizer, data, others, reading)
+    trained, held_out = both_kinds(tokenizer, data, others, reading)
     members, strangers = (_some(kind, config.max_records) for kind in (trained, held_out))
     if min(len(members), len(strangers)) < 2:
         raise DataError(
@@ -109,7 +109,7 @@ def audit_adapter(
     return _audit(adapter, found, leaks, facts, stated)
 
 
-def _both_kinds(
+def both_kinds(
     tokenizer: PreTrainedTokenizerBase,
     data: str | Path,
     others: str | Path | None,

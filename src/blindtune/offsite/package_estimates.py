@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blindtune.errors import ConfigError
 from blindtune.exchange.manifest import MANIFEST_NAME
@@ -142,13 +143,7 @@ def estimate_evaluate(
     Raises:
         ModelError, PackageError, DataError: as for `evaluate`.
     """
-    if (Path(model) / MANIFEST_NAME).is_file():
-        package = open_package(model, "emulator")
-        names = [name for name in FILE_NAMES if name in package.manifest.files]
-        tokenizer = tokenizer_from_files({name: package.read_file(name) for name in names})
-        shape = assemble(meta_model(read_config(package.manifest)), package.manifest.layers)
-    else:
-        tokenizer, shape = load_tokenizer(model), sketch(model)
+    tokenizer, shape = shape_of(model)
     decoder = Decoder(shape)
     tokens = 0
     if data is not None:
@@ -168,3 +163,17 @@ def estimate_evaluate(
         16 * decoder.hidden_size + decoder.config.vocab_size
     )
     return estimated(parts, rate, memory=memory, written=0, tokens=tokens)
+
+
+def shape_of(model: str | Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer of a model or an emulator package, and its layers without weights.
+
+    Raises:
+        ModelError, PackageError: as for `evaluate`.
+    """
+    if not (Path(model) / MANIFEST_NAME).is_file():
+        return load_tokenizer(model), sketch(model)
+    package = open_package(model, "emulator")
+    names = [name for name in FILE_NAMES if name in package.manifest.files]
+    tokenizer = tokenizer_from_files({name: package.read_file(name) for name in names})
+    return tokenizer, assemble(meta_model(read_config(package.manifest)), package.manifest.layers)
