@@ -73,19 +73,25 @@ def act(settings: Settings) -> Facts:
 
 def show(facts: Facts, console: Console) -> None:
     """Print the verdict, the table, and each finding in words."""
+    from blindtune.evaluation.audit_page import told_once
+
     console.print(facts["verdict"], style="bold")
     for sentence in facts["guarantee"]:
         console.print(sentence)
     findings = facts["findings"]
-    rows = [(f["attack"], f["measure"], *_figures(f)) for f in findings]
+    strongest = findings[facts["strongest"]]["attack"]
+    names = told_once(f["attack"] for f in findings)
+    rows = [
+        (f"{name} (strongest)" if name == strongest else name, f["measure"], *_figures(f))
+        for name, f in zip(names, findings, strict=True)
+    ]
     print_columns(console, ("attack", "measure", "measured", "interval"), rows)
-    told = set()
+    words: dict[str, list[tuple[str, str]]] = {}
     for finding in findings:
-        words = [finding["meaning"]]
-        if finding["knew"] not in told:
-            words.insert(0, finding["knew"])
-            told.add(finding["knew"])
-        print_pairs(console, f"{finding['attack']}, {finding['measure']}", [("", w) for w in words])
+        said = words.setdefault(finding["attack"], [("", finding["knew"])])
+        said.append(("", finding["meaning"]))
+    for attack, said in words.items():
+        print_pairs(console, attack, said)
     skipped = [(s["attack"], f"not run; it needs {s['needs']}") for s in facts["not_run"]]
     pairs = [("page", facts["page"]), ("options", facts["options"])]
     print_pairs(console, "Written", [*skipped, *pairs])

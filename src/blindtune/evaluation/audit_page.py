@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from blindtune.atomic import atomic_directory
 from blindtune.evaluation import plots, report
 from blindtune.evaluation.audit import Audit
-from blindtune.evaluation.report import Plot, Report, Section, Table
+from blindtune.evaluation.report import Plot, Report, Section, Table, Words
 
 JSON_NAME, PAGE_NAME = "audit.json", "audit.html"
 TITLES = {
     "emulator": "What this emulator gives away",
     "adapter": "What this adapter tells of its data",
     "split": "What the vendor could read",
+}
+
+MEASURES = {
+    "emulator": "Perplexity on the test text: the lower, the better a model the attacker has.",
+    "adapter": "AUC: how often the attack ranks a trained record above another one; 0.5 is chance.",
+    "split": "EP, empirical privacy: 1 minus the share that the attack read; 0 is all, 1 nothing.",
 }
 
 
@@ -51,9 +58,23 @@ def page(found: Audit) -> Report:
     )
 
 
+def told_once(names: Iterable[str]) -> list[str]:
+    """Each name where it first stands, and nothing where it stands again below itself."""
+    found = list(names)
+    return ["" if k and name == found[k - 1] else name for k, name in enumerate(found)]
+
+
 def _measured(found: Audit) -> Section:
-    rows = [[f.attack, f.measure, f.shown, f.interval] for f in found.findings]
-    table = Table(header=["Attack", "Measure", "Measured", "Interval"], rows=rows)
+    names = told_once(f.attack for f in found.findings)
+    rows = [
+        [name, f.measure, f.shown, f.interval]
+        for name, f in zip(names, found.findings, strict=True)
+    ]
+    table = Table(
+        header=["Attack", "Measure", "Measured", "Interval"],
+        rows=rows,
+        emphasis=found.findings[found.strongest].attack,
+    )
     blocks: list[Table | Plot] = [table]
     if any(len(points) > 1 for points in found.curves.values()):
         blocks.append(
@@ -65,15 +86,17 @@ def _measured(found: Audit) -> Section:
             )
         )
     notes = [f"Not run: {skipped.attack}; it needs {skipped.needs}." for skipped in found.not_run]
-    return Section(title="What was measured", blocks=blocks, notes=notes)
+    return Section(
+        title="What was measured", text=[MEASURES[found.kind]], blocks=blocks, notes=notes
+    )
 
 
 def _in_words(found: Audit) -> Section:
-    rows = []
-    for k, finding in enumerate(found.findings):
-        again = k and found.findings[k - 1].knew == finding.knew
-        rows.append([f"{finding.attack}: {finding.measure}", "" if again else finding.knew,
-                     finding.meaning])  # fmt: skip
-    header = ["Attack", "What the attacker knew and did", "What the figure means"]
-    emphasis = rows[found.strongest][0]
-    return Section(title="In words", blocks=[Table(header=header, rows=rows, emphasis=emphasis)])
+    """Attack by attack: what it knew and did, then what each of its figures means."""
+    words: dict[str, list[str]] = {}
+    for finding in found.findings:
+        said = words.setdefault(finding.attack, [finding.knew])
+        said.append(f"{finding.measure} {finding.shown}. {finding.meaning}")
+    strongest = found.findings[found.strongest].attack
+    block = Words(items=list(words.items()), emphasis=strongest)
+    return Section(title="In words", blocks=[block])

@@ -125,7 +125,7 @@ def _findings(attempt: Attempt, leak: TokenLeakage) -> list[Finding]:
 
 
 def _finding(attempt: Attempt, measure: str, part: EmpiricalPrivacy, said: str) -> Finding:
-    sentence = f"It {said}." if attempt.real else f"It would have {said}."
+    sentence = f"It {said}." if attempt.real else f"It would {said}."
     note = attempt.note if measure == "EP" else ""
     return Finding(
         attack=attempt.attack,

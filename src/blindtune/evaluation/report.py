@@ -61,12 +61,21 @@ class LayerStrip:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Words:
+    """Names with the sentences that belong to each."""
+
+    items: Sequence[tuple[str, Sequence[str]]]
+    emphasis: str = ""
+    """The name to stress."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """A heading, sentences, then tables and plots, then notes in small print."""
 
     title: str
     text: Sequence[str] = ()
-    blocks: Sequence[Table | Plot | LayerStrip] = ()
+    blocks: Sequence[Table | Plot | LayerStrip | Words] = ()
     notes: Sequence[str] = ()
 
 
@@ -139,11 +148,13 @@ def _section(section: Section) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _block(block: Table | Plot | LayerStrip) -> str:
+def _block(block: Table | Plot | LayerStrip | Words) -> str:
     if isinstance(block, Table):
         return _table(block)
     if isinstance(block, LayerStrip):
         return _strip(block)
+    if isinstance(block, Words):
+        return _words(block)
     drawing = f'<div class="wide">{block.svg}</div>' if block.wide else block.svg
     return f"<figure>\n{drawing}\n{_caption(block.caption)}</figure>"
 
@@ -179,6 +190,15 @@ def _strip(strip: LayerStrip) -> str:
         f'{cells}</div>\n<div class="ends"><span>input</span><span>output</span></div>\n'
         f'<ul class="legend">{legend}</ul>\n{_caption(strip.caption)}</figure>'
     )
+
+
+def _words(words: Words) -> str:
+    lines = ['<dl class="words">']
+    for name, sentences in words.items:
+        stress = ' class="emphasis"' if words.emphasis and name == words.emphasis else ""
+        said = "".join(f"<dd>{escape(sentence)}</dd>" for sentence in sentences)
+        lines.append(f"<dt{stress}>{escape(name)}</dt>{said}")
+    return "\n".join([*lines, "</dl>"])
 
 
 def _numbers(numbers: Sequence[tuple[str, str]]) -> str:

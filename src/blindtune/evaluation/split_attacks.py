@@ -104,11 +104,11 @@ class SplitAttacks:
             step()
         self._told("attacked", len(steps), len(steps))
         self.not_run.append(
-            NotRun(attack="dummy embeddings", needs="minutes a text: attacks.gradient_matching")
+            NotRun(attack="dummy embeddings", needs="minutes a text (attacks.gradient_matching)")
         )
         self.not_run.append(
-            NotRun(attack="attributes of texts", needs="public texts labelled with the attribute: "
-                   "attacks.attribute_inference")
+            NotRun(attack="attributes of texts", needs="public texts labelled with the attribute "
+                   "(attacks.attribute_inference)")
         )  # fmt: skip
 
     def _by_mechanism(self) -> list[tuple[str, Callable[[], None]]]:
@@ -126,14 +126,16 @@ class SplitAttacks:
             "Had the states and the model; took for each state the word whose embedding lies "
             "nearest.",
             nearest_tokens(self._view),
-            note="Behind blocks it is weak and says little." if self._view.cut else "",
+            note="Behind blocks a high EP of this attack alone says nothing."
+            if self._view.cut
+            else "",
         )
 
     def _inverter(self) -> None:
         self._trained(adaptive=True)
         knew = (
-            f"Had {len(self._learned):,} public texts too; noised them as you do and trained a "
-            "network to read them"
+            f"Had {len(self._learned):,} public texts too; made states of them as you do and "
+            "trained a network to read them"
         )
 
         def read(view: StatesView) -> Candidates:
@@ -215,7 +217,9 @@ class SplitAttacks:
         prior = NgramPrior(self._learned, len(self._view.table_VD))
         weight = best_weight(read(self._rehearsal()), self._rehearsed, prior)
         if not weight:
-            note = (note + " The rehearsal gave trigrams no weight, so it reads the same.").strip()
+            note = (
+                f"{note} The rehearsal gave trigrams no weight: likelihoods decided alone.".strip()
+            )
         guess = decode(found, prior, weight=weight)
         self._add(f"{attack}, trigrams", f"{knew}; then {TRIGRAMS}.", guess, note)
 
