@@ -2,11 +2,18 @@
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from safetensors import SafetensorError
 
-from blindtune.atomic import atomic_directory, atomic_file, check_free
+from blindtune.atomic import (
+    atomic_directory,
+    atomic_file,
+    check_free,
+    remove_directory,
+    sole_writer,
+)
 from blindtune.errors import OutputError
 
 
@@ -87,3 +94,73 @@ def test_a_parent_that_is_a_file_is_refused_before_any_work(tmp_path):
         check_free(tmp_path / "file" / "out", overwrite=False, mark="m")
     with pytest.raises(OutputError), atomic_file(tmp_path / "file" / "f"):
         pass
+
+
+def test_one_at_a_time_writes_a_result(tmp_path):
+    def write_too():
+        with sole_writer(tmp_path / "out"):
+            pass
+
+    with ThreadPoolExecutor() as others, sole_writer(tmp_path / "out"):
+        with pytest.raises(OutputError, match="another process is writing it"):
+            others.submit(write_too).result()
+        with sole_writer(tmp_path / "other"), sole_writer(tmp_path / "out"):
+            assert names(tmp_path) == [".other.lock", ".out.lock"]
+        with pytest.raises(OutputError):  # the inner one has not let go of it
+            others.submit(write_too).result()
+    assert names(tmp_path) == []
+    write_too()
+
+
+def test_a_lock_that_nobody_holds_any_more_is_no_obstacle(tmp_path):
+    (tmp_path / ".out.lock").touch()
+    with sole_writer(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_a_lock_leaves_no_directory_behind(tmp_path):
+    with sole_writer(tmp_path / "a" / "b" / "out"):
+        assert names(tmp_path / "a" / "b") == [".out.lock"]
+    assert names(tmp_path) == []
+
+
+def test_what_killed_writers_left_is_put_in_order(tmp_path):
+    for name in (".out.00c0ffee.partial", ".out.work.00c0ffee.partial", ".out.00c0ffee.replaced"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.00c0ffee.replaced" / "a").write_text("earlier")
+    others = [".out.00c0ffee.part", ".out.b.00c0ffee.partial", ".outer.00c0ffee.partial"]
+    for name in (*others, ".out.done.json.00c0ffee.partial"):
+        (tmp_path / name).touch()
+    with sole_writer(tmp_path / "out"):
+        assert (tmp_path / "out" / "a").read_text() == "earlier"
+    assert names(tmp_path) == [*others, "out"]
+    (tmp_path / ".out.00c0ffee.replaced").mkdir()
+    with sole_writer(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == [*others, "out"]
+
+
+def test_of_launched_processes_the_first_holds_it_for_all(tmp_path, monkeypatch):
+    with ThreadPoolExecutor() as others, sole_writer(tmp_path / "out"):
+        monkeypatch.setenv("RANK", "1")
+        assert others.submit(sole_writer(tmp_path / "out").__enter__).result() is None
+
+
+def test_a_directory_is_removed_whole(tmp_path, monkeypatch):
+    remove_directory(tmp_path / "absent")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").touch()
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_directory(tmp_path / "out")
+    (left,) = names(tmp_path)
+    assert left.startswith(".out.")
+    with sole_writer(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == []

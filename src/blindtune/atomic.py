@@ -1,19 +1,21 @@
 """Results appear under their final name whole, or not at all.
 
 Whatever a verb writes is filled in beside its place, flushed to the disk, and renamed. A process
-that is killed may leave a hidden `.NAME.*.partial` behind; the next write of the same result
-removes it.
+that is killed may leave a hidden `.NAME.*.partial` and a `.NAME.lock` behind; the next write of the
+same result removes them.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -73,6 +75,74 @@ def check_free(target: Path, *, overwrite: bool, mark: str) -> None:
         )
 
 
+COMPANIONS = ("work", "done.json", "options.yaml")
+"""Endings of what stands beside a result NAME and belongs to it: `NAME.work`, ..."""
+_held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
+"""What this thread of work holds, so that a verb may hold what its parts hold again."""
+
+
+@contextmanager
+def sole_writer(target: str | Path) -> Iterator[None]:
+    """Keep every other process, and every other thread, from writing `target` meanwhile.
+
+    First of all, what killed writers of it left is put in order: a half-written result goes, one
+    that was about to be replaced comes back if nothing has taken its place. The lock is one of the
+    operating system: it ends with the process that holds it, however that ends. On a network file
+    system it is as good as that system's `flock`. Of several launched processes (torchrun) the
+    first one holds it for all.
+
+    Args:
+        target: a result; it, and its directory, need not exist.
+
+    Raises:
+        OutputError: another one is writing it, or its directory cannot be written.
+    """
+    final = Path(target).absolute()
+    if final in _held.get() or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    path = final.parent / f".{final.name}.lock"
+    above = [parent for parent in final.parents if not parent.exists()]
+    try:
+        handle = _lock(path, final)
+    except OSError as error:
+        raise output_error(final, error) from error
+    token = _held.set(_held.get() | {final})
+    try:
+        try:
+            _put_in_order(final)
+        except OSError as error:
+            raise output_error(final, error) from error
+        yield
+    finally:
+        _held.reset(token)
+        with suppress(OSError):  # a disk that is read-only by now
+            path.unlink()  # while it is held: who gets hold of it now looks again
+        os.close(handle)
+        with suppress(OSError):  # what was made for the lock alone
+            for parent in above:
+                parent.rmdir()
+
+
+def _lock(path: Path, final: Path) -> int:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            raise OutputError(
+                f"{final}: another process is writing it: wait until it is done, or choose another "
+                "place"
+            ) from None
+        except FileNotFoundError:
+            pass
+        os.close(handle)  # the one before has removed it: this is a file without a name
+
+
 @contextmanager
 def atomic_directory(
     target: str | Path, *, overwrite: bool = False, mark: str = ""
@@ -86,19 +156,19 @@ def atomic_directory(
         OutputError: something is in the way, or the disk refuses; nothing stays in either case.
     """
     final = Path(target).absolute()
-    check_free(final, overwrite=overwrite, mark=mark)
-    partial = final.parent / f".{final.name}.{secrets.token_hex(4)}.partial"
-    try:
-        _remove_left_overs(final)
-        partial.mkdir(parents=True)
-        yield partial
-        _flush_tree(partial)
-        _swap(partial, final)
-        _flush(final.parent)
-    except (OSError, SafetensorError) as error:
-        raise output_error(final, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial = _beside(final, "partial")
+    with sole_writer(final):
+        check_free(final, overwrite=overwrite, mark=mark)
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            _flush_tree(partial)
+            _swap(partial, final)
+            _flush(final.parent)
+        except (OSError, SafetensorError) as error:
+            raise output_error(final, error) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -109,7 +179,7 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
         OutputError: the disk refuses; the old file, if any, stays.
     """
     final = Path(target).absolute()
-    partial = final.parent / f".{final.name}.{secrets.token_hex(4)}.partial"
+    partial = _beside(final, "partial")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -123,12 +193,33 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
             partial.unlink()
 
 
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that it is there whole or not at all, if it is there.
+
+    Raises:
+        OutputError: it cannot be removed.
+    """
+    going = _beside(path.absolute(), "partial")
+    try:
+        path.rename(going)
+        shutil.rmtree(going)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be removed ({error.strerror}): remove it") from error
+
+
+def _beside(final: Path, ending: str) -> Path:
+    """A hidden name that `_put_in_order` knows."""
+    return final.parent / f".{final.name}.{secrets.token_hex(4)}.{ending}"
+
+
 def _swap(partial: Path, final: Path) -> None:
     """Rename into place; what was there goes only when the new one stands."""
     if not final.exists():
         partial.rename(final)
         return
-    retired = partial.with_suffix(".replaced")
+    retired = _beside(final, "replaced")
     final.rename(retired)
     try:
         partial.rename(final)
@@ -138,12 +229,21 @@ def _swap(partial: Path, final: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _remove_left_overs(final: Path) -> None:
-    """Remove what killed writers of this very target left beside it."""
-    pattern = re.compile(re.escape(f".{final.name}.") + r"[0-9a-f]{8}\.(partial|replaced)")
-    for path in final.parent.iterdir() if final.parent.is_dir() else ():
-        if pattern.fullmatch(path.name) and (final.exists() or path.suffix == ".partial"):
-            shutil.rmtree(path, ignore_errors=True)
+def _put_in_order(final: Path) -> None:
+    """Put right what killed writers of this result and its companions left."""
+    names = "|".join(re.escape(ending) for ending in COMPANIONS)
+    pattern = re.compile(
+        re.escape(f".{final.name}.") + rf"((?:{names})\.)?[0-9a-f]{{8}}\.(partial|replaced)"
+    )
+    for path in list(final.parent.iterdir()):
+        if not (found := pattern.fullmatch(path.name)):
+            continue
+        if found[2] == "replaced" and not final.exists():
+            path.rename(final)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _flush_tree(root: Path) -> None:

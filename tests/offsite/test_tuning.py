@@ -86,7 +86,7 @@ def test_checkpoints_that_cannot_be_removed_are_told(tune, tmp_path, monkeypatch
             clear(work)
 
     monkeypatch.setattr(tuning.checkpoint, "clear", refused)
-    with pytest.raises(OutputError, match=r"adapter.work: .*Permission denied.*remove them"):
+    with pytest.raises(OutputError, match=r"adapter.work: .*Permission denied.*fitted to the data"):
         tune()
     assert (tmp_path / "adapter" / "manifest.json").is_file()
 

@@ -2,7 +2,8 @@
 
 Beside every finished output stands `NAME.done.json`: which options and inputs made it, what its
 bytes are, and what was told about it. With `--resume auto` the same command finds all of them
-unchanged and has nothing to do. Nothing of it goes into the output itself.
+unchanged and has nothing to do. Nothing of it goes into the output itself. While a command runs,
+the note says that it has begun: killed in its last moment, it may replace what it made itself.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -44,18 +46,37 @@ class Request:
 
     def done(self) -> Facts | None:
         """What was told about the output, if this very request made what stands there."""
-        path = record_path(self.out)
-        if self.identity is None or not path.is_file() or not self.out.exists():
+        found = self._note()
+        if "facts" not in found or not self.out.exists() or found["output"] != digest(self.out):
             return None
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            same = found["identity"] == self.identity and found["output"] == digest(self.out)
-            facts = dict(found["facts"]) if same else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # a damaged note says nothing
-        if facts is None:
-            return None
+        facts = dict(found["facts"])
         return facts | {"path": str(self.out), "options": str(options_path(self.out))}
+
+    def begun(self) -> bool:
+        """Whether this very request was killed before it could note that it was done."""
+        return self._note().get("begun", False) is True
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Note that the request has begun; failed, the note goes, unless the output stands.
+
+        Raises:
+            OutputError: the note cannot be written.
+        """
+        earlier, before = record_path(self.out), digest(self.out)
+        kept = earlier.read_bytes() if earlier.is_file() and not self.begun() else None
+        if self.identity is not None:
+            self._write({"identity": self.identity, "begun": True})
+        try:
+            yield
+        except BaseException:
+            if digest(self.out) == before:
+                with suppress(OSError, OutputError):
+                    if kept is not None:
+                        self._write_bytes(kept)
+                    elif self.identity is not None:
+                        earlier.unlink()
+            raise
 
     def note_done(self, facts: Facts) -> None:
         """Note that the output is whole.
@@ -63,11 +84,26 @@ class Request:
         Raises:
             OutputError: the note cannot be written.
         """
+        self._write({"identity": self.identity, "output": digest(self.out), "facts": facts})
+
+    def _note(self) -> Facts:
+        """The note beside the output, if it is of this very request; a damaged one says nothing."""
+        if self.identity is None:
+            return {}
+        try:
+            found = json.loads(record_path(self.out).read_text(encoding="utf-8"))
+            return dict(found) if found["identity"] == self.identity else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def _write(self, note: Facts) -> None:
+        self._write_bytes((json_line(note) + "\n").encode())
+
+    def _write_bytes(self, content: bytes) -> None:
         from blindtune.atomic import atomic_file
 
-        note = {"identity": self.identity, "output": digest(self.out), "facts": facts}
         with atomic_file(record_path(self.out)) as partial:
-            partial.write_text(json_line(note) + "\n", encoding="utf-8")
+            partial.write_bytes(content)
 
 
 def request(
@@ -116,6 +152,21 @@ def digest(path: Path) -> str | None:
     return whole.hexdigest()
 
 
+def check_parent(out: Path) -> None:
+    """Refuse at once an output whose directory could not be made or written.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    place = out.absolute().parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise OutputError(f"{out}: cannot be made, {place} is a file: choose another --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"{out}: cannot be made, {place} is not yours to write: choose another")
+
+
 def check_place(verb: str, out: Path, *, mark: str, is_file: bool, overwrite: bool) -> None:
     """Refuse at once an output that could not be made in the end, or would bury something else.
 
@@ -129,13 +180,7 @@ def check_place(verb: str, out: Path, *, mark: str, is_file: bool, overwrite: bo
     Raises:
         OutputError: it cannot be made there.
     """
-    place = out.absolute().parent
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise OutputError(f"{out}: cannot be made, {place} is a file: choose another --out")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise OutputError(f"{out}: cannot be made, {place} is not yours to write: choose another")
+    check_parent(out)
     if is_file:
         free, earlier, kind = not out.exists(), _is_earlier_file(verb, out), "file"
     else:

@@ -14,8 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,9 +22,9 @@ import click
 
 from blindtune.cli.configfile import options_path, read_config, write_config
 from blindtune.cli.options import Field, Group
-from blindtune.cli.output import Facts, check_place, request, write_facts
+from blindtune.cli.output import Facts, Request, check_parent, check_place, request, write_facts
 from blindtune.cli.printing import print_estimate, print_json, stdout_console
-from blindtune.errors import BlindtuneError
+from blindtune.errors import BlindtuneError, OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -242,26 +241,39 @@ def _act(verb: Verb, settings: Settings, out: Path | None) -> Facts:
     """Act, and save beside the output what was asked and told; or find that all is done."""
     if out is None:
         return verb.act(settings)
-    overwrite = settings.overwrite or verb.goes_on
-    check = partial(
-        check_place, verb.name, out, mark=verb.mark, is_file=verb.out_is_file, overwrite=overwrite
-    )
     if verb.goes_on:
         if verb.mark:
-            check()
+            check_place(verb.name, out, mark=verb.mark, is_file=verb.out_is_file, overwrite=True)
         return verb.act(settings)
     files = [p for p in verb.parameters if not getattr(p, "is_flag", False)]
     inputs = [str(parameter.name) for parameter in files]
     asked = request(verb.name, out, settings.values, inputs, verb.untold)
+    if process_rank() != 0:
+        return _anew(verb, settings, asked)
+    from blindtune.atomic import sole_writer
+
     if settings["resume"] == "auto" and (facts := asked.done()) is not None:
+        with contextlib.suppress(OutputError), sole_writer(out):  # puts it in order
+            pass
         return facts | {"already_done": True}
-    check()
-    facts = verb.act(settings)
-    if process_rank() == 0:
-        facts["options"] = str(options_path(out))
+    check_parent(out)
+    with sole_writer(out):
+        return _anew(verb, settings, asked)
+
+
+def _anew(verb: Verb, settings: Settings, asked: Request) -> Facts:
+    """Make an output that is not there, and note what was asked and told."""
+    own = settings.overwrite or asked.begun()
+    check_place(verb.name, asked.out, mark=verb.mark, is_file=verb.out_is_file, overwrite=own)
+    settings = replace(settings, overwrite=own)
+    if process_rank() != 0:
+        return verb.act(settings)
+    with asked.under_way():
+        facts = verb.act(settings)
+        facts["options"] = str(options_path(asked.out))
         if verb.out_is_file:
-            write_facts(out, {"verb": verb.name, **facts})
-        write_config(verb.name, out, settings.values)
+            write_facts(asked.out, {"verb": verb.name, **facts})
+        write_config(verb.name, asked.out, settings.values)
         asked.note_done(facts)
     return facts
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from blindtune.atomic import atomic_directory
+from blindtune.atomic import atomic_directory, remove_directory
 from blindtune.errors import ConfigError
 from blindtune.models.blocks import Harmonizer
 from blindtune.offsite.importance import DynamicConfig, DynamicState
@@ -289,4 +288,4 @@ class WorkDirectory:
 
     def remove(self) -> None:
         """The study is finished, or starts anew."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_directory(self.path)

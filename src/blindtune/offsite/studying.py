@@ -17,7 +17,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from blindtune.atomic import atomic_directory, check_free
+from blindtune.atomic import atomic_directory, check_free, sole_writer
 from blindtune.errors import ConfigError, DataError
 from blindtune.models.blocks import Harmonizer
 from blindtune.models.decoder import Decoder, check_context, context_limit
@@ -80,14 +80,15 @@ def study(
     check_context(config.max_length, context_limit(network_model.config))
     windows_NL = _windows(model, data, config)
     partial = _begin(model, decoder, config, dynamic)
-    work = WorkDirectory(out, partial, windows_NL, fresh=resume == "never")
-    stages = _Stages(partial, decoder, windows_NL, work, on_stage)
-    stages.calibrate()
-    stages.measure()
-    stages.learn()
-    with atomic_directory(out, overwrite=overwrite, mark=FACTS_NAME) as directory:
-        save_study(partial, directory)
-    work.remove()
+    with sole_writer(out):
+        work = WorkDirectory(out, partial, windows_NL, fresh=resume == "never")
+        stages = _Stages(partial, decoder, windows_NL, work, on_stage)
+        stages.calibrate()
+        stages.measure()
+        stages.learn()
+        with atomic_directory(out, overwrite=overwrite, mark=FACTS_NAME) as directory:
+            save_study(partial, directory)
+        work.remove()
     return partial
 
 

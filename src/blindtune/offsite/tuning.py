@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from blindtune.atomic import check_free
+from blindtune.atomic import check_free, sole_writer
 from blindtune.errors import BlindtuneError, ConfigError
 from blindtune.exchange.manifest import MANIFEST_NAME, PrivacyFacts
 from blindtune.exchange.signing import Signer, Trust
@@ -102,14 +102,15 @@ def tune(
     trained = _trainable(opened, adapter, training.seed)
     work = out.absolute().parent / f"{out.absolute().name}.work"
     identity = {"emulator": opened.id, **asdict(adapter)}
-    if plan is None:
-        result = fit(trained, train, held_out, training, work, run=run, identity=identity)
-    else:
-        noise = uniforms_from(privacy.testing_seed)
-        result = fit_private(trained, train, training, plan, work, noise, run, identity)
     write = partial(write_adapter, opened, adapter, out, overwrite=overwrite, signer=signer)
-    adapter_id = _write_once(partial(write, privacy=_stated(plan)))
-    _clear_once(work)
+    with sole_writer(out):
+        if plan is None:
+            result = fit(trained, train, held_out, training, work, run=run, identity=identity)
+        else:
+            noise = uniforms_from(privacy.testing_seed)
+            result = fit_private(trained, train, training, plan, work, noise, run, identity)
+        adapter_id = _write_once(partial(write, privacy=_stated(plan)))
+        _clear_once(work)
     return Tuning(
         adapter_id=adapter_id,
         path=out,

@@ -6,18 +6,18 @@
             trained.safetensors  trainer.pt  trainer_state.json
         best-100.safetensors the trained parameters with the lowest validation loss
 
-A checkpoint is written beside its place, flushed, and renamed: under its name it is complete.
+A checkpoint stands under its name only when it is complete (`atomic`).
 These files never leave the party that trains. `trainer.pt` (optimizer, schedule, random states) is
 read with `weights_only=True`, so it cannot run code.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from blindtune.atomic import atomic_directory, atomic_file, remove_directory
 from blindtune.errors import ConfigError, OutputError
 
 WEIGHTS_NAME = "trained.safetensors"
@@ -45,7 +46,8 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 def save_weights(path: Path, model: nn.Module) -> None:
     """Write `trained_state` to a safetensors file, atomically."""
-    _atomically(path, lambda partial: save_file(trained_state(model), partial))
+    with _kept_whole(), atomic_file(path) as partial:
+        save_file(trained_state(model), partial)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -77,18 +79,19 @@ def save_checkpoint(
 ) -> None:
     """Write `checkpoint-<step>` atomically, then remove the older ones."""
 
-    def write(partial: Path) -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(trained_state(model), partial / WEIGHTS_NAME)
-        torch.save(dict(trainer), partial / "trainer.pt")
-        (partial / "trainer_state.json").write_text(state_json)
-
     final = folder / f"checkpoint-{step}"
-    _atomically(final, write)
+    again = atomic_directory(final, overwrite=True, mark=WEIGHTS_NAME)
+    with _kept_whole(), again as partial:
+        save_file(trained_state(model), partial / WEIGHTS_NAME)
+        with (partial / "trainer.pt").open("wb") as file:
+            try:
+                torch.save(dict(trainer), file)
+            except RuntimeError as error:  # how torch says that the disk refuses
+                raise OSError(errno.EIO, str(error).partition("\n")[0]) from error
+        (partial / "trainer_state.json").write_text(state_json)
     for old in _checkpoints(folder):
         if old != final:
-            shutil.rmtree(old)
+            remove_directory(old)
 
 
 def load_trainer(checkpoint: Path) -> dict[str, Any]:
@@ -123,17 +126,18 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def begin_run(folder: Path, run: Mapping[str, Any]) -> None:
     """Empty the folder and note which run it belongs to."""
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be made ({error}): choose another place") from error
-    text = json.dumps(run, indent=1, sort_keys=True)
-    _atomically(folder / _RUN_NAME, lambda partial: partial.write_text(text))
+    remove_directory(folder)
+    with atomic_file(folder / _RUN_NAME) as partial:
+        partial.write_text(json.dumps(run, indent=1, sort_keys=True))
 
 
 def check_run(folder: Path, run: Mapping[str, Any]) -> None:
-    """Raise ConfigError when the folder's checkpoints belong to another run."""
+    """Raise ConfigError when the folder's checkpoints belong to another run.
+
+    What a killed one had half-written there goes.
+    """
+    for left in folder.glob(".*.partial"):
+        remove_directory(left) if left.is_dir() else left.unlink(missing_ok=True)
     try:
         found = json.loads((folder / _RUN_NAME).read_text())
     except (OSError, ValueError):
@@ -156,14 +160,13 @@ def clear(out_dir: Path) -> None:
     Raises:
         OutputError: they cannot be removed.
     """
+    folder = out_dir / "checkpoints"
+    alone = out_dir.is_dir() and all(path == folder for path in out_dir.iterdir())
     try:
-        shutil.rmtree(out_dir / "checkpoints")
-        if not any(out_dir.iterdir()):
-            out_dir.rmdir()
-    except OSError as error:
+        remove_directory(out_dir if alone else folder)
+    except OutputError as error:
         raise OutputError(
-            f"{out_dir}: the run is finished, but its checkpoints cannot be removed "
-            f"({error.strerror or error}): remove them, they hold weights fitted to the data"
+            f"{error}: the run is finished, and its checkpoints hold weights fitted to the data"
         ) from error
 
 
@@ -191,20 +194,13 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.partition("-")[2])
 
 
-def _atomically(final: Path, write: Callable[[Path], object]) -> None:
-    """Write a file or a folder beside its place, flush it to the disk, rename it."""
-    partial = final.with_name(f".{final.name}.partial")
+@contextmanager
+def _kept_whole() -> Iterator[None]:
+    """Say of a checkpoint that cannot be written what that means for the run."""
     try:
-        write(partial)
-        for path in sorted(partial.iterdir()) if partial.is_dir() else [partial]:
-            with path.open("rb") as written:
-                os.fsync(written.fileno())
-        if final.is_dir():
-            shutil.rmtree(final)
-        partial.replace(final)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError, disk full
-        shutil.rmtree(partial, ignore_errors=True)
+        yield
+    except OutputError as error:
         raise OutputError(
-            f"{final}: cannot be written ({error}): free some space and run the same command "
-            "again; it goes on from the last complete checkpoint"
+            f"{error}; then run the same command again: it goes on from the last complete "
+            "checkpoint"
         ) from error
