@@ -24,7 +24,7 @@ def test_without_noise_every_family_is_read_at_cut_0(tmp_path, name):
     assert score.content.value == 0
 
 
-@pytest.mark.parametrize("mode", ["token", "vector", "block-output"])
+@pytest.mark.parametrize("mode", ["token", "exponential", "vector", "block-output"])
 @pytest.mark.parametrize("name", ["bert", "smollm2"])
 def test_pure_noise_gives_nothing(tmp_path, name, mode):
     view, private = observe(open_tiny_bottom(tmp_path, name), Mechanism(eta=1e-4, mode=mode))
@@ -47,9 +47,10 @@ def test_it_finds_the_rows_that_comparing_with_all_finds(tmp_path, monkeypatch, 
         assert torch.equal((made_VLD - state_LD).norm(dim=2).argmin(0), guess_L)
 
 
-def test_token_mode_is_read_as_it_was_sent(tmp_path):
+@pytest.mark.parametrize(("mode", "eta"), [("token", 8.0), ("exponential", 5.0)])
+def test_words_are_read_as_they_were_sent(tmp_path, mode, eta):
     bottom = open_tiny_bottom(tmp_path)
-    view, private = observe(bottom, Mechanism(eta=8.0))
+    view, private = observe(bottom, Mechanism(eta=eta, mode=mode))
     score = empirical_privacy(
         nearest_tokens(view), private.ids, special_ids=bottom.tokenizer.all_special_ids
     )

@@ -30,6 +30,22 @@ def test_bayes_and_then_language_read_more_of_token_mode(tmp_path):
     assert bayes < language - 0.1
 
 
+def test_bayes_knows_the_exponential_mechanism_exactly(tmp_path):
+    bottom = open_tiny_bottom(tmp_path, "smollm2")
+    view, private = observe(bottom, Mechanism(eta=5.0, mode="exponential"), public=150)
+    sent = nearest_tokens(view)
+    found = token_candidates(view, sent, ChannelConfig(words=10**6, candidates=5))
+    table_VD = view.table_VD.double()
+    channel_VV = (-2.5 * (table_VD[:, None] - table_VD[None]).norm(dim=2)).log_softmax(1)
+    special = list(view.special_ids)
+    channel_VV[special] = -torch.inf
+    posterior_VV = channel_VV + unigram(view.public, len(table_VD))[:, None]
+    content = ~torch.isin(torch.cat(sent), torch.tensor(special))
+    best = posterior_VV[:, torch.cat(sent)].argmax(0)
+    assert torch.equal(torch.cat(found.first())[content], best[content])
+    assert 0.1 < share_right(sent, private.ids) < share_right(found.first(), private.ids) - 0.05
+
+
 @pytest.mark.parametrize("name", ["smollm2", "gemma"])
 def test_language_reads_more_of_vector_mode(tmp_path, name):
     eta = 6.0 if name == "smollm2" else 1.2
@@ -111,7 +127,7 @@ def test_ngrams_are_a_distribution():
 def test_bad_views(tmp_path):
     token, _ = observe(open_tiny_bottom(tmp_path, "smollm2"), Mechanism(eta=9.0), public=3)
     bert, _ = observe(open_tiny_bottom(tmp_path), Mechanism(eta=9.0, mode="vector"), public=3)
-    with pytest.raises(ConfigError, match="token mode"):
+    with pytest.raises(ConfigError, match="token or exponential mode"):
         token_candidates(bert, nearest_tokens(bert))
     with pytest.raises(DataError, match="one sent token"):
         token_candidates(token, ())

@@ -29,7 +29,7 @@ def test_depth_alone_hides_nothing_from_it(tmp_path, name, kind):
     assert share_right(nearest_tokens(view), private.ids) < 0.6
 
 
-@pytest.mark.parametrize("mode", ["token", "vector", "block-output"])
+@pytest.mark.parametrize("mode", ["token", "exponential", "vector", "block-output"])
 def test_pure_noise_leaves_the_prior_alone(tmp_path, mode):
     bottom = open_tiny_bottom(tmp_path, cut=1)
     view, private = observe(bottom, Mechanism(eta=1e-3, mode=mode), public=120)

@@ -95,6 +95,16 @@ def test_pure_noise_hides_all_but_the_commonest_word(world):
     assert "Saying the commonest word each time" in found.verdict
 
 
+def test_drawn_words_are_attacked_by_their_own_probabilities(world):
+    drawn = PrivatizerConfig(privatizer="exponential", changed_share=0.5)
+    found = audited(world, privatizer=drawn, public=world / "public.txt")
+    every = eps(found)
+    assert 0.2 < every["nearest neighbour"].value < 0.8
+    assert every["Bayes"].value < every["nearest neighbour"].value
+    assert every["4 fresh draws, never sent"].value < every["nearest neighbour"].value
+    assert "Words are drawn at a mean distance of" in found.guarantee[0]
+
+
 def test_patience_reads_what_one_draw_hides(world):
     noise = PrivatizerConfig(privatizer="vector", changed_share=0.6)
     config = AuditConfig(fresh_draws=64, test_tokens=600)

@@ -337,12 +337,12 @@ def test_mechanism_refuses(options, message):
 
 
 def test_modes_do_not_mix():
-    with pytest.raises(ConfigError, match="table in token mode"):
+    with pytest.raises(ConfigError, match="table in token and exponential mode"):
         Privatizer(Mechanism(eta=1.0))
     with pytest.raises(ConfigError, match="none in the others"):
         Privatizer(Mechanism(eta=1.0, mode="vector"), torch.randn(3, 2))
     vector = privatizer(eta=1.0, mode="vector")
-    with pytest.raises(ConfigError, match="token mode, got 'vector'"):
+    with pytest.raises(ConfigError, match="token or exponential mode, got 'vector'"):
         vector.tokens(torch.zeros(1, 1, dtype=torch.int64))
     with pytest.raises(ConfigError, match="block-output mode, got 'vector'"):
         vector.block_outputs(torch.zeros(1, 1, 2))

@@ -63,7 +63,7 @@ def test_every_epoch_sends_the_same_draw(tmp_path):
                    for c in recorder.transcript().crossings())  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["token", "vector", "block-output"])
+@pytest.mark.parametrize("mode", ["token", "exponential", "vector", "block-output"])
 def test_modes(tmp_path, mode):
     world = World(tmp_path, "bert", cut=2)
     clean = world.private()
@@ -77,7 +77,7 @@ def test_modes(tmp_path, mode):
         assert exact.shape == strong.shape
         assert (strong - exact).norm() > 0.1 * exact.norm()
     assert all(torch.equal(a, b) for a, b in zip(clean.ids, states[0.5].ids, strict=True))
-    if mode == "token":
+    if mode in ("token", "exponential"):
         assert states[1e5].changed == 0
         assert states[0.5].changed > 0.8
         states[0.5].save(tmp_path / "states")

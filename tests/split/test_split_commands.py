@@ -101,6 +101,28 @@ def test_words_become_their_groups(blindtune, tmp_path):
         assert torch.allclose(mine, theirs, atol=1e-5)  # the same groups, and no noise
 
 
+def test_words_are_drawn(blindtune):
+    drawn = ["--privatizer", "exponential", "--changed-share", "0.5"]
+    code, out, err = blindtune("split-tune", *drawn, *QUICK, "--dry-run")
+    assert code == 0, err
+    assert "words to draw from" in out + err
+    code, out, err = blindtune("split-tune", *drawn, *QUICK, "--json")
+    assert code == 0, err
+    facts = json.loads(out)["privacy"]
+    assert facts["privatizer"] == "exponential"
+    assert facts["expected_change"] == pytest.approx(0.5, abs=0.1)
+    assert 0.2 < facts["changed"] < 0.8
+    assert 0 < facts["noise_norm"] < 2 * facts["typical_norm"]
+    assert "words drawn at a mean distance of" in err
+    assert "looking up the nearest word" in err
+    assert facts["spending"]["epsilon_per_token"] == pytest.approx(
+        facts["eta"] * facts["typical_norm"]
+    )
+    code, out, err = blindtune("predict", "--data", "train.csv")
+    assert code == 0, err
+    assert "words drawn" in err
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -57,7 +57,7 @@ def averaged_tokens(
         if [s.shape for s in states] != [s.shape for s in view.states]:
             raise DataError("expected resubmissions of the same texts, got other lengths")
     draws = fresh_draws([view.states, *resubmissions])
-    if view.mechanism is not None and view.mechanism.mode == "token" and len(draws) > 1:
+    if view.mechanism is not None and view.mechanism.replaces_words and len(draws) > 1:
         return _voted(view, [attack(replace(view, states=tuple(states))) for states in draws])
     mean = tuple(torch.stack(rows).mean(0) for rows in zip(*draws, strict=True))
     return attack(replace(view, states=mean))

@@ -46,7 +46,7 @@ class Imitation:
         self._special = torch.tensor(sorted(set(special_ids)), dtype=torch.int64)
         self._privatizer = None
         if mechanism is not None:
-            table = model.embedding.weight if mechanism.mode == "token" else None
+            table = model.embedding.weight if mechanism.replaces_words else None
             assert table is None or isinstance(table, Tensor), type(table)
             self._privatizer = Privatizer(mechanism, table, testing_seed=testing_seed)
 

@@ -8,6 +8,8 @@ exp(-d^2 / 8 s^2) with d the distance of x and y and s^2 = (D + 1) / eta^2 the n
 coordinate: how a pairwise bound of P(y | x) falls with the distance. Words outside that list are
 not considered.
 
+Exponential mode: the same rule, and P(y | x) is computed, not estimated.
+
 Vector mode at cut 0 (as BeamClean, arXiv 2505.13758): P(z | w) is exactly proportional to
 exp(-eta ||z - e_w||). Only for models whose embedding leaves as it is, or scaled: behind norms and
 positions take the candidates of a trained inverter.
@@ -30,13 +32,14 @@ from blindtune.attacks.embedding_inversion import depends_on_place, made_at
 from blindtune.attacks.imitation import Imitation
 from blindtune.errors import ConfigError, DataError
 from blindtune.privacy.metric_dp import Privatizer
+from blindtune.privacy.word_sampling import WordSampler
 
 PORTION_TOKENS = 256  # whose distances to the vocabulary are held at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelConfig:
-    """How well the adversary estimates P(y | x)."""
+    """How well the adversary estimates P(y | x); draws and smoothing for token mode alone."""
 
     words: int = 1000
     """Most frequent public words that are considered, besides the sent tokens."""
@@ -67,7 +70,7 @@ def token_candidates(
     """Words behind sent tokens, by Bayes' rule with the unigram prior of the public text.
 
     Args:
-        view: of token mode, with public text.
+        view: of token or exponential mode, with public text.
         sent: the tokens that the states belong to: by `nearest_tokens` at cut 0, and by an inverter
             that was trained without noise (`adaptive=False`) at deeper cuts.
         config: see there.
@@ -78,8 +81,10 @@ def token_candidates(
     """
     config, mechanism = config or ChannelConfig(), view.mechanism
     view.require_public("Bayes' rule")
-    if mechanism is None or mechanism.mode != "token":
-        raise ConfigError("expected a mechanism of token mode: take vector_candidates")
+    if mechanism is None or not mechanism.replaces_words:
+        raise ConfigError(
+            "expected a mechanism of token or exponential mode: take vector_candidates"
+        )
     if tuple(map(len, sent)) != view.lengths:
         raise DataError("expected one sent token for every state: take this view's guess")
     table_VD = view.table_VD.cpu()
@@ -88,10 +93,14 @@ def token_candidates(
     sent_U, place_T = sent_T.unique(return_inverse=True)
     frequent = prior_V.topk(min(config.words, len(prior_V))).indices
     word_K = torch.cat([frequent, sent_U]).unique()
-    drawn_MK = Privatizer(mechanism, table_VD, testing_seed=testing_seed).tokens(
-        word_K.expand(config.draws, -1)
-    )
-    log_UK = _smoothed(drawn_MK, word_K, sent_U, table_VD, mechanism.eta, config)
+    if mechanism.mode == "exponential":
+        sampler = WordSampler(table_VD)
+        log_UK = sampler.log_probabilities(word_K, mechanism.eta, sent_U).T.float()
+    else:
+        drawn_MK = Privatizer(mechanism, table_VD, testing_seed=testing_seed).tokens(
+            word_K.expand(config.draws, -1)
+        )
+        log_UK = _smoothed(drawn_MK, word_K, sent_U, table_VD, mechanism.eta, config)
     # Special tokens leave as they are and come from nothing else.
     special = torch.tensor(view.special_ids, dtype=torch.int64)
     log_UK[:, torch.isin(word_K, special)] = -torch.inf

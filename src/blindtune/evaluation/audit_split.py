@@ -160,10 +160,11 @@ def guarantee(statement: PrivacyStatement) -> tuple[str, ...]:
     if statement.privatizer in ("none", "groups") and spending is None:
         return (*(f"{line[:1].upper()}{line[1:]}." for line in statement.account.splitlines()),
                 *_notes(statement))  # fmt: skip
+    drawn = statement.privatizer == "exponential"
+    what = "Words are drawn at a mean distance of" if drawn else "The noise has a mean norm of"
     said = [
         f"Privatizer {statement.privatizer}, eta {statement.eta:.4g}: per token, per unit of "
-        f"distance, under d_chi (metric) privacy. The noise has a mean norm of "
-        f"{statement.noise_norm:.3g}."
+        f"distance, under d_chi (metric) privacy. {what} {statement.noise_norm:.3g}."
     ]
     if spending is None:
         return (*said, f"{statement.account[:1].upper()}{statement.account[1:]}.",

@@ -116,7 +116,7 @@ class SplitAttacks:
             return [("word of the group", self._group)]
         if self._subject.mechanism is None or self._subject.mechanism.mode == "block-output":
             return []
-        if self._subject.mechanism.mode == "token":
+        if self._subject.mechanism.replaces_words:
             return [("Bayes", self._bayes)]
         return [] if self._view.cut else [("noise density", self._density)]
 
@@ -148,8 +148,8 @@ class SplitAttacks:
 
     def _bayes(self) -> None:
         knew = (
-            "Knew the noise and how frequent words are in public text; drew the noise itself to "
-            "see which words come out as those that were sent"
+            "Knew the noise and how frequent words are in public text; computed, or drew the noise "
+            "itself to see, which words come out as those that were sent"
         )
         self._both("Bayes", knew, lambda view: token_candidates(view, self._sent(view)))
 

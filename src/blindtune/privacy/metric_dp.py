@@ -16,6 +16,9 @@ token: the word embedding is noised and replaced by the nearest row of the vocab
     (or enters the bottom) is a text of other tokens. Guarantee: the formula above for every
     position, with x, x' rows of the embedding table, for everything computed from the result. The
     search is exact; an approximate one would be another mechanism.
+exponential: no noise on the embedding; another word is drawn with P(w' | w) proportional to
+    exp(-eta/2 ||e_w - e_w'||) (`word_sampling`). Guarantee: the formula of token mode, in the same
+    words and at the same eta; other words come out than the rounding of noise gives.
 vector: the noisy word embedding itself, or its image under the bottom's blocks, leaves. Same
     guarantee (what is computed from a noisy vector spends nothing more), and the adversary sees
     more: token mode is this plus a rounding.
@@ -57,9 +60,10 @@ from torch import Tensor
 from blindtune.errors import ConfigError, DataError
 from blindtune.privacy.entropy import Uniforms, uniforms_from
 from blindtune.privacy.nearest import NearestRows, Tiling
+from blindtune.privacy.word_sampling import WordSampler
 
-Mode = Literal["token", "vector", "block-output"]
-MODES = ("token", "vector", "block-output")
+Mode = Literal["token", "exponential", "vector", "block-output"]
+MODES = ("token", "exponential", "vector", "block-output")
 NOISE_NUMBERS = 2**21  # float64 numbers drawn at once
 GRID_FINENESS = 1024  # grid steps in 1 / eta; the noise of a coordinate is about sqrt(D) / eta
 
@@ -71,7 +75,8 @@ class Mechanism:
     eta: float
     """Per token, per unit of L2 distance in the space that is noised; smaller is more private."""
     mode: Mode = "token"
-    """What is noised and what leaves: "token", "vector" or "block-output" (module docstring)."""
+    """What is noised and what leaves: "token", "exponential", "vector" or "block-output" (module
+    docstring)."""
     clip_norm: float | None = None
     """Block-output mode only: states longer than this are shortened to it before the noise, which
     bounds what a position can spend by 2 clip_norm eta. None: no such bound."""
@@ -87,6 +92,11 @@ class Mechanism:
             raise ConfigError(f"expected no clip_norm in {self.mode} mode, got {self.clip_norm}")
         if not 0 < self.clip_norm < math.inf:
             raise ConfigError(f"expected a positive, finite clip_norm, got {self.clip_norm}")
+
+    @property
+    def replaces_words(self) -> bool:
+        """Whether words come out, one for each token (token and exponential mode)."""
+        return self.mode in ("token", "exponential")
 
 
 def d_chi_noise(count: int, dimension: int, eta: float, uniforms: Uniforms) -> Tensor:
@@ -112,8 +122,8 @@ class Privatizer:
 
     Args:
         mechanism: what is promised.
-        table_VD: the word embedding's weight, needed in token mode only.
-        tiling: speed and memory of the search in token mode.
+        table_VD: the word embedding's weight, needed in token and exponential mode only.
+        tiling: speed and memory of the pass over the table.
         testing_seed: for tests only: noise that anyone can repeat. Warns.
     """
 
@@ -125,18 +135,24 @@ class Privatizer:
         tiling: Tiling | None = None,
         testing_seed: int | None = None,
     ) -> None:
-        if (mechanism.mode == "token") != (table_VD is not None):
+        if mechanism.replaces_words != (table_VD is not None):
             raise ConfigError(
-                "expected an embedding table in token mode and none in the others, got mode "
-                f"{mechanism.mode!r} and {'no table' if table_VD is None else 'a table'}"
+                "expected an embedding table in token and exponential mode and none in the others, "
+                f"got mode {mechanism.mode!r} and {'no table' if table_VD is None else 'a table'}"
             )
         self.mechanism = mechanism
-        self._rows = None if table_VD is None else NearestRows(table_VD, tiling)
+        self._rows = self._sampler = None
+        if table_VD is not None:
+            self._rows = NearestRows(table_VD, tiling)
+            if mechanism.mode == "exponential":
+                self._sampler = WordSampler(table_VD, tiling)
         self._uniforms = uniforms_from(testing_seed)
 
     @torch.no_grad()
     def tokens(self, ids_BL: Tensor, factors_BL: Tensor | None = None) -> Tensor:
-        """Token mode: ids of the nearest rows of the noisy embeddings, same shape as `ids_BL`.
+        """Token and exponential mode: ids of the words that come out, same shape as `ids_BL`.
+
+        In token mode the nearest rows of the noisy embeddings, in exponential mode drawn words.
 
         `factors_BL` in [0, 1] scales each token's noise (its eta becomes eta / factor); a token of
         factor 0 stays what it is.
@@ -145,8 +161,11 @@ class Privatizer:
             ConfigError: another mode. DataError: ids outside the vocabulary, factors outside [0, 1]
                 or of another shape.
         """
-        rows = self._of_mode("token")
-        assert rows is not None
+        rows = self._rows
+        if rows is None:
+            raise ConfigError(
+                f"expected a mechanism of token or exponential mode, got {self.mechanism.mode!r}"
+            )
         ids_N = ids_BL.reshape(-1).to(rows.table_VD.device)
         if ids_N.numel() and not 0 <= int(ids_N.min()) <= int(ids_N.max()) < len(rows.table_VD):
             raise DataError(
@@ -154,6 +173,8 @@ class Privatizer:
                 f"{int(ids_N.max())}: tokenizer and embedding do not belong together"
             )
         factor_N = _flat_factors(factors_BL, ids_BL.shape)
+        if self._sampler is not None:
+            return self._sampled(self._sampler, ids_N, factor_N).view(ids_BL.shape).to(ids_BL)
         found = [
             torch.where(
                 factor == 0, ids, rows.find(self._noised(rows.table_VD[ids].double(), factor))
@@ -186,10 +207,18 @@ class Privatizer:
         self._of_mode("block-output")
         return self._add_noise(hidden_BLD, _flat_factors(None, hidden_BLD.shape[:-1]))
 
-    def _of_mode(self, mode: Mode) -> NearestRows | None:
+    def _of_mode(self, mode: Mode) -> None:
         if self.mechanism.mode != mode:
             raise ConfigError(f"expected a mechanism of {mode} mode, got {self.mechanism.mode!r}")
-        return self._rows
+
+    def _sampled(self, sampler: WordSampler, ids_N: Tensor, factor_N: Tensor) -> Tensor:
+        """Drawn words [N]; a token of factor f is drawn at eta / f, one of factor 0 is kept."""
+        drawn_N = ids_N.clone()
+        for factor in factor_N[factor_N > 0].unique().tolist():
+            mine = (factor_N == factor).to(ids_N.device)
+            eta = self.mechanism.eta / factor
+            drawn_N[mine] = sampler.draw(ids_N[mine], eta, self._uniforms)
+        return drawn_N
 
     @torch.no_grad()
     def _add_noise(self, vector_BLD: Tensor, factor_N: Tensor) -> Tensor:

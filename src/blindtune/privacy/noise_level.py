@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import ConfigError, DataError
-from blindtune.privacy.entropy import uniforms_from
+from blindtune.privacy.entropy import Uniforms, uniforms_from
 from blindtune.privacy.metric_dp import d_chi_noise
 from blindtune.privacy.nearest import Tiling
 
@@ -46,19 +46,23 @@ class NoiseLevel:
     eta: float
     """Per token, per unit of distance between word embeddings."""
     mean_norm: float
-    """Expected norm of the noise, D / eta."""
+    """Expected norm of the noise, D / eta; of the exponential mechanism the expected distance of
+    the word that comes out."""
     neighbour_distance: float
     """Median distance of a word to its nearest other word."""
     changed_share: float
-    """Share of tokens that token mode changes, estimated from `samples`."""
+    """Share of tokens that come out as others, estimated from `samples`."""
     changed_share_error: float
     """Its standard error, with one more sample of each outcome so that it is never 0."""
     samples: int
     """Tokens sampled."""
+    drawn: bool = False
+    """Whether words are drawn by the exponential mechanism."""
 
     def __str__(self) -> str:
+        what = "words drawn at a mean distance of" if self.drawn else "noise of mean norm"
         return (
-            f"eta {self.eta:.4g} per token: noise of mean norm {self.mean_norm:.3g}, "
+            f"eta {self.eta:.4g} per token: {what} {self.mean_norm:.3g}, "
             f"{self.mean_norm / self.neighbour_distance:.3g} x the median distance "
             f"{self.neighbour_distance:.3g} to the nearest word; changes "
             f"{self.changed_share:.1%} +- {self.changed_share_error:.1%} of tokens"
@@ -97,16 +101,11 @@ class NoiseSurvey:
         tiling: Tiling | None = None,
         testing_seed: int | None = None,
     ) -> None:
-        if samples < 2:
-            raise ConfigError(f"expected at least 2 samples, got {samples}")
         uniforms = uniforms_from(testing_seed)
-        pool = torch.arange(len(table_VD)) if token_ids is None else token_ids.reshape(-1).cpu()
-        if not len(pool) or not 0 <= int(pool.min()) <= int(pool.max()) < len(table_VD):
-            raise DataError(f"expected token ids from 0 to {len(table_VD) - 1}, and at least one")
-        picks_N = (uniforms(samples) * len(pool)).ceil().long() - 1
+        word_N = sampled_words(table_VD, token_ids, samples, uniforms)
         table_VD = table_VD.detach()
         self.dimension = table_VD.shape[1]
-        word_ND = table_VD[pool[picks_N].to(table_VD.device)].double()
+        word_ND = table_VD[word_N].double()
         noise_ND = d_chi_noise(samples, self.dimension, 1.0, uniforms).to(table_VD.device)
         length_N = noise_ND.norm(dim=1)
         nearest_N, radius_N = _walk_out(
@@ -150,6 +149,24 @@ class NoiseSurvey:
         if not 0 < below <= above < math.inf:
             raise ConfigError(f"no noise changes {changed_share:.1%} of these tokens")
         return math.sqrt(below * above)
+
+
+def sampled_words(
+    table_VD: Tensor, token_ids: Tensor | None, samples: int, uniforms: Uniforms
+) -> Tensor:
+    """Words [N] to survey: tokens as often as they occur, or every word of the table.
+
+    Raises:
+        ConfigError: fewer than 2 samples. DataError: no tokens, or ids outside the vocabulary.
+    """
+    if samples < 2:
+        raise ConfigError(f"expected at least 2 samples, got {samples}")
+    pool = torch.arange(len(table_VD)) if token_ids is None else token_ids.reshape(-1).cpu()
+    if not len(pool) or not 0 <= int(pool.min()) <= int(pool.max()) < len(table_VD):
+        raise DataError(f"expected token ids from 0 to {len(table_VD) - 1}, and at least one")
+    picks_N = (uniforms(samples) * len(pool)).ceil().long() - 1
+    word_N: Tensor = pool[picks_N].to(table_VD.device)
+    return word_N
 
 
 def _walk_out(

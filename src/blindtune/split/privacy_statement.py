@@ -19,6 +19,7 @@ from torch import Tensor
 
 from blindtune.errors import ConfigError
 from blindtune.privacy.accounting import Releases, Spending, account
+from blindtune.privacy.draw_level import DrawSurvey
 from blindtune.privacy.metric_dp import Mechanism
 from blindtune.privacy.noise_level import NoiseSurvey
 from blindtune.privacy.token_importance import ImportanceConfig, SpecialPolicy
@@ -27,7 +28,7 @@ from blindtune.split.bottom import Bottom
 from blindtune.split.private_states import PrivateStates, clean_states
 from blindtune.split.spared_tokens import contributing_tokens, noise_factors
 
-PrivatizerName = Literal["token", "vector", "block-output", "groups", "none"]
+PrivatizerName = Literal["token", "exponential", "vector", "block-output", "groups", "none"]
 _STATES = 64
 """Texts whose states without noise are looked at in block-output mode."""
 
@@ -37,9 +38,10 @@ class PrivatizerConfig:
     """How private texts are noised before anything leaves. Everything here changes privacy."""
 
     privatizer: PrivatizerName = "token"
-    """What is noised: token (word embedding, then the nearest word), vector (word embedding),
-    block-output (states after the bottom); groups: every word becomes its group's, a promise of
-    another kind (docs/privacy.md); none: nothing, only with --unprotected."""
+    """What is noised: token (word embedding, then the nearest word), exponential (a word is
+    drawn, the nearer the likelier), vector (word embedding), block-output (states after the
+    bottom); groups: every word becomes its group's, a promise of another kind (docs/privacy.md);
+    none: nothing, only with --unprotected."""
     eta: float | None = None
     """Privacy per token, per unit of distance between embeddings; smaller is more private."""
     changed_share: float | None = None
@@ -141,14 +143,14 @@ class PrivacyStatement:
     eta: float | None
     """Per token, per unit of L2 distance in the space that is noised."""
     noise_norm: float | None
-    """Expected norm of the noise, D / eta."""
+    """Expected norm of the noise, D / eta; exponential: distance of the word that comes out."""
     typical_norm: float | None
     """What to compare it with: the median distance of one of these tokens to its nearest other
     word; in block-output mode the median norm of a state."""
     expected_change: float | None
     """Share of tokens expected to change (vector mode: that the nearest word is another)."""
     changed: float | None
-    """Token mode: the share that did change in the draw that is sent."""
+    """Where words are replaced: the share that did change in the draw that is sent."""
     spending: dict[str, Any] | None
     """Under d_chi, by token, record and run; None where no epsilon can be stated."""
     account: str
@@ -163,14 +165,16 @@ class PrivacyStatement:
             beside = "norm of a state" if self.privatizer == "block-output" else (
                 "distance of your words to their nearest other word"
             )  # fmt: skip
+            drawn = self.privatizer == "exponential"
+            what = "words drawn at a mean distance of" if drawn else "noise of mean norm"
             lines.append(
-                f"  eta {self.eta:.4g} per token: noise of mean norm {self.noise_norm:.3g}, "
+                f"  eta {self.eta:.4g} per token: {what} {self.noise_norm:.3g}, "
                 f"{self.noise_norm / self.typical_norm:.3g} x the median {beside} "
                 f"({self.typical_norm:.3g})"
             )
         if self.expected_change is not None:
-            drawn = "" if self.changed is None else f"; {self.changed:.1%} did in this draw"
-            lines.append(f"  tokens that change: {self.expected_change:.1%} expected{drawn}")
+            did = "" if self.changed is None else f"; {self.changed:.1%} did in this draw"
+            lines.append(f"  tokens that change: {self.expected_change:.1%} expected{did}")
         elif self.changed is not None:
             lines.append(f"  tokens that change: {self.changed:.1%}")
         lines += [f"  {line}" for line in self.account.splitlines()]
@@ -216,18 +220,18 @@ def state_privacy(
             account=_without_noise(groups, private.changed), notes=notes,
         )  # fmt: skip
     if mechanism.mode == "block-output":
-        dimension, change = bottom.hidden_size, None
+        norm, change = bottom.hidden_size / mechanism.eta, None
         states = clean_states(bottom, private.ids[:_STATES])
         typical = torch.cat(states).norm(dim=1).median().item()
     else:
-        level = (survey := _survey(bottom, private.ids, config.privatizer)).at(mechanism.eta)
-        dimension, change = survey.dimension, level.changed_share
+        level = _survey(bottom, private.ids, config.privatizer).at(mechanism.eta)
+        norm, change = level.mean_norm, level.changed_share
         typical = level.neighbour_distance
     spending, text = _account(bottom, private, config, mechanism, typical, classes, epochs)
     return PrivacyStatement(
         privatizer=config.privatizer,
         eta=mechanism.eta,
-        noise_norm=dimension / mechanism.eta,
+        noise_norm=norm,
         typical_norm=typical,
         expected_change=change,
         changed=private.changed,
@@ -275,7 +279,9 @@ def _account(
     return found, str(found)
 
 
-def _survey(bottom: Bottom, ids: Sequence[Tensor], privatizer: PrivatizerName) -> NoiseSurvey:
+def _survey(
+    bottom: Bottom, ids: Sequence[Tensor], privatizer: PrivatizerName
+) -> NoiseSurvey | DrawSurvey:
     """What noise does to these tokens, special ones left out unless there are no others."""
     embedding = bottom.stack.embedding
     with torch.no_grad():  # a module may scale its rows, and vector mode noises what it gives
@@ -285,7 +291,8 @@ def _survey(bottom: Bottom, ids: Sequence[Tensor], privatizer: PrivatizerName) -
             table_VD = embedding(torch.arange(len(table_VD), device=table_VD.device))
     pool = torch.cat(list(ids))
     content = pool[~torch.isin(pool, torch.tensor(bottom.tokenizer.all_special_ids))]
-    return NoiseSurvey(table_VD, content if len(content) else pool)
+    survey = DrawSurvey if privatizer == "exponential" else NoiseSurvey
+    return survey(table_VD, content if len(content) else pool)
 
 
 def _notes(
@@ -299,7 +306,7 @@ def _notes(
             "the vendor sees the representative of every word's group; words that are a group of "
             "their own are seen as they are, and no promise covers a whole text"
         )
-    if config.privatizer == "token":
+    if config.privatizer in ("token", "exponential"):
         notes.append(
             "the vendor may recover the tokens that were drawn, by looking up the nearest word: a "
             "token that changed shows it another word, one that did not shows it yours"

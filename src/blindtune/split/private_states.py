@@ -9,8 +9,9 @@ would spend eta each time, and averaging would remove the noise (`privacy.metric
 Guarantee: the mechanism's, for the states of one call of `privatize`. Calling it again for the same
 text (another run, other options) spends again. Without a mechanism there is none, but that of
 `privacy.word_groups` where groups are given.
-In vector mode the noise is added to what the embedding module gives, in token mode to its table's
-rows: where the module scales its rows (Gemma), eta means different distances in the two.
+In vector mode the noise is added to what the embedding module gives, in token and exponential mode
+distances are those of its table's rows: where the module scales its rows (Gemma), eta means
+different distances.
 Not covered: lengths; labels in the two-part split; that a text's noise is smaller where CTI spares
 tokens (`privacy.token_importance`). The ids in `PrivateStates` are the private text: they stay.
 
@@ -54,7 +55,7 @@ class PrivateStates:
     ids: tuple[Tensor, ...]
     """[L] of every text, without noise: never sent; the targets of causal language modelling."""
     changed: float | None = None
-    """Token mode, or groups: the share of tokens (special ones apart) that came out as another
+    """Where words are replaced: the share of tokens (special ones apart) that came out as another
     token. Who inverts the bottom perfectly and guesses no further gets 1 - changed right."""
 
     def __len__(self) -> int:
@@ -124,7 +125,7 @@ def privatize(
         importance: CTI for training texts with classes; None: every token gets full noise, special
             tokens are kept as they are.
         groups: public; every token is its group's representative from the start, so CTI counts
-            representatives and token mode picks among them. None: every word is its own.
+            representatives, and noise replaces them by one another. None: every word is its own.
         classes: number of classes; needed with CTI.
         batch_size: texts at once; changes speed only.
         testing_seed: for tests only: noise that anyone can repeat. Warns.
@@ -156,7 +157,7 @@ def privatize(
         hidden_BLD = _noised(bottom, privatizer, sent_BL, mask_BL, factors_BL)
         packed_TD, lengths = pack(hidden_BLD, mask_BL)
         states += [state.clone() for state in packed_TD.float().cpu().split(lengths)]
-    replaces = groups is not None or (mechanism is not None and mechanism.mode == "token")
+    replaces = groups is not None or (mechanism is not None and mechanism.replaces_words)
     return PrivateStates(
         states=tuple(states),
         labels=labels,
@@ -190,7 +191,7 @@ def _privatizer(
     table_VD = bottom.stack.embedding.weight
     assert isinstance(table_VD, Tensor)
     rows_GD = table_VD if groups is None else table_VD[groups.representatives]
-    table = rows_GD if mechanism.mode == "token" else None
+    table = rows_GD if mechanism.replaces_words else None
     return Privatizer(mechanism, table, testing_seed=testing_seed)
 
 
@@ -207,8 +208,8 @@ def _padded(bottom: Bottom, some: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def _tokens_sent(
     privatizer: Privatizer | None, groups: WordGroups | None, ids_BL: Tensor, factors_BL: Tensor
 ) -> Tensor:
-    """The tokens that enter the bottom: in token mode the nearest of the words that are left."""
-    if privatizer is None or privatizer.mechanism.mode != "token":
+    """The tokens that enter the bottom: what comes out is of the words that are left."""
+    if privatizer is None or not privatizer.mechanism.replaces_words:
         return ids_BL
     if groups is None:
         return privatizer.tokens(ids_BL, factors_BL)
@@ -223,9 +224,9 @@ def _noised(
     mask_BL: Tensor,
     factors_BL: Tensor,
 ) -> Tensor:
-    """States [B, L, D] after the bottom; in token mode the ids have had their noise."""
+    """States [B, L, D] after the bottom; where words are replaced, the ids have had their noise."""
     stack, cut = bottom.stack, bottom.cut
-    if privatizer is None or privatizer.mechanism.mode == "token":
+    if privatizer is None or privatizer.mechanism.replaces_words:
         return run_bottom(stack, cut, stack.begin(ids_BL, mask_BL))
     if privatizer.mechanism.mode == "vector":
         with _noisy_embedding(stack, privatizer, factors_BL):

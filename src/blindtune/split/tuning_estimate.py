@@ -65,6 +65,9 @@ def estimate_split_tune(
         "open": weight_bytes(package.stack.model) / READ_BYTES_PER_SECOND,
         "privatize": rate.seconds(tokens * cut.cut * layer) + noise,
     }
+    if privatizer.privatizer == "exponential":  # the words that occur, in float64; and a survey
+        words = min(tokens, len(table_VD)) + SURVEY_SAMPLES
+        parts["words to draw from"] = rate.seconds(2 * 2.0 * words * table_VD.numel())
     if privatizer.privatizer in ("token", "vector"):
         survey = 2 * 2 * 2.0 * SURVEY_SAMPLES * table_VD.numel()  # two products, in float64
         parts["survey"] = rate.seconds(survey)
