@@ -37,6 +37,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / d) for d in ("cli", ".")]
@@ -45,6 +46,7 @@ FAULTS = (
     "killed at a write", "killed at random", "disk full at a write", "file cut short", "read-only",
     "two at once", "clock jumps",
 )  # fmt: skip
+VERBS = ("study", "emulate", "tune", "plug-in")
 WRITES = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"})
 MAKES = frozenset({"open", "os.mkdir"})
 TEN_YEARS = 10 * 365 * 86_400.0
@@ -157,6 +159,85 @@ class Ended:
 
 
 @dataclass
+class Started:
+    """A process that runs, and what it has printed so far."""
+
+    process: multiprocessing.Process
+    answer: Connection
+    printed: Connection
+    start: float
+    text: bytes = b""
+
+    def read(self) -> bool:
+        """Wait for more; False when there is no more."""
+        part = os.read(self.printed.fileno(), 65_536)
+        self.text += part
+        return bool(part)
+
+    def line_with(self, words: bytes, seconds: float) -> bytes | None:
+        """Its first line with these words, or None if it ends without one."""
+        limit = time.monotonic() + seconds
+        while True:
+            for line in self.text.splitlines(keepends=True):
+                if words in line and line.endswith(b"\n"):
+                    return line
+            if not self.printed.poll(max(0.0, limit - time.monotonic())) or not self.read():
+                return None
+
+
+class Launcher:
+    """Runs command lines in processes of their own, which begin in a moment.
+
+    Args:
+        home: of their keys.
+        modules: imported once, for all of them.
+    """
+
+    def __init__(self, home: Path, modules: list[str]) -> None:
+        self._home = home
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(modules)
+
+    def begin(self, arguments: list, injection: Injection) -> Started:
+        """Start a process; `end` waits for it."""
+        answer, report = self._context.Pipe(duplex=False)
+        printed, output = self._context.Pipe(duplex=False)
+        process = self._context.Process(
+            target=life, args=([*map(str, arguments)], self._home, injection, report, output)
+        )
+        process.start()
+        report.close()
+        output.close()
+        return Started(process, answer, printed, time.perf_counter())
+
+    def end(self, started: Started) -> Ended:
+        """Wait until a process is over."""
+        while started.read():
+            pass
+        started.process.join()
+        seconds = time.perf_counter() - started.start
+        try:
+            code, count = started.answer.recv()
+        except EOFError:
+            code, count = None, 0
+        return Ended(code, started.text.decode(errors="replace"), count, seconds)
+
+    def run(self, arguments: list, injection: Injection) -> Ended:
+        """A process from beginning to end."""
+        return self.end(self.begin(arguments, injection))
+
+    def kill(self, started: Started) -> bool:
+        """SIGKILL; whether that was what ended it."""
+        started.process.kill()
+        return self.end(started).code is None
+
+    def stop(self, started: Started) -> Ended:
+        """End it in good order."""
+        started.process.terminate()
+        return self.end(started)
+
+
+@dataclass
 class Verb:
     """A command line, and what it leaves undisturbed.
 
@@ -181,10 +262,10 @@ class World:
     def __init__(self, folder: Path) -> None:
         from command_line import STUDY_OPTIONS, TUNE_OPTIONS, write_files
 
-        self.folder, self.home = folder.absolute(), folder.absolute() / "home"
+        self.folder = folder.absolute()
         self.place = self.folder / "place"
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["blindtune.offsite", "blindtune.training.trainer"])
+        modules = ["blindtune.offsite", "blindtune.training.trainer"]
+        self.launcher = Launcher(self.folder / "home", modules)
         write_files(folder)
         path = {
             name: str(self.folder / name)
@@ -218,35 +299,16 @@ class World:
         self.place.mkdir()
         yield self.place
 
-    def begin(self, verb: Verb, injection: Injection):
-        """Start a process; `end` waits for it."""
-        answer, report = self._context.Pipe(duplex=False)
-        printed, output = self._context.Pipe(duplex=False)
-        arguments = [*verb.arguments, "--out", str(self.place / "out")]
-        process = self._context.Process(
-            target=life, args=(arguments, self.home, injection, report, output)
-        )
-        process.start()
-        report.close()
-        output.close()
-        return process, answer, printed, time.perf_counter()
+    def begin(self, verb: Verb, injection: Injection) -> Started:
+        """Start a verb; `end` waits for it."""
+        return self.launcher.begin([*verb.arguments, "--out", self.place / "out"], injection)
 
-    def end(self, begun) -> Ended:
-        """What became of a process."""
-        process, answer, printed, start = begun
-        text = b""
-        while part := os.read(printed.fileno(), 65_536):
-            text += part
-        process.join()
-        seconds = time.perf_counter() - start
-        try:
-            code, count = answer.recv()
-        except EOFError:
-            code, count = None, 0
-        return Ended(code, text.decode(errors="replace"), count, seconds)
+    def end(self, started: Started) -> Ended:
+        """What became of it."""
+        return self.launcher.end(started)
 
     def run(self, verb: Verb, injection: Injection) -> Ended:
-        """A process from beginning to end."""
+        """A verb from beginning to end."""
         return self.end(self.begin(verb, injection))
 
     def left(self) -> dict[str, str]:
@@ -264,17 +326,38 @@ def content(path: Path) -> bytes:
     return _NOTED.sub(rb"\1", found) if path.suffix == ".json" else found
 
 
-class Trial:
-    """One verb under one fault, again and again.
+class Tally:
+    """What came of one fault so far.
 
     Attributes:
         injected: faults so far.
+        stopped: of them, those that ended the command.
         different: what was not as it should be.
     """
 
+    def __init__(self) -> None:
+        self.injected, self.stopped, self.different = 0, 0, []
+
+    def note(self, what: str) -> None:
+        """Something is not as it should be."""
+        self.different.append(f"{self.injected}: {what}")
+
+    def row(self) -> dict:
+        """What came of it."""
+        return {
+            "injected": self.injected,
+            "stopped": self.stopped,
+            "equal": not self.different,
+            "different": self.different,
+        }
+
+
+class Trial(Tally):
+    """One verb under one fault, again and again."""
+
     def __init__(self, world: World, verb: Verb, fault: str, draw: random.Random) -> None:
         self.world, self.verb, self.fault, self.draw = world, verb, fault, draw
-        self.injected, self.different = 0, []
+        super().__init__()
         self._turn = 0
 
     def once(self) -> None:
@@ -308,10 +391,6 @@ class Trial:
         self._turn += 1
         return self._order[(self._turn - 1) % self.verb.writes]
 
-    def note(self, what: str) -> None:
-        """Something is not as it should be."""
-        self.different.append(f"{self.injected}: {what}")
-
     def half_written(self) -> None:
         """Under a final name there is nothing, or all of it."""
         wanted = {n: f for n, f in self.verb.files.items() if n.startswith("out/")}
@@ -325,6 +404,7 @@ class Trial:
         lines = [line for line in ended.text.splitlines() if line.startswith("error: ")]
         if ended.code == 0:  # the fault hit nothing that mattered
             return
+        self.stopped += 1
         if ended.code != 2 or len(lines) != 1 or "Traceback" in ended.text:
             self.note(f"refused with {ended.code}: {ended.text[-2000:]}")
         elif words and not any(word in lines[0].lower() for word in words):
@@ -338,6 +418,7 @@ class Trial:
 def killed_at_a_write(trial: Trial) -> None:
     ended = trial.world.run(trial.verb, trial.injection(kind="kill", at=trial.next_write()))
     trial.injected += 1
+    trial.stopped += ended.code is None
     if ended.code is not None:
         trial.note("it was not killed")
     trial.half_written()
@@ -346,11 +427,10 @@ def killed_at_a_write(trial: Trial) -> None:
 def killed_at_random(trial: Trial) -> None:
     for _ in range(LIVES):
         begun = trial.world.begin(trial.verb, trial.injection())
-        moment = trial.draw.uniform(0, trial.verb.seconds)
-        begun[0].join(moment)
-        begun[0].kill()
-        ended = trial.world.end(begun)
-        trial.injected += ended.code is None
+        begun.process.join(trial.draw.uniform(0, trial.verb.seconds))
+        killed = trial.world.launcher.kill(begun)
+        trial.injected += killed
+        trial.stopped += killed
         trial.half_written()
 
 
@@ -379,6 +459,7 @@ def two_at_once(trial: Trial) -> None:
     ended = [trial.world.end(begun) for begun in (first, second)]
     trial.injected += 1
     codes = sorted(e.code for e in ended)
+    trial.stopped += codes == [0, 2]
     told = [e for e in ended if "another process is writing it" in e.text]
     done = [e for e in ended if "Nothing was run" in e.text]
     if codes not in ([0, 0], [0, 2]) or len(told) != (codes == [0, 2]):
@@ -409,12 +490,18 @@ def try_out(world: World, verb: Verb, fault: str, count: int, seed: int) -> dict
     """A verb under a fault, until it was injected so often.
 
     Returns:
-        injected, equal (whether all was as it should be), different (what was not).
+        injected, stopped, equal (whether all was as it should be), different (what was not).
     """
     trial = Trial(world, verb, fault, random.Random(f"{verb.name} {fault} {seed}"))
     while trial.injected < count:
         trial.once()
-    return {"injected": trial.injected, "equal": not trial.different, "different": trial.different}
+    return trial.row()
+
+
+def empty(folder: Path) -> None:
+    """An empty directory, whatever was there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def main() -> None:

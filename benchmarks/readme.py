@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import competitor_tables
+import fault_tables
 import leakage_tables
 import offsite_tables
 import split_tables
@@ -28,6 +29,11 @@ BLOCKS = {
         "depth": ("depth-mpnet",),
     },
     "docs/adapters.md": {"leakage": ("leakage-arc",)},
+    "docs/reliability.md": {
+        "verbs": ("faults-verbs",),
+        "service": ("faults-service",),
+        "network": ("faults-network",),
+    },
     "docs/competitors.md": {
         "wiki": ("competitors-wiki",),
         "cost": ("competitors-cost",),
@@ -47,6 +53,9 @@ TABLES = {
     "competitors-wiki": competitor_tables.wiki_table,
     "competitors-cost": competitor_tables.cost_table,
     "competitors-healing": competitor_tables.healing_table,
+    "faults-verbs": fault_tables.verb_table,
+    "faults-service": fault_tables.service_table,
+    "faults-network": fault_tables.network_table,
     "leakage-arc": leakage_tables.leakage_table,
     "grid": offsite_tables.grid_table,
     "ranking": offsite_tables.ranking_table,

@@ -18,11 +18,12 @@ import torch
 from figures import RESULTS
 
 
-def parse_options(description, parts, rate=False):
+def parse_options(description, parts, rate=False, data=True):
     """The command line of every benchmark; `rate` adds a hidden option of processes within rows."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("parts", nargs="*", default=parts, help=", ".join(parts))
-    parser.add_argument("--data", type=Path, required=True, help="directory of the data sets")
+    if data:
+        parser.add_argument("--data", type=Path, required=True, help="directory of the data sets")
     parser.add_argument("--work", type=Path, required=True, help="directory for rows and the like")
     parser.add_argument("--smoke", action="store_true", help="little of everything")
     parser.add_argument("--only", default="", help="rows whose name holds this text")
@@ -32,7 +33,7 @@ def parse_options(description, parts, rate=False):
     return parser.parse_args()
 
 
-def run_rows(program, part, rows, *, work, facts, only="", fresh=False, smoke=False):
+def run_rows(program, part, rows, *, work, facts, only="", fresh=False, smoke=False, data=True):
     """Run the rows of a part that are missing, and collect what is there.
 
     Args:
@@ -42,6 +43,7 @@ def run_rows(program, part, rows, *, work, facts, only="", fresh=False, smoke=Fa
         only: run rows whose name holds this text.
         fresh: run rows again that are committed.
         smoke: results stay in WORK, committed rows do not count.
+        data: whether the program reads data sets.
     """
     (work / "rows").mkdir(parents=True, exist_ok=True)
     if not (fresh or smoke):
@@ -54,7 +56,7 @@ def run_rows(program, part, rows, *, work, facts, only="", fresh=False, smoke=Fa
     import transformers
 
     report = {
-        "command": f"python benchmarks/{program}.py --data DIR --work DIR {part}",
+        "command": f"python benchmarks/{program}.py{' --data DIR' * data} --work DIR {part}",
         "complete": len(done) == len(rows),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} "

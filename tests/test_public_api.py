@@ -21,7 +21,7 @@ ACTS += [
 ]
 SPLIT = [
     "bottom", "serve", "admit", "revoke", "Bottom", "BottomConfig", "Service", "CertificateConfig",
-    "ServerConfig", "VendorLimits", "WatchConfig",
+    "ServerConfig", "GuardConfig", "VendorLimits", "WatchConfig",
 ]  # fmt: skip
 KEYS = ["Keyring", "Signer", "Trust", "seal", "unseal"]
 CONFIGS = [

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from blindtune.evaluation.audit_split import audit_split
     from blindtune.evaluation.evaluating import Evaluation, EvaluationConfig, evaluate
     from blindtune.evaluation.frontier import Frontier, FrontierConfig, frontier
+    from blindtune.exchange.guard import GuardConfig
     from blindtune.exchange.keyring import Keyring
     from blindtune.exchange.sealing import seal, unseal
     from blindtune.exchange.serving import ServerConfig
@@ -92,6 +93,7 @@ _PLACES = {
     "EvaluationConfig": "blindtune.evaluation.evaluating",
     "Frontier": "blindtune.evaluation.frontier",
     "FrontierConfig": "blindtune.evaluation.frontier",
+    "GuardConfig": "blindtune.exchange.guard",
     "Inspection": "blindtune.offsite.inspection",
     "Keyring": "blindtune.exchange.keyring",
     "PassConfig": "blindtune.split.customer",
@@ -165,6 +167,7 @@ __all__ = [
     "EvaluationConfig",
     "Frontier",
     "FrontierConfig",
+    "GuardConfig",
     "Inspection",
     "Keyring",
     "MismatchError",

@@ -1,4 +1,4 @@
-"""Tiny packages of both kinds, and a way to forge them as a stranger could."""
+"""Tiny packages of both kinds, and a way to forge them as a stranger could; servers of the wire."""
 
 import hashlib
 import json
@@ -6,7 +6,10 @@ import struct
 
 import pytest
 import torch
+from wire_vendor import CUSTOMERS, TOKENS, CountingVendor
 
+from blindtune.exchange.credentials import VendorTrust, make_development_certificate
+from blindtune.exchange.guard import GuardConfig
 from blindtune.exchange.manifest import (
     AdapterLayer,
     AdapterManifest,
@@ -18,6 +21,34 @@ from blindtune.exchange.manifest import (
     RawLayer,
 )
 from blindtune.exchange.package import write_package
+from blindtune.exchange.serving import Server, ServerConfig
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    return make_development_certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture
+def serve(certificate):
+    """serve(vendor, credentials, guard, **config): a server of CountingVendor, at any port."""
+    servers = []
+
+    def start(vendor=None, credentials=certificate, guard=None, **config):
+        config = ServerConfig(**{"port": 0, "retry_after_seconds": 0.01, **config})
+        sessions = (vendor or CountingVendor()).session
+        guard = GuardConfig(**(guard or {}))
+        servers.append(Server(sessions, CUSTOMERS, credentials, config=config, guard=guard))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close(0)
+
+
+@pytest.fixture
+def trust(certificate):
+    return VendorTrust(token=TOKENS["alice"], roots=certificate.certificate)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import grpc
 import pytest
 import torch
-from wire_vendor import CountingVendor, batch, opening
+from wire_vendor import TOKENS, CountingVendor, address, batch, connected, opening
 
 from blindtune.errors import (
     ConfigError,
@@ -21,7 +21,6 @@ from blindtune.errors import (
 from blindtune.exchange.codec import FrameReader, encode
 from blindtune.exchange.credentials import (
     CustomerFile,
-    Customers,
     ServerCredentials,
     VendorTrust,
     add_customer,
@@ -49,51 +48,11 @@ from blindtune.exchange.network import (
     parse_address,
 )
 from blindtune.exchange.resuming import ResumingTransport, RetryConfig
-from blindtune.exchange.serving import Server, ServerConfig
+from blindtune.exchange.serving import ServerConfig
 from blindtune.exchange.transcript import Recorder
 from blindtune.exchange.transport import BusyError, InProcessTransport, LostError
 
-TOKENS = {"alice": "alice-token-" + "a" * 32, "bob": "bob-token-" + "b" * 32}
-CUSTOMERS = Customers({name: token_hash(token) for name, token in TOKENS.items()})
 FAST = RetryConfig(first_delay_seconds=0.01, longest_delay_seconds=0.1, give_up_after_seconds=20)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    return make_development_certificate(tmp_path_factory.mktemp("tls"))
-
-
-@pytest.fixture
-def serve(certificate):
-    servers = []
-
-    def start(vendor=None, credentials=certificate, **config):
-        config = {"port": 0, "retry_after_seconds": 0.01, **config}
-        sessions = (vendor or CountingVendor()).session
-        servers.append(Server(sessions, CUSTOMERS, credentials, config=ServerConfig(**config)))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close(0)
-
-
-@pytest.fixture
-def trust(certificate):
-    return VendorTrust(token=TOKENS["alice"], roots=certificate.certificate)
-
-
-def address(server):
-    return f"https://127.0.0.1:{server.port}"
-
-
-@contextmanager
-def connected(server, trust, **options):
-    connection = Connection(address(server), trust, **options)
-    try:
-        yield connection
-    finally:
-        connection.close()
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""A vendor without a model: it counts what is applied, and can crash back to its checkpoint."""
+"""A vendor without a model: it counts what is applied, and can crash back to its checkpoint.
+
+And customers who call it over the network (the fixtures `serve` and `trust` are in conftest).
+"""
 
 import threading
 from collections import Counter
@@ -7,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from blindtune.errors import PolicyError
+from blindtune.exchange.credentials import Customers, token_hash
 from blindtune.exchange.delivery import Deliveries
 from blindtune.exchange.messages import (
     Backward,
@@ -27,8 +31,24 @@ from blindtune.exchange.messages import (
     Stepped,
     Welcome,
 )
+from blindtune.exchange.network import Connection
 
 TOKEN = "ab" * 32
+TOKENS = {"alice": "alice-token-" + "a" * 32, "bob": "bob-token-" + "b" * 32}
+CUSTOMERS = Customers({name: token_hash(token) for name, token in TOKENS.items()})
+
+
+def address(server):
+    return f"https://127.0.0.1:{server.port}"
+
+
+@contextmanager
+def connected(server, trust, **options):
+    connection = Connection(address(server), trust, **options)
+    try:
+        yield connection
+    finally:
+        connection.close()
 
 
 def opening():

@@ -11,6 +11,7 @@ from blindtune.exchange.credentials import (
     make_development_certificate,
     token_hash,
 )
+from blindtune.exchange.guard import GuardConfig
 from blindtune.exchange.messages import Batch, Forward
 from blindtune.exchange.network import Connection
 from blindtune.exchange.serving import Server, ServerConfig
@@ -25,10 +26,11 @@ PLAN = PassConfig(epochs=2, batch_size=2, checkpoint_steps=3)
 class Served:
     """A world behind TLS; every start has a new port."""
 
-    def __init__(self, folder, *model, pause=0.0, server=None, **where):
+    def __init__(self, folder, *model, pause=0.0, server=None, guard=None, **where):
         folder.mkdir()
         self.pause = pause  # of every batch, in seconds
         self.config = ServerConfig(port=0, retry_after_seconds=0.01, **(server or {}))
+        self.guard = GuardConfig(**(guard or {}))
         self.world = World(folder, *model, **where)
         self.certificate = make_development_certificate(folder / "tls")
         self.trust = VendorTrust(token=SECRET, roots=self.certificate.certificate)
@@ -41,7 +43,7 @@ class Served:
             self.world.start()
         self.server = Server(
             self.session, Customers({"anna": token_hash(SECRET)}), self.certificate,
-            config=self.config,
+            config=self.config, guard=self.guard,
         )  # fmt: skip
 
     @contextmanager

@@ -18,7 +18,7 @@ from blindtune.errors import (
     PolicyError,
 )
 from blindtune.exchange.credentials import VendorTrust, make_development_certificate
-from blindtune.exchange.events import JobOpened
+from blindtune.exchange.events import JobOpened, TurnedAway
 from blindtune.exchange.messages import Batch, Cancel, Status
 from blindtune.exchange.network import Connection
 from blindtune.exchange.serving import ServerConfig
@@ -325,3 +325,17 @@ def test_a_log_that_cannot_be_written(tmp_path):
         Endpoint("127.0.0.1", 70000, {})
     with pytest.raises(ConfigError, match="port"):
         ServerConfig(port=70000)
+
+
+def test_a_flood_of_calls_is_counted_and_hardly_logged(world, service):
+    def away():
+        return sum(line["event"] == "turned-away" and line["reason"] == "rate"
+                   for line in lines_of(world))  # fmt: skip
+
+    before = away()
+    for _ in range(50):
+        service._tell(TurnedAway(reason="rate", customer="flood"))
+    assert metric(page(service), "turned_away_total", reason="rate") == 50
+    assert 1 <= away() - before <= 2
+    service._tell(TurnedAway(reason="token"))  # is no flood: the guard limits it
+    assert lines_of(world)[-1]["reason"] == "token"

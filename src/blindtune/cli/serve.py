@@ -57,6 +57,7 @@ def act(settings: Settings) -> Facts:
 
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own lines would stand between the log's
 
+    from blindtune.exchange.guard import GuardConfig
     from blindtune.exchange.serving import ServerConfig
     from blindtune.split.door import CertificateConfig
     from blindtune.split.service import BottomConfig, WatchConfig, serve
@@ -70,6 +71,7 @@ def act(settings: Settings) -> Facts:
             settings.of(BottomConfig),
             access=settings.of(CertificateConfig),
             server=settings.of(ServerConfig),
+            guard=settings.of(GuardConfig),
             limits=settings.of(VendorLimits),
             watch=settings.of(WatchConfig),
             signer=signer_of(settings),
@@ -173,6 +175,11 @@ VERB = Verb(
             heading="Address and limits of streams",
             module="blindtune.exchange.serving",
             name="ServerConfig",
+        ),
+        Group(
+            heading="Connections, and calls a second",
+            module="blindtune.exchange.guard",
+            name="GuardConfig",
         ),
         Group(heading="Limits of jobs", module="blindtune.split.terms", name="VendorLimits"),
         Group(heading="Watching", module="blindtune.split.service", name="WatchConfig"),

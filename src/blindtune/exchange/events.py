@@ -19,9 +19,9 @@ StreamEnd = Literal["customer", "busy", "malformed", "stalled", "stopping", "fai
 
 @dataclass(frozen=True, kw_only=True)
 class TurnedAway:
-    """A stream that did not begin: its token is unknown, or there is no room."""
+    """A call that did not begin: its token is unknown, there is no room, or there were too many."""
 
-    reason: Literal["token", "room"]
+    reason: Literal["token", "room", "rate"]
     customer: str | None = None
 
 

@@ -28,6 +28,7 @@ from blindtune.errors import (
 from blindtune.exchange.codec import FRAME_BYTES, FrameReader, MessageLimits, encode
 from blindtune.exchange.credentials import VendorTrust
 from blindtune.exchange.files import printable
+from blindtune.exchange.guard import PUSHBACK
 from blindtune.exchange.messages import REPLIES, WINDOW, Message
 from blindtune.exchange.transport import BusyError, LostError, Tap, settle
 
@@ -261,12 +262,19 @@ def _channel(address: str, trust: VendorTrust, config: ConnectionConfig) -> Any:
     return grpc.secure_channel(target, credentials, channel_options(config.keepalive_seconds))
 
 
+def _pushback_seconds(text: Any) -> float:
+    """The seconds that a server names in milliseconds, a day at most; 1 if it names none."""
+    plain = isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) < 10
+    return min(int(text) / 1000, 86400.0) if plain else 1.0
+
+
 def _translate(error: Any, grpc: Any) -> BlindtuneError:
     code, details = error.code(), printable(error.details() or "")
     if code is grpc.StatusCode.UNAUTHENTICATED:
         return PolicyError("the vendor does not accept this token: ask the vendor for a new one")
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "Concurrent" in details:
-        return BusyError(1.0)
+    pushback = dict(error.trailing_metadata() or ()).get(PUSHBACK)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (pushback or "Concurrent" in details):
+        return BusyError(_pushback_seconds(pushback))
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return VerificationError("the server is not a blindtune vendor: check the address")
     # gRPC names the reason of a failed handshake in its text alone.

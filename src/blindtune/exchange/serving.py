@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from math import ceil
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -36,6 +37,7 @@ from blindtune.exchange.events import (
     kind_of,
 )
 from blindtune.exchange.files import printable
+from blindtune.exchange.guard import PUSHBACK, Guard, GuardConfig, allow_files, network_of
 from blindtune.exchange.messages import (
     PROTOCOL_VERSION,
     REQUESTS,
@@ -56,6 +58,7 @@ logger = logging.getLogger(__name__)
 
 REVOKED = "the vendor has withdrawn your token: ask it for a new one, the job is kept meanwhile"
 """What a customer is told whose token was revoked or replaced."""
+_AWAY = {"room": "no room for another stream", "rate": "too many calls a second"}
 Sessions = Callable[[str], AbstractContextManager[Handler]]
 """Opens a handler for one stream of the named, authenticated customer; left when it ends."""
 
@@ -104,11 +107,13 @@ class Server:
         sessions: opens the handler of a stream; handlers of different streams run at once.
         customers: who may come in.
         credentials: the certificate.
-        config: limits.
+        config: limits of streams and messages.
+        guard: limits of connections and rates.
         observer: is told what happens.
 
     Raises:
-        ConfigError: the certificate cannot be used, or the address is taken.
+        ConfigError: the certificate cannot be used, the address is taken, or the system allows
+            fewer connections.
     """
 
     def __init__(
@@ -118,9 +123,12 @@ class Server:
         credentials: ServerCredentials,
         *,
         config: ServerConfig | None = None,
+        guard: GuardConfig | None = None,
         observer: Observer = ignore,
     ) -> None:
         self.config = config or ServerConfig()
+        guard = guard or GuardConfig()
+        self.guard = Guard(guard)
         self._sessions = sessions
         self._customers = customers
         self.tell = observer
@@ -128,8 +136,8 @@ class Server:
         self._lock = threading.Lock()
         self._buffered = 0
         self._stopping = threading.Event()
-        grpc = import_grpc()
-        self._server, self.port = self._listen(grpc, credentials)
+        self._grpc = import_grpc()
+        self._server, self.port = self._listen(credentials, guard)
         self._server.start()
         threading.Thread(target=self._watch, name="blindtune-watch", daemon=True).start()
 
@@ -147,14 +155,17 @@ class Server:
                 stream.wake()
         self._server.stop(grace_seconds).wait()
 
-    def _listen(self, grpc: Any, credentials: ServerCredentials) -> tuple[Any, int]:
+    def _listen(self, credentials: ServerCredentials, guard: GuardConfig) -> tuple[Any, int]:
+        grpc = self._grpc
         key, certificate, roots = credentials.read()
+        allow_files(guard.max_connections)
         workers = self.config.max_streams + 8
         server = grpc.server(
             ThreadPoolExecutor(workers, thread_name_prefix="blindtune-serve"),
             maximum_concurrent_rpcs=workers,
             options=[
                 *channel_options(self.config.keepalive_seconds),
+                *guard.channel_options(),
                 ("grpc.max_concurrent_streams", workers),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
                 ("grpc.so_reuseport", 0),
@@ -162,9 +173,8 @@ class Server:
         )
         handlers = {
             "Stream": grpc.stream_stream_rpc_method_handler(self._serve),
-            "Health": grpc.unary_unary_rpc_method_handler(
-                lambda _request, _context: msgspec.json.encode(self.health())
-            ),
+            # As a stream of requests, so that no thread waits for the one that never comes.
+            "Health": grpc.stream_unary_rpc_method_handler(self._tell_health),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         tls = grpc.ssl_server_credentials([(key, certificate)], roots, roots is not None)
@@ -181,14 +191,16 @@ class Server:
         scheme, _, token = str(given).partition(" ")
         customer = self._customers.who(token) if scheme == "Bearer" else None
         if customer is None:
+            self._limit_strangers(context)
             self.tell(TurnedAway(reason="token"))
-            context.abort(import_grpc().StatusCode.UNAUTHENTICATED, "unknown token")
+            context.abort(self._grpc.StatusCode.UNAUTHENTICATED, "unknown token")
         assert customer is not None
+        if wait := self.guard.calls.take(customer):
+            self._turn_away(context, TurnedAway(reason="rate", customer=customer), wait)
         stream = _Stream(self, customer, token_hash(token), context)
         if not self._enter(stream):
-            self.tell(TurnedAway(reason="room", customer=customer))
-            yield from encode(Busy(retry_after_seconds=self.config.retry_after_seconds), 0)
-            return
+            away = TurnedAway(reason="room", customer=customer)
+            self._turn_away(context, away, self.config.retry_after_seconds)
         self.tell(StreamOpened(customer=customer))
         try:
             with self._sessions(customer) as handler:
@@ -204,6 +216,24 @@ class Server:
                 self._streams.discard(stream)
                 self._buffered -= sum(stream.sizes)
             self.tell(stream.ended())
+
+    def _tell_health(self, _requests: Iterator[bytes], context: Any) -> bytes:
+        self._limit_strangers(context)
+        return msgspec.json.encode(self.health())
+
+    def _limit_strangers(self, context: Any) -> None:
+        if wait := self.guard.strangers.take(network_of(context.peer())):
+            self._turn_away(context, TurnedAway(reason="rate"), wait)
+
+    def _turn_away(self, context: Any, event: TurnedAway, wait: float) -> NoReturn:
+        """End a call that did not begin, by a status: a reply could be left unread for ever."""
+        self.tell(event)
+        context.set_trailing_metadata(((PUSHBACK, str(ceil(wait * 1000))),))
+        context.abort(
+            self._grpc.StatusCode.RESOURCE_EXHAUSTED,
+            f"{_AWAY[event.reason]}: try again in {wait:.3f} seconds",
+        )
+        raise AssertionError("abort raises")
 
     def _enter(self, stream: _Stream) -> bool:
         with self._lock:
@@ -230,6 +260,10 @@ class Server:
         """Give the memory of a stream's oldest request back."""
         with self._lock:
             self._buffered -= stream.sizes.popleft()
+
+    def pause(self, seconds: float) -> None:
+        """Wait, less when the server is being closed."""
+        self._stopping.wait(seconds)
 
     @property
     def stopping(self) -> bool:
@@ -323,6 +357,8 @@ class _Stream:
                 if self._ended:
                     break
                 continue
+            while (wait := self._server.guard.requests.take(self.customer)) and not self._halted:
+                self._server.pause(wait)
             self._working = True
             reply, answered = self._reply(handler, *item)
             yield from self._write(answered)

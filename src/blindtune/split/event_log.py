@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import sys
 import threading
+import time
 import traceback
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO, final
 
 from blindtune.errors import OutputError
-from blindtune.exchange.events import Answered, Crossed, Event, Worked
+from blindtune.exchange.events import Answered, Crossed, Event, TurnedAway, Worked
 
 _WATCHED = ("blindtune", "grpc")
 
@@ -30,7 +32,8 @@ class EventLog:
     """An observer of events that writes lines; also takes over the logging of this process's
     `blindtune` and `grpc` until it is closed.
 
-    Requests that were answered well are not written: the metrics count them.
+    Requests that were answered well are not written, nor more than one refusal a second of those
+    who call too often: the metrics count them.
 
     Args:
         path: a file to append to; None: standard error.
@@ -41,6 +44,7 @@ class EventLog:
 
     def __init__(self, path: str | Path | None = None) -> None:
         self._lock = threading.Lock()
+        self._flooded = -math.inf  # when a line last told of too many calls
         self._file: TextIO = sys.stderr
         if path is not None:
             try:
@@ -60,10 +64,20 @@ class EventLog:
     def __call__(self, event: Event) -> None:
         """Write an event, unless it is one of those that come with every request."""
         plain = isinstance(event, Answered) and event.answer == "ok"
-        if plain or isinstance(event, Crossed | Worked):
+        if plain or isinstance(event, Crossed | Worked) or self._repeated(event):
             return
         name = re.sub(r"(?<!^)(?=[A-Z])", "-", type(event).__name__).lower()
         self.write(name, asdict(event))
+
+    def _repeated(self, event: Event) -> bool:
+        """Whether a flood would fill the disk with this event."""
+        if not isinstance(event, TurnedAway) or event.reason != "rate":
+            return False
+        now = time.monotonic()
+        with self._lock:
+            repeated = now < self._flooded + 1.0
+            self._flooded = self._flooded if repeated else now
+        return repeated
 
     def write(self, name: str, facts: dict[str, Any]) -> None:
         """Write a line; a log that cannot be written stops nothing."""

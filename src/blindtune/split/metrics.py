@@ -64,8 +64,8 @@ class Metrics:
         self._jobs = counter("jobs", "Jobs opened, cancelled, expired.", "change")
         self._streams = gauge("streams", "Streams of customers that are open now.")
         self._ended = counter("streams_ended", "Streams that ended, and why.", "reason")
-        self._away = counter("turned_away", "Streams that did not begin, and why.", "reason")
-        self._busy = counter("busy", "Streams that were told to come back later.")
+        self._away = counter("turned_away", "Calls that did not begin, and why.", "reason")
+        self._busy = counter("busy", "Streams and calls that were told to come back later.")
         self._requests = counter("requests", "Requests by kind and answer.", "kind", "answer")
         self._bytes = counter("bytes", "Bytes of frames.", "direction")
         self._tokens = counter("tokens", "Tokens that went through the model.", "kind")
@@ -96,7 +96,7 @@ class Metrics:
                 self._busy.inc(event.reason == "busy")
             case TurnedAway():
                 self._away.labels(event.reason).inc()
-                self._busy.inc(event.reason == "room")
+                self._busy.inc(event.reason != "token")
             case JobOpened():
                 self._jobs.labels("opened").inc()
             case JobCancelled():

@@ -25,6 +25,7 @@ from blindtune.errors import ConfigError, MismatchError, OutputError
 from blindtune.exchange.codec import MessageLimits
 from blindtune.exchange.credentials import CustomerFile, fingerprint
 from blindtune.exchange.events import Event
+from blindtune.exchange.guard import GuardConfig
 from blindtune.exchange.manifest import BottomManifest, Dtype
 from blindtune.exchange.messages import Partition
 from blindtune.exchange.package import open_package
@@ -184,6 +185,7 @@ class Service:
         bottom_config: BottomConfig,
         access: CertificateConfig,
         server_config: ServerConfig,
+        guard: GuardConfig,
         limits: VendorLimits,
         watch: WatchConfig,
         signer: Signer | None = None,
@@ -212,7 +214,7 @@ class Service:
                 self._metrics = Metrics(self._vendor.open_jobs)
             self._server = Server(
                 self._vendor.session, customers, credentials, config=server_config,
-                observer=self._tell,
+                guard=guard, observer=self._tell,
             )  # fmt: skip
             undo.callback(lambda: self._server.close(self._grace))
             undo.callback(Housekeeping(self._vendor.expire).close)
@@ -286,6 +288,7 @@ def serve(
     *,
     access: CertificateConfig,
     server: ServerConfig | None = None,
+    guard: GuardConfig | None = None,
     limits: VendorLimits | None = None,
     watch: WatchConfig | None = None,
     signer: Signer | None = None,
@@ -299,6 +302,7 @@ def serve(
         config: what else customers get.
         access: the certificate.
         server: address, and limits of streams and messages.
+        guard: limits of connections, and of calls a second.
         limits: of jobs.
         watch: metrics and log.
         signer: signs the package for customers when it is made; None: it stays unsigned.
@@ -316,6 +320,7 @@ def serve(
         config or BottomConfig(),
         access,
         server or ServerConfig(),
+        guard or GuardConfig(),
         limits or VendorLimits(),
         watch or WatchConfig(),
         signer,

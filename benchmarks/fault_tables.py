@@ -1,0 +1,45 @@
+"""The tables of docs/reliability.md, from what `faults.py` wrote."""
+
+VERBS = ("study", "emulate", "tune", "plug-in")
+
+
+def verb_table(verbs):
+    """Every fault: how often it was injected into each verb, and what came of it."""
+    lines = [
+        "| fault | " + " | ".join(VERBS) + " | ended the command | run again |",
+        "|---|" + "---:|" * len(VERBS) + "---:|---|",
+    ]
+    rows = verbs["rows"]
+    for fault in dict.fromkeys(name.partition(", ")[2] for name in rows):
+        of_fault = {v: rows[f"{v}, {fault}"] for v in VERBS if f"{v}, {fault}" in rows}
+        counts = [str(of_fault[v]["injected"]) if v in of_fault else "" for v in VERBS]
+        stopped = sum(row["stopped"] for row in of_fault.values())
+        outcome = _outcome([row["equal"] for row in of_fault.values()])
+        lines.append(f"| {fault} | " + " | ".join(counts) + f" | {stopped} | {outcome} |")
+    return lines
+
+
+def service_table(service):
+    """Every fault of the two processes of split tuning."""
+    lines = ["| fault | injected | ended a command | run again |", "|---|---:|---:|---|"]
+    for fault, row in service["rows"].items():
+        outcome = _outcome([row["equal"]])
+        lines.append(f"| {fault} | {row['injected']} | {row['stopped']} | {outcome} |")
+    return lines
+
+
+def network_table(network):
+    """Every fault of the network between them."""
+    lines = [
+        "| fault | injected | jobs | connections | commands that gave up | every job |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    for fault, row in network["rows"].items():
+        counts = " | ".join(str(row[k]) for k in ("injected", "jobs", "connections", "reruns"))
+        lines.append(f"| {fault} | {counts} | {_outcome([row['equal']])} |")
+    return lines
+
+
+def _outcome(equal):
+    wrong = equal.count(False)
+    return "as undisturbed" if not wrong else f"**{wrong} of {len(equal)} differ**"
