@@ -1,14 +1,9 @@
 """What the mechanism itself says of each word, given what was sent: no training.
 
-Token mode (Bayes-optimal reconstruction, arXiv 2410.17052): argmax over x of P(x) P(y | x) for a
-sent token y. P(y | x) has no closed form; it is a **Monte-Carlo estimate**: the adversary draws the
-mechanism's own noise for the words that its public text holds most often and for the sent tokens,
-and counts. The count of each x is smoothed towards the overall frequency of y, weighted by
-exp(-d^2 / 8 s^2) with d the distance of x and y and s^2 = (D + 1) / eta^2 the noise's variance a
-coordinate: how a pairwise bound of P(y | x) falls with the distance. Words outside that list are
-not considered.
-
-Exponential mode: the same rule, and P(y | x) is computed, not estimated.
+Token and exponential mode (Bayes-optimal reconstruction, arXiv 2410.17052): argmax over x of
+P(x) P(y | x) for a sent token y, x among the words that public text holds most often and the sent
+tokens. P(y | x) is computed in exponential mode and a Monte-Carlo estimate in token mode
+(`privacy.channel`). Words outside that list are not considered.
 
 Vector mode at cut 0 (as BeamClean, arXiv 2505.13758): P(z | w) is exactly proportional to
 exp(-eta ||z - e_w||). Only for models whose embedding leaves as it is, or scaled: behind norms and
@@ -17,7 +12,7 @@ positions take the candidates of a trained inverter.
 Either result can be ranked by a language model: `language_prior`.
 
 Shapes: L length, T tokens of all texts, D hidden, V vocabulary, K words that are considered, U
-distinct sent tokens, M draws.
+distinct sent tokens.
 """
 
 from __future__ import annotations
@@ -31,8 +26,7 @@ from blindtune.attacks.adversary import Candidates, Guess, StatesView, unigram
 from blindtune.attacks.embedding_inversion import depends_on_place, made_at
 from blindtune.attacks.imitation import Imitation
 from blindtune.errors import ConfigError, DataError
-from blindtune.privacy.metric_dp import Privatizer
-from blindtune.privacy.word_sampling import WordSampler
+from blindtune.privacy.channel import CountingConfig, log_channel
 
 PORTION_TOKENS = 256  # whose distances to the vocabulary are held at once
 
@@ -52,10 +46,10 @@ class ChannelConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        if min(self.words, self.draws, self.candidates) < 1 or not self.smoothing > 0:
+        CountingConfig(draws=self.draws, smoothing=self.smoothing)
+        if min(self.words, self.candidates) < 1:
             raise ConfigError(
-                "expected words, draws and candidates of at least 1 and a positive smoothing, got "
-                f"{self.words}, {self.draws}, {self.candidates}, {self.smoothing}"
+                f"expected words and candidates of at least 1, got {self.words}, {self.candidates}"
             )
 
 
@@ -93,14 +87,8 @@ def token_candidates(
     sent_U, place_T = sent_T.unique(return_inverse=True)
     frequent = prior_V.topk(min(config.words, len(prior_V))).indices
     word_K = torch.cat([frequent, sent_U]).unique()
-    if mechanism.mode == "exponential":
-        sampler = WordSampler(table_VD)
-        log_UK = sampler.log_probabilities(word_K, mechanism.eta, sent_U).T.float()
-    else:
-        drawn_MK = Privatizer(mechanism, table_VD, testing_seed=testing_seed).tokens(
-            word_K.expand(config.draws, -1)
-        )
-        log_UK = _smoothed(drawn_MK, word_K, sent_U, table_VD, mechanism.eta, config)
+    counting = CountingConfig(draws=config.draws, smoothing=config.smoothing)
+    log_UK = log_channel(mechanism, table_VD, word_K, sent_U, counting, testing_seed=testing_seed)
     # Special tokens leave as they are and come from nothing else.
     special = torch.tensor(view.special_ids, dtype=torch.int64)
     log_UK[:, torch.isin(word_K, special)] = -torch.inf
@@ -112,32 +100,6 @@ def token_candidates(
         words=word_K[best_UC][place_T].split(view.lengths),
         log_likelihoods=likelihood_UC[place_T].split(view.lengths),
     )
-
-
-def _smoothed(
-    drawn_MK: Tensor,
-    word_K: Tensor,
-    sent_U: Tensor,
-    table_VD: Tensor,
-    eta: float,
-    config: ChannelConfig,
-) -> Tensor:
-    """log P(y | x) [U, K] from the mechanism's answers for each word."""
-    draws, vocabulary = len(drawn_MK), len(table_VD)
-    overall_V = torch.bincount(drawn_MK.reshape(-1), minlength=vocabulary).double() + 0.5
-    overall_U = overall_V[sent_U] / overall_V.sum()
-    place = torch.searchsorted(sent_U, drawn_MK).clamp_max(len(sent_U) - 1)
-    hit_MK = sent_U[place] == drawn_MK
-    count_UK = torch.zeros(len(sent_U), len(word_K), dtype=torch.float64)
-    columns_MK = torch.arange(len(word_K)).expand_as(drawn_MK)
-    count_UK.index_put_(
-        (place[hit_MK], columns_MK[hit_MK]), torch.ones(1, dtype=torch.float64), accumulate=True
-    )
-    distance_UK = torch.cdist(table_VD[sent_U].double(), table_VD[word_K].double())
-    near_UK = torch.exp(-distance_UK.square() * eta**2 / (8 * (table_VD.shape[1] + 1)))
-    near_UK = near_UK / near_UK.mean(1, keepdim=True).clamp_min(1e-30)
-    smooth_UK = config.smoothing * overall_U[:, None] * near_UK
-    return ((count_UK + smooth_UK).clamp_min(1e-30) / (draws + config.smoothing)).log().float()
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """The exponential mechanism over a vocabulary: a word is drawn, the nearer the likelier.
 
 Source: McSherry and Talwar 2007, with the distance as the score, for metric differential privacy
-(Chatzikokolakis et al. 2013). A word w becomes w' with
+(Chatzikokolakis et al. 2013), on words as in Carvalho et al. 2021 (arXiv 2107.07928), but without
+their truncation. A word w becomes w' with
 
     P(w' | w) = exp(-eta/2 ||e_w - e_w'||) / Z(w),   Z(w) = sum over v of exp(-eta/2 ||e_w - e_v||).
 
