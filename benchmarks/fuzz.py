@@ -142,6 +142,8 @@ def run_batch(target: Target, record: dict) -> None:
         seconds = time.perf_counter() - begin
         record["refused"] += refused
         record["longest_seconds"] = max(record["longest_seconds"], round(seconds, 4))
+        if problem is None and seconds > SECONDS:  # in a library that no signal interrupts
+            problem = f"Hang: {seconds:.1f} s"
         if problem is not None:
             record["problems"].append({"number": number, "what": problem})
     record["executions"] += BATCH

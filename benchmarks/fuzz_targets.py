@@ -19,6 +19,8 @@ from pathlib import Path
 import msgspec
 import safetensors.torch
 import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from blindtune.errors import BlindtuneError
 from blindtune.evaluation.choices import read_items
@@ -38,7 +40,9 @@ from blindtune.exchange.manifest import (
 from blindtune.exchange.package import open_package, write_package
 from blindtune.exchange.signing import SIGNATURE_NAME, Signer, Trust, read_signature
 from blindtune.exchange.tensors import read_header, read_tensors
+from blindtune.models.tokenizers import SETTINGS_NAME, TOKENIZER_NAME, tokenizer_from_files
 from blindtune.split.labelled_text import read_labelled
+from blindtune.training.text import DataConfig, load_dataset_file, token_ids
 
 FORBIDDEN, ALLOWED = "refused always", "refused, or round trip"
 Mutate = Callable[[bytes, random.Random], bytes]
@@ -115,7 +119,9 @@ def make_targets(place: Path) -> list[Target]:
         _signatures(place),
         _safetensors(place, tensors),
         _frames(),
+        _tokenizers(),
         *_data_files(place),
+        *_training_files(place),
     ]
 
 
@@ -318,6 +324,75 @@ def _frames() -> Target:
         return bytes(fixed)
 
     return Target(name="frame", seeds=seeds, run=run, policy=ALLOWED, repair=checksum)
+
+
+def _tokenizers() -> Target:
+    """A tokenizer.json of every kind of model, read and put to work."""
+    words = ["<u>", "<e>", *"abcdehist .", "##a", "##t", "at", "cat"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    kinds = [
+        models.WordLevel(vocabulary, unk_token="<u>"),
+        models.WordPiece(vocabulary, unk_token="<u>"),
+        models.BPE(vocabulary, [("a", "t"), ("c", "at")], unk_token="<u>"),
+        models.Unigram([(word, -float(i)) for i, word in enumerate(words)], unk_id=0),
+    ]
+    splits = [
+        pre_tokenizers.Whitespace(),
+        pre_tokenizers.BertPreTokenizer(),
+        pre_tokenizers.ByteLevel(),
+        pre_tokenizers.Split(Regex(r"\s+|[a-z]+"), "isolated"),
+    ]
+    seeds = []
+    for model, split in zip(kinds, splits, strict=True):
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = split
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A <e>", special_tokens=[("<e>", 1)]
+        )
+        tokenizer.add_special_tokens(["<e>"])
+        seeds.append(tokenizer.to_str().encode())
+    settings = json.dumps({"eos_token": "<e>", "unk_token": "<u>"}).encode()
+
+    def run(data: bytes) -> None:
+        files = {TOKENIZER_NAME: data, SETTINGS_NAME: settings}
+        tokenizer = tokenizer_from_files(files, rows=32)
+        ids = token_ids("a cat at the b\u00e9d \u2603 twice,\n" + "ab " * 300, tokenizer)
+        assert all(0 <= i < 32 for i in ids)
+
+    return Target(name="tokenizer", seeds=seeds, run=run, policy=ALLOWED, repair=respell)
+
+
+def _training_files(place: Path) -> list[Target]:
+    """Readers of text to train on: one's own files, still no crash and no hang."""
+    letters = {character: i for i, character in enumerate(map(chr, range(32, 127)))}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(letters | {"<e>": 95}, [])), eos_token="<e>"
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+    texts = b'{"text": "a cat sat on the mat"}\n{"text": "no cat sat there"}\n'
+    pairs = b'{"prompt": "say a", "completion": " cat"}\n{"prompt": "b", "completion": "!"}\n'
+    turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+    talks = json.dumps({"messages": turns}).encode() + b"\n"
+    config = DataConfig(max_length=8)
+
+    def reader(name: str) -> Callable[[bytes], None]:
+        def run(data: bytes) -> None:
+            (place / name).write_bytes(data)
+            dataset = load_dataset_file(place / name, tokenizer, config)
+            assert all(len(ids) <= 8 for ids in dataset.input_ids)
+
+        return run
+
+    array = b"[" + texts.strip().replace(b"\n", b",") + b"]"
+    return [
+        Target(name=f"data {name}", seeds=seeds, run=reader(name), policy=ALLOWED)
+        for name, seeds in (
+            ("training.jsonl", [texts, pairs, talks]),
+            ("training.json", [array]),
+            ("training.txt", [b"a cat sat on the mat\n" * 3]),
+        )
+    ]
 
 
 def _data_files(place: Path) -> list[Target]:

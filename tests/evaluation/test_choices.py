@@ -104,6 +104,7 @@ def test_read_items_in_every_shape(tmp_path):
     [
         ("{", "line 2: .*invalid JSON"),
         ("[1]", "line 2: .*object, got list"),
+        ('{"question": "\\udc00", "choices": ["a", "b"], "label": 0}', "line 2: .*surrogate"),
         ('{"choices": ["a", "b"], "label": 0}', "line 2: .*`question`"),
         ('{"question": "q", "choices": ["a"], "label": 0}', "line 2: .*two or more"),
         ('{"question": "q", "choices": ["a", ""], "label": 0}', "line 2: .*not empty"),

@@ -39,6 +39,7 @@ def test_names_and_columns(tmp_path):
         ("a.jsonl", '{"text": "x", "label": 0.5}', "class"),
         ("a.jsonl", "[1]", "object"),
         ("a.jsonl", "{", "malformed"),
+        ("a.jsonl", '{"text": "\\ud800", "label": 1}', "a.jsonl:1: .*surrogate"),
         ("a.jsonl", "[" * 100_000, "malformed"),
     ],
 )

@@ -4,9 +4,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from blindtune.errors import ConfigError, DataError
+from blindtune.errors import ConfigError, DataError, ModelError
 from blindtune.evaluation.choices import read_items
+from blindtune.training.records import encoding, token_ids
 from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file, show_sample
 
 WORDS = "the cat sat on the mat and the dog sat on the cat. " * 20
@@ -245,6 +248,10 @@ BAD = {
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', r"broken.jsonl:2: expected JSON, got"),
     "list.jsonl": (b'{"text": "a"}\n[1]\n', r"list.jsonl:2: expected an object, got list"),
     "deep.jsonl": (b"[" * 100_000, "deep.jsonl:1: expected JSON"),
+    "half.jsonl": (
+        b'{"text": "a"}\n{"text": "b \\ud83d"}\n',
+        r"half.jsonl:2: .*half of a surrogate pair \(\\ud83d\)",
+    ),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "latin.jsonl:2: expected UTF-8.*byte 11"),
     "latin.txt": (b"caf\xe9", "latin.txt: expected UTF-8 text, byte 4"),
     "columns.jsonl": (b'{"body": "a", "id": 1}\n', "columns.jsonl:1: .*`text`.*found body, id"),
@@ -282,6 +289,23 @@ def test_bad_files_are_named_in_one_line(tmp_path, tokenizer, name):
     with pytest.raises(DataError, match=message) as caught:
         load_dataset_file(path, tokenizer, DataConfig())
     assert "\n" not in str(caught.value)
+
+
+def test_whole_surrogate_pairs_are_characters(tmp_path, tokenizer):
+    path = tmp_path / "whole.jsonl"
+    path.write_bytes(b'{"text": "\\ud83d\\ude00 a cat"}\n')
+    assert len(load_dataset_file(path, tokenizer, DataConfig(max_length=4, pack=False))) == 1
+
+
+def test_a_tokenizer_that_fails_at_some_text_is_to_blame():
+    backend = Tokenizer(models.WordLevel({"cat": 0, "<e>": 1}, unk_token="<missing>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
+    assert token_ids("cat cat", tokenizer) == [0, 0]
+    with pytest.raises(ModelError, match=r"this one fails at some .*UNK"):
+        token_ids("cat dog", tokenizer)
+    with pytest.raises(KeyboardInterrupt), encoding():
+        raise KeyboardInterrupt
 
 
 def test_a_directory_is_refused(tmp_path, tokenizer):

@@ -23,7 +23,7 @@ import torch
 from blindtune.errors import DataError
 from blindtune.evaluation.utility import Progress, scoring, target_log_probs
 from blindtune.models.decoder import context_limit
-from blindtune.training.records import Item, read_item
+from blindtune.training.records import Item, check_unicode, read_item
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -171,6 +171,7 @@ def _parse_item(line: str, where: str) -> Item:
         raise DataError(f"{where}: expected one JSON object, got invalid JSON: {error}") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    check_unicode(line, record, where)
     return read_item(record, where)
 
 

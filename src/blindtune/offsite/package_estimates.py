@@ -34,6 +34,7 @@ from blindtune.offsite.compression import compressed_rank, saves_space
 from blindtune.offsite.emulation import EmulatorConfig, replaced_layers
 from blindtune.offsite.emulator import DTYPES, assemble, read_config
 from blindtune.offsite.study import Study, open_study
+from blindtune.training.records import token_ids
 from blindtune.training.text import DataConfig, load_dataset_file
 
 
@@ -151,7 +152,7 @@ def estimate_evaluate(
         tokens = min(tokens, max_tokens or tokens)
     if choices is not None:
         text = Path(choices).read_text(encoding="utf-8", errors="replace")
-        tokens += len(tokenizer(text, verbose=False).input_ids)
+        tokens += len(token_ids(text, tokenizer))
     cost, rate = decoder_cost(decoder, max_length), matmul_rate(decoder.hidden_size)
     calls = decoder.layer_count * tokens / max_length / batch_size
     parts = {

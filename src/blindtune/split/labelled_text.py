@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import DataError
+from blindtune.training.records import check_unicode
 from blindtune.training.text import DataConfig, read_rows
 
 LabelKind = Literal["class", "target"]
@@ -169,6 +170,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     value = json.loads(line)
                     if not isinstance(value, dict):
                         raise DataError(f"{path}:{number}: expected an object on the line")
+                    check_unicode(line, value, f"{path}:{number}")
                     yield f"{path}:{number}", value
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from error

@@ -14,6 +14,7 @@ from blindtune.errors import DataError
 from blindtune.privacy.word_groups import GroupingConfig, WordGroups, group_words
 from blindtune.split.bottom import Bottom
 from blindtune.split.word_vectors import word_vectors
+from blindtune.training.records import encoding
 from blindtune.training.text import DataConfig, read_rows
 
 FEWEST_TOKENS = 10_000
@@ -36,7 +37,8 @@ def make_groups(bottom: Bottom, public_text: str | Path, config: GroupingConfig)
         str(row.get(reading.text_column, "")) for _, row in read_rows(str(public_text), reading)
     ]
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
-    encoded = bottom.tokenizer(lines, add_special_tokens=False)["input_ids"] if lines else []
+    with encoding():
+        encoded = bottom.tokenizer(lines, add_special_tokens=False)["input_ids"] if lines else []
     words_T = torch.tensor([i for ids in encoded for i in ids], dtype=torch.int64)
     if len(words_T) < FEWEST_TOKENS:
         raise DataError(

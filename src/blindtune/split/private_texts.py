@@ -26,6 +26,7 @@ from blindtune.models.decoder import Decoder
 from blindtune.split.bottom import Bottom
 from blindtune.split.labelled_text import LabelledTexts, read_labelled, read_texts
 from blindtune.split.partition import longest_sequence
+from blindtune.training.records import encoding
 from blindtune.training.text import DataConfig, load_dataset_file
 
 Purpose = Literal["classification", "regression", "language-model"]
@@ -116,14 +117,15 @@ def encode_texts(
     """Token ids [L] of every text, cut to `max_length` and to what the bottom takes.
 
     Raises:
-        DataError: no texts, or one without tokens.
+        DataError: no texts, or one without tokens. ModelError: the tokenizer fails at one.
     """
     if not texts:
         raise DataError("expected texts, got none: give some")
     longest = _longest(bottom, max_length)
-    encoded = bottom.tokenizer(
-        list(texts), truncation=longest is not None, max_length=longest, add_special_tokens=True
-    )["input_ids"]
+    with encoding():
+        encoded = bottom.tokenizer(
+            list(texts), truncation=longest is not None, max_length=longest, add_special_tokens=True
+        )["input_ids"]
     ids = tuple(torch.tensor(text, dtype=torch.int64) for text in encoded)
     empty = next((i for i, text in enumerate(ids) if not len(text)), None)
     if empty is not None:

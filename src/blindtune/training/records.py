@@ -12,11 +12,13 @@ A prompt is tokenised on its own, as it will be when the tuned model is asked to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from blindtune.errors import DataError
+from blindtune.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -168,7 +170,10 @@ def encode_messages(
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
         return _fit(ids, [bool(marked) for marked in mask], max_length)
     text, spans = _assistant_spans(messages, tokenizer, template, where)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    with encoding():
+        encoded = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
     trained = [
         first < last and any(a <= first and last <= b for a, b in spans)
         for first, last in encoded["offset_mapping"]
@@ -189,9 +194,57 @@ def _fit(ids: list[int], trained: list[bool], max_length: int) -> Example:
 
 
 def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = True) -> list[int]:
-    """Token ids of a string, with the tokenizer's own special tokens or without."""
-    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    """Token ids of a string, with the tokenizer's own special tokens or without.
+
+    Raises:
+        ModelError: the tokenizer cannot encode it.
+    """
+    with encoding():
+        ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return ids
+
+
+@contextmanager
+def encoding() -> Iterator[None]:
+    """Around a tokenizer at work: another party's can read well, and fail at some text.
+
+    The tokenizers library raises bare Exception, and a panic in its Rust code is no Exception.
+
+    Raises:
+        ModelError: the tokenizer failed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(
+            "expected a tokenizer that encodes any text, this one fails at some "
+            f"({' '.join(str(error).split())[:200]}): ask whoever made it"
+        ) from error
+
+
+def check_unicode(line: str, value: object, where: str) -> None:
+    """Refuse JSON whose strings are no Unicode text.
+
+    Args:
+        line: the JSON.
+        value: what it says.
+        where: named in the error.
+
+    Raises:
+        DataError: a string has half of a surrogate pair.
+    """
+    if "\\u" not in line:
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.start + 1].encode("unicode_escape").decode()
+        raise DataError(
+            f"{where}: expected Unicode text, got half of a surrogate pair ({half}): write the "
+            "file with whole characters"
+        ) from None
 
 
 def _check_messages(messages: Any, where: str) -> None:

@@ -22,6 +22,7 @@ from blindtune.training.dataset import IGNORED_LABEL, TokenDataset, show_sample
 from blindtune.training.records import (
     Example,
     Record,
+    check_unicode,
     encode_completion,
     encode_messages,
     read_item,
@@ -266,6 +267,7 @@ def _parse(text: str, where: str, kind: type) -> Any:
     if not isinstance(value, kind):
         wanted = "an object" if kind is dict else "an array"
         raise DataError(f"{where}: expected {wanted}, got {type(value).__name__}")
+    check_unicode(text, value, where)
     return value
 
 
