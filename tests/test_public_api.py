@@ -10,6 +10,7 @@ import blindtune
 ACTS = ["study", "emulate", "inspect", "tune", "plug_in", "evaluate", "open_study", "open_emulator"]
 ACTS += [
     "frontier",
+    "split_frontier",
     "split_tune",
     "predict",
     "cancel",
@@ -27,12 +28,13 @@ KEYS = ["Keyring", "Signer", "Trust", "seal", "unseal"]
 CONFIGS = [
     "StudyConfig", "DynamicConfig", "EmulatorConfig", "AdapterConfig", "TrainingConfig",
     "RunConfig", "DataConfig", "EvaluationConfig", "PrivatizerConfig", "TuningConfig", "PassConfig",
-    "FrontierConfig", "ReadingConfig", "AccessConfig", "AskingConfig",
+    "FrontierConfig", "SplitFrontierConfig", "ReadingConfig", "AccessConfig", "AskingConfig",
     "ChangeBounds", "AuditConfig", "DpConfig", "CanaryConfig",
 ]  # fmt: skip
 RESULTS = ["Study", "Emulation", "Inspection", "Tuning", "PlugIn", "Evaluation", "Emulator"]
 RESULTS += [
     "Frontier",
+    "SplitFrontier",
     "SplitTuning",
     "PrivacyStatement",
     "Prediction",

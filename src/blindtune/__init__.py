@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from blindtune.evaluation.audit_split import audit_split
     from blindtune.evaluation.evaluating import Evaluation, EvaluationConfig, evaluate
     from blindtune.evaluation.frontier import Frontier, FrontierConfig, frontier
+    from blindtune.evaluation.split_frontier import (
+        SplitFrontier,
+        SplitFrontierConfig,
+        split_frontier,
+    )
     from blindtune.exchange.guard import GuardConfig
     from blindtune.exchange.keyring import Keyring
     from blindtune.exchange.sealing import seal, unseal
@@ -107,6 +112,8 @@ _PLACES = {
     "ServerConfig": "blindtune.exchange.serving",
     "Service": "blindtune.split.service",
     "Signer": "blindtune.exchange.signing",
+    "SplitFrontier": "blindtune.evaluation.split_frontier",
+    "SplitFrontierConfig": "blindtune.evaluation.split_frontier",
     "SplitTuning": "blindtune.split.tuning_job",
     "Study": "blindtune.offsite.study",
     "StudyConfig": "blindtune.offsite.study",
@@ -134,6 +141,7 @@ _PLACES = {
     "revoke": "blindtune.split.door",
     "seal": "blindtune.exchange.sealing",
     "serve": "blindtune.split.service",
+    "split_frontier": "blindtune.evaluation.split_frontier",
     "split_tune": "blindtune.split.tuning_job",
     "study": "blindtune.offsite.studying",
     "tune": "blindtune.offsite.tuning",
@@ -187,6 +195,8 @@ __all__ = [
     "ServerConfig",
     "Service",
     "Signer",
+    "SplitFrontier",
+    "SplitFrontierConfig",
     "SplitTuning",
     "Study",
     "StudyConfig",
@@ -218,6 +228,7 @@ __all__ = [
     "revoke",
     "seal",
     "serve",
+    "split_frontier",
     "split_tune",
     "study",
     "tune",

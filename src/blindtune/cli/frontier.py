@@ -14,6 +14,8 @@ from blindtune.cli.verb import Settings, Verb
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from blindtune.models.costs import Estimate
+
 HELP = """Try settings (N_a, alpha, beta), and draw what each gives and keeps.
 
 Run by the model owner before anything is shipped, on data of the data owner's
@@ -87,6 +89,21 @@ def show(facts: Facts, console: Console) -> None:
     print_pairs(console, "Written", pairs)
 
 
+def estimate(settings: Settings) -> Estimate:
+    """Estimate the act."""
+    from blindtune.evaluation.frontier import FrontierConfig
+    from blindtune.evaluation.frontier_estimate import estimate_frontier
+
+    return estimate_frontier(
+        settings["model"],
+        settings["data"],
+        settings.of(FrontierConfig),
+        public=settings["public"],
+        made_study=settings["study"],
+        test=settings["test"],
+    )
+
+
 VERB = Verb(
     name="frontier",
     help=HELP,
@@ -103,6 +120,7 @@ VERB = Verb(
     groups=(Group(heading="Sweep", module="blindtune.evaluation.frontier", name="FrontierConfig"),),
     act=act,
     show=show,
+    estimate=estimate,
     mark="frontier.json",
     goes_on=True,
     interrupted="finished rows are kept: run the same command again",

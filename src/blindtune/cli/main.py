@@ -28,6 +28,7 @@ VERBS = {
     "plug-in": "model owner: put the returned adapter into the full model",
     "evaluate": "either: score a model, an emulator, or one with an adapter",
     "frontier": "model owner: try settings, and draw what each gives and keeps",
+    "split-frontier": "either: try cuts and noise of split tuning, and draw what each hides",
     "plant": "data owner: plant made-up secrets in a copy of the data, for an audit",
     "audit": "either: attack what is about to leave, and report what leaks",
     "bottom": "vendor: cut a model, and write what customers of split tuning get",

@@ -1,0 +1,123 @@
+"""`blindtune split-frontier`: where to cut and how much noise, by trying."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from blindtune.cli.options import Group
+from blindtune.cli.output import Facts
+from blindtune.cli.printing import print_columns, print_pairs, stages
+from blindtune.cli.verb import Settings, Verb
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from blindtune.models.costs import Estimate
+
+HELP = """Try settings (cut, eta, CTI) of split tuning, and draw what each gives and hides.
+
+Run before a real run by whoever has the model and texts of the customer's
+kind. Each setting is tuned and predicted as both parties would, in this one
+process; then its training texts are attacked as `audit` does. UA is the
+accuracy on noised test texts, EP the share of tokens that an attack gets wrong.
+With --ep it answers: the largest eta at which every attack is held at that EP.
+
+Every finished row is kept in the output directory: run the command again, after
+an interruption, with more values, or with another question, and only what is
+missing is run (there is no --resume).
+
+\b
+Needs:   MODEL; --data, labelled texts; --test, others of them; --public, text
+         of that kind for the attacker, without which the stronger attacks are
+         not run and EP flatters.
+Writes:  split-frontier.html, split-frontier.json and rows/ in the directory.
+
+\b
+Example:
+  blindtune split-frontier minilm --data train.csv --test test.csv \\
+      --public public.txt --cut 0,2 --eta 100,80,65 --ep 0.4 --out frontier/
+"""
+
+
+def act(settings: Settings) -> Facts:
+    """Call the act."""
+    from pathlib import Path
+
+    from blindtune.evaluation.split_frontier import SplitFrontierConfig, split_frontier
+    from blindtune.evaluation.split_frontier_page import PAGE_NAME, write_split_frontier
+
+    config, out = settings.of(SplitFrontierConfig), Path(settings["out"])
+    with stages() as on_stage:
+        found = split_frontier(
+            settings["model"],
+            settings["data"],
+            settings["test"],
+            out,
+            config,
+            public=settings["public"],
+            on_row=on_stage,
+        )
+    facts = write_split_frontier(found, out, config, settings["ep"])
+    return {"path": str(out), "page": str(out / PAGE_NAME), **facts}
+
+
+def show(facts: Facts, console: Console) -> None:
+    """Print the settings and the answer."""
+    rows = [
+        (
+            s["name"],
+            *(f"{s[key]:.3f}" for key in ("ua", "ep_nearest", "ep")),
+            s["strongest"],
+            "yes" if s["efficient"] else "",
+        )
+        for s in facts["settings"]
+    ]
+    names = ("setting", "UA", "EP, nearest", "EP, strongest", "strongest attack", "frontier")
+    print_columns(console, names, rows)
+    if facts["sentence"] is not None:
+        console.print(facts["sentence"])
+    print_pairs(console, "Written", [("page", facts["page"])])
+
+
+def estimate(settings: Settings) -> Estimate:
+    """Estimate the act."""
+    from blindtune.evaluation.frontier_estimate import estimate_split_frontier
+    from blindtune.evaluation.split_frontier import SplitFrontierConfig
+
+    return estimate_split_frontier(
+        settings["model"],
+        settings["data"],
+        settings["test"],
+        settings.of(SplitFrontierConfig),
+        public=settings["public"],
+    )
+
+
+VERB = Verb(
+    name="split-frontier",
+    help=HELP,
+    parameters=(
+        click.Argument(["model"], metavar="MODEL"),
+        click.Option(["--data"], required=True, metavar="FILE", help="Texts to tune on."),
+        click.Option(["--test"], required=True, metavar="FILE", help="Texts to predict."),
+        click.Option(["--out"], required=True, metavar="DIR", help="Directory of the sweep."),
+        click.Option(["--public"], metavar="FILE", help="The attacker's own text."),
+        click.Option(["--ep"], type=click.FloatRange(0, 1), help="Least EP of the answer."),
+    ),
+    groups=(
+        Group(
+            heading="Sweep",
+            module="blindtune.evaluation.split_frontier",
+            name="SplitFrontierConfig",
+        ),
+    ),
+    act=act,
+    show=show,
+    estimate=estimate,
+    mark="split-frontier.json",
+    goes_on=True,
+    interrupted="finished rows are kept: run the same command again",
+)
+"""The verb."""

@@ -1,0 +1,306 @@
+"""The privacy-utility frontier of split tuning: cuts and amounts of noise on the same data.
+
+Before a real run, whoever has a model and texts of the customer's kind tries settings (cut, eta,
+CTI). A setting is tuned as the two parties would, in one process: texts are privatized once, the
+vendor tunes on the states, the tuned job is asked about noised test texts; that gives the utility
+accuracy (UA). Then the training texts are attacked as `audit_split` does; empirical privacy (EP)
+is the share of tokens that an attack gets wrong, and the strongest attack is what counts.
+
+At every cut the split without noise is a setting too: what noise costs, and what depth alone hides.
+Every finished row is kept in OUT/rows, under a digest of all that decides it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, final, get_args
+
+from blindtune.atomic import atomic_file
+from blindtune.errors import ConfigError
+from blindtune.evaluation.audit import AuditConfig
+from blindtune.evaluation.audit_split import audit_split
+from blindtune.exchange.transport import InProcessTransport
+from blindtune.models.encoders import load_any
+from blindtune.models.fingerprint import fingerprint
+from blindtune.split.bottom import write_bottom
+from blindtune.split.customer import PassConfig
+from blindtune.split.partition import Cut, stack_of
+from blindtune.split.prediction import predict
+from blindtune.split.privacy_statement import PrivatizerConfig
+from blindtune.split.private_texts import ReadingConfig
+from blindtune.split.terms import TuningConfig
+from blindtune.split.tuning_job import split_tune
+from blindtune.split.vendor import Vendor
+
+OnRow = Callable[[str, int, int], None]
+NoisedName = Literal["token", "exponential", "vector"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFrontierConfig:
+    """Which settings are tried, how each is tuned, and how hard it is attacked."""
+
+    cut: tuple[int, ...] = (0,)
+    """Layers at the customer."""
+    privatizer: NoisedName = "token"
+    """What is noised: token, exponential or vector, as in split-tune."""
+    eta: tuple[float, ...] = ()
+    """Values of eta, per token and unit of distance."""
+    changed_share: tuple[float, ...] = (0.15, 0.4, 0.65)
+    """Where no eta is given: shares of the tokens that shall change, from which eta follows."""
+    cti_fraction: tuple[float, ...] = (0.0,)
+    """Shares of the vocabulary that CTI spares for each class; 0: no CTI."""
+    epochs: int = 2
+    """Passes over the texts."""
+    batch_size: int = 16
+    """Texts of one optimizer step."""
+    learning_rate: float = 1e-3
+    """Of the vendor's AdamW."""
+    lora_rank: int = 8
+    """Rank of LoRA in the vendor's layers."""
+    max_length: int = 64
+    """Tokens of a text; longer ones are cut."""
+    text_column: str = "text"
+    """Column of the texts."""
+    label_column: str = "label"
+    """Column of the classes."""
+    attacked_tokens: int = 4096
+    """Attack texts that hold about so many tokens."""
+    public_tokens: int = 32768
+    """The attacker learns from texts that hold about so many tokens."""
+    attack_seconds: float = 60.0
+    """No training of an attack goes on for longer."""
+    seed: int = 0
+    """Of first weights, order of texts and the attacker's batches; noise has no seed."""
+
+    def __post_init__(self) -> None:
+        """Refuse empty sweeps; what else is out of range, the configs made of it refuse."""
+        if not (self.cut and self.cti_fraction and (self.eta or self.changed_share)):
+            raise ConfigError("expected at least one cut, cti_fraction, and eta or changed_share")
+        if self.privatizer not in get_args(NoisedName):
+            names = ", ".join(get_args(NoisedName))
+            raise ConfigError(f"expected privatizer {names}, got {self.privatizer!r}")
+        _ = (self.privatizers, self.tuning, self.passes, self.reading, self.trying)
+
+    @property
+    def privatizers(self) -> tuple[PrivatizerConfig, ...]:
+        """Every setting of one cut, the one without noise first."""
+        levels: list[tuple[float | None, float | None]]
+        levels = [(eta, None) for eta in sorted(set(self.eta))[::-1]]
+        levels = levels or [(None, share) for share in sorted(set(self.changed_share))]
+        return (
+            PrivatizerConfig(privatizer="none", unprotected=True),
+            *(
+                PrivatizerConfig(
+                    privatizer=self.privatizer, eta=eta, changed_share=share, cti_fraction=cti
+                )
+                for cti in sorted(set(self.cti_fraction))
+                for eta, share in levels
+            ),
+        )
+
+    @property
+    def tuning(self) -> TuningConfig:
+        """What is asked of the vendor."""
+        return TuningConfig(
+            lora_rank=self.lora_rank, learning_rate=self.learning_rate, seed=self.seed
+        )
+
+    @property
+    def passes(self) -> PassConfig:
+        """How the customer goes through its texts."""
+        return PassConfig(epochs=self.epochs, batch_size=self.batch_size, seed=self.seed)
+
+    @property
+    def reading(self) -> ReadingConfig:
+        """Where the texts stand."""
+        return ReadingConfig(
+            text_column=self.text_column,
+            label_column=self.label_column,
+            max_length=self.max_length,
+        )
+
+    @property
+    def trying(self) -> AuditConfig:
+        """How hard the attacker tries."""
+        return AuditConfig(
+            test_tokens=self.attacked_tokens, public_tokens=self.public_tokens,
+            attack_seconds=self.attack_seconds, fresh_draws=1, seed=self.seed,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSetting:
+    """One setting's utility and privacy."""
+
+    cut: int
+    eta: float | None
+    """None: no noise."""
+    cti_fraction: float
+    ua: float
+    """Accuracy on noised test texts."""
+    ep: float
+    """Share of tokens that the strongest attack gets wrong, in training texts."""
+    ep_low: float
+    """Lower end of its 95 % interval."""
+    strongest: str
+    """Which attack that is."""
+    ep_nearest: float
+    """The same of the nearest-neighbour attack."""
+
+    @property
+    def name(self) -> str:
+        """The setting in short."""
+        noise = "no noise" if self.eta is None else f"eta {self.eta:.4g}"
+        spared = f", CTI {self.cti_fraction:g}" if self.cti_fraction else ""
+        return f"cut {self.cut}, {noise}{spared}"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SplitFrontier:
+    """All that was measured."""
+
+    settings: tuple[SplitSetting, ...]
+    public: str | None
+    """What the attacker learned from; None: nothing, and attacks that learn were not run."""
+
+    @property
+    def best_ua(self) -> float:
+        """The best accuracy without noise."""
+        return max(s.ua for s in self.settings if s.eta is None)
+
+    def efficient(self) -> tuple[SplitSetting, ...]:
+        """Settings that no other one beats in UA and EP at once, best UA first."""
+        kept, highest = [], float("-inf")
+        for setting in sorted(self.settings, key=lambda s: (-s.ua, -s.ep)):
+            if setting.ep > highest:
+                kept.append(setting)
+                highest = setting.ep
+        return tuple(kept)
+
+    def largest_eta(self, ep: float) -> SplitSetting | None:
+        """The least noise that holds every attack at this EP; of equal ones, the best UA.
+
+        A setting without noise that does counts as the largest eta.
+        """
+        held = [s for s in self.settings if s.ep >= ep]
+        return max(
+            held, key=lambda s: (float("inf") if s.eta is None else s.eta, s.ua), default=None
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        efficient = self.efficient()
+        rows = [asdict(s) | {"name": s.name, "efficient": s in efficient} for s in self.settings]
+        return {"best_ua": self.best_ua, "public": self.public, "settings": rows}
+
+
+def split_frontier(
+    model: str | Path,
+    data: str | Path,
+    test: str | Path,
+    out: str | Path,
+    config: SplitFrontierConfig | None = None,
+    *,
+    public: str | Path | None = None,
+    on_row: OnRow = lambda *_: None,
+) -> SplitFrontier:
+    """Sweep settings; rows that are there under the same digest are not run again.
+
+    Args:
+        model: a local directory, a hub name, or an embedded model.
+        data: labelled texts of the customer's kind, tuned on and attacked.
+        test: labelled texts that are predicted.
+        out: directory of rows and work.
+        config: the sweep.
+        public: the attacker's own text; None: only attacks that learn nothing are run.
+        on_row: called with (setting, done, of all).
+
+    Raises:
+        ModelError, DataError, ConfigError, OutputError: see errors.py.
+    """
+    config, out = config or SplitFrontierConfig(), Path(out)
+    text = None if public is None else Path(public)
+    sweep = _Sweep(str(model), Path(data), Path(test), text, out, config)
+    tried = [(cut, p) for cut in sorted(set(config.cut)) for p in config.privatizers]
+    settings = []
+    for done, (cut, privatizer) in enumerate(tried):
+        on_row("settings", done, len(tried))
+        settings.append(sweep.setting(cut, privatizer))
+    on_row("settings", len(tried), len(tried))
+    shutil.rmtree(sweep.work, ignore_errors=True)
+    return SplitFrontier(settings=tuple(settings), public=None if public is None else str(public))
+
+
+@final
+class _Sweep:
+    """The rows of one sweep, and where they are kept."""
+
+    def __init__(
+        self,
+        model: str,
+        data: Path,
+        test: Path,
+        public: Path | None,
+        out: Path,
+        config: SplitFrontierConfig,
+    ) -> None:
+        self.model, self.data, self.test, self.public = model, data, test, public
+        self.out, self.config, self.work = out, config, out / "work"
+        loaded, _ = load_any(model)
+        self.layers = stack_of(loaded).layer_count
+        for cut in config.cut:
+            Cut(layers=self.layers, cut=cut)  # refuses what cannot be before anything is tuned
+        files = [path for path in (data, test, public) if path is not None]
+        configs = (config.passes, config.tuning, config.reading, config.trying)
+        plain = [asdict(c) for c in configs]
+        self._decides = [fingerprint(loaded), *map(_digest, files), *plain]
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def setting(self, cut: int, privatizer: PrivatizerConfig) -> SplitSetting:
+        """Tune, predict, attack; or what an earlier sweep found."""
+        decides = json.dumps([*self._decides, cut, asdict(privatizer)], sort_keys=True)
+        name = f"{cut}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
+        path = self.out / "rows" / f"{name}.json"
+        if not path.is_file():
+            found = self._measure(cut, privatizer, self.work / name)
+            with atomic_file(path) as file:
+                file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        return SplitSetting(**json.loads(path.read_text(encoding="utf-8")))
+
+    def _measure(self, cut: int, privatizer: PrivatizerConfig, place: Path) -> dict[str, Any]:
+        config, bottom = self.config, place / "bottom"
+        model, tokenizer = load_any(self.model)
+        parts = Cut(layers=self.layers, cut=cut)
+        identity = write_bottom(model, tokenizer, bottom, parts, max_length=config.max_length)
+        vendor = Vendor(stack_of(model), parts, identity, place / "vendor")
+        with vendor.session("customer") as handler:
+            done = split_tune(
+                partial(InProcessTransport, handler), bottom, self.data, place / "job", privatizer,
+                config.tuning, config.passes, reading=config.reading, silent=True,
+            )  # fmt: skip
+        with vendor.session("customer") as handler:
+            asked = predict(partial(InProcessTransport, handler), place / "job", self.test)
+        if "accuracy" not in asked.scores:
+            raise ConfigError(f"{self.test}: expected texts with labels to score on")
+        audit = audit_split(place / "job", public=self.public, config=config.trying)
+        eps = {f.attack: f for f in audit.findings if f.measure == "EP"}
+        strongest = audit.findings[audit.strongest]
+        shutil.rmtree(place)
+        return {
+            "cut": cut, "eta": done.privacy.eta, "cti_fraction": privatizer.cti_fraction,
+            "ua": asked.scores["accuracy"], "ep": strongest.value, "ep_low": strongest.low,
+            "strongest": strongest.attack, "ep_nearest": eps["nearest neighbour"].value,
+        }  # fmt: skip
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
