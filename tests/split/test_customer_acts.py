@@ -325,3 +325,15 @@ def test_losses_survive_a_cut_off_line(tmp_path, data):
     assert job.losses() == before
     with job.loss_log(4) as log:
         assert sorted(log.losses) == sorted(n for n in before if n <= 4)
+
+
+def test_what_is_prepared_is_told(tmp_path, data):
+    world, told = World(tmp_path), []
+    text = "\n".join(pydoc_data.topics.topics.values())
+    (tmp_path / "public.txt").write_text(text[:60_000])
+    grouped = PrivatizerConfig(privatizer="groups", public_text=str(tmp_path / "public.txt"))
+    tune(world, data, tmp_path / "job", grouped, on_part=lambda *part: told.append(part))
+    parts = {part: (done, total) for part, done, total in told}
+    assert list(parts) == ["meanings of words", "grouping words", "texts privatized"]
+    assert all(done == total for done, total in parts.values())
+    assert parts["texts privatized"] == (len(TEXTS), len(TEXTS))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import click
 
 from blindtune.cli.options import Group
 from blindtune.cli.output import Facts
-from blindtune.cli.printing import duration, print_pairs, size
+from blindtune.cli.printing import duration, print_pairs, size, stages
 from blindtune.cli.trusting import OPENING, trust_of
 from blindtune.cli.verb import Settings, Verb
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from blindtune.models.costs import Estimate
+    from blindtune.split.privacy_statement import PrivacyStatement
 
 HELP = """Tune a vendor's model on private texts that it never sees.
 
@@ -53,20 +55,28 @@ def act(settings: Settings) -> Facts:
     from blindtune.split.terms import TuningConfig
     from blindtune.split.tuning_job import split_tune
 
-    tuned = split_tune(
-        settings["url"],
-        settings["bottom"],
-        settings["data"],
-        settings["out"],
-        settings.of(PrivatizerConfig),
-        settings.of(TuningConfig),
-        settings.of(PassConfig),
-        reading=settings.of(ReadingConfig),
-        access=settings.of(AccessConfig),
-        resume=settings["resume"],
-        trust=trust_of(settings),
-        on_statement=lambda statement: click.echo(f"{statement}\n", err=True),
-    )
+    with ExitStack() as preparing:
+        on_part = preparing.enter_context(stages())
+
+        def tell(statement: PrivacyStatement) -> None:
+            preparing.close()  # the bar of the tuning comes next
+            click.echo(f"{statement}\n", err=True)
+
+        tuned = split_tune(
+            settings["url"],
+            settings["bottom"],
+            settings["data"],
+            settings["out"],
+            settings.of(PrivatizerConfig),
+            settings.of(TuningConfig),
+            settings.of(PassConfig),
+            reading=settings.of(ReadingConfig),
+            access=settings.of(AccessConfig),
+            resume=settings["resume"],
+            trust=trust_of(settings),
+            on_statement=tell,
+            on_part=on_part,
+        )
     return asdict(tuned) | {"path": str(tuned.path)}
 
 

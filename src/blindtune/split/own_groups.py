@@ -6,6 +6,8 @@ out groups that hide nothing. They say what the public text says, and may be sho
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,17 +19,25 @@ from blindtune.split.word_vectors import word_vectors
 from blindtune.training.records import encoding
 from blindtune.training.text import DataConfig, read_rows
 
+OnPart = Callable[[str, int, int], None]
 FEWEST_TOKENS = 10_000
 """Of public text; fewer say nothing about how frequent words are."""
 
 
-def make_groups(bottom: Bottom, public_text: str | Path, config: GroupingConfig) -> WordGroups:
+def make_groups(
+    bottom: Bottom,
+    public_text: str | Path,
+    config: GroupingConfig,
+    *,
+    on_part: OnPart = lambda _part, _done, _total: None,
+) -> WordGroups:
     """Group the words of a bottom's vocabulary.
 
     Args:
         bottom: its blocks, or its embedding at cut 0, say which words mean the same.
         public_text: .txt, or .jsonl, .csv, .parquet with `text`.
         config: how coarse.
+        on_part: is told what is done, and how much of it (a minute on one core for 30,000 words).
 
     Raises:
         DataError: the text cannot be read, or is too short.
@@ -45,6 +55,12 @@ def make_groups(bottom: Bottom, public_text: str | Path, config: GroupingConfig)
             f"{public_text}: expected at least {FEWEST_TOKENS:,} tokens of public text to count "
             f"words in, got {len(words_T):,}: give more, of the kind that yours is"
         )
-    vector_VD = word_vectors(bottom.stack, bottom.tokenizer, layers=bottom.cut.cut)
+    vector_VD = word_vectors(
+        bottom.stack, bottom.tokenizer, layers=bottom.cut.cut,
+        on_progress=partial(on_part, "meanings of words"),
+    )  # fmt: skip
     count_V = torch.bincount(words_T, minlength=len(vector_VD))
-    return group_words(vector_VD, count_V, bottom.tokenizer.all_special_ids, config)
+    on_part("grouping words", 0, 1)
+    groups = group_words(vector_VD, count_V, bottom.tokenizer.all_special_ids, config)
+    on_part("grouping words", 1, 1)
+    return groups

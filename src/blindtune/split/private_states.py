@@ -20,7 +20,7 @@ Shapes: B batch, L length, T tokens of all texts, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +112,7 @@ def privatize(
     groups: WordGroups | None = None,
     classes: int = 0,
     batch_size: int = 32,
+    on_progress: Callable[[int, int], None] = lambda _done, _texts: None,
     testing_seed: int | None = None,
 ) -> PrivateStates:
     """Tokenise what is text, noise, and run the bottom, once.
@@ -128,6 +129,7 @@ def privatize(
             representatives, and noise replaces them by one another. None: every word is its own.
         classes: number of classes; needed with CTI.
         batch_size: texts at once; changes speed only.
+        on_progress: is told how many texts of all are done.
         testing_seed: for tests only: noise that anyone can repeat. Warns.
 
     Raises:
@@ -157,6 +159,7 @@ def privatize(
         hidden_BLD = _noised(bottom, privatizer, sent_BL, mask_BL, factors_BL)
         packed_TD, lengths = pack(hidden_BLD, mask_BL)
         states += [state.clone() for state in packed_TD.float().cpu().split(lengths)]
+        on_progress(len(states), len(ids))
     replaces = groups is not None or (mechanism is not None and mechanism.replaces_words)
     return PrivateStates(
         states=tuple(states),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +30,7 @@ from blindtune.split.access import (
 from blindtune.split.bottom import Bottom, open_bottom
 from blindtune.split.customer import PassConfig, new_token
 from blindtune.split.customer_job import MARK, CustomerJob, JobRecord, texts_hash
-from blindtune.split.own_groups import make_groups
+from blindtune.split.own_groups import OnPart, make_groups
 from blindtune.split.privacy_statement import (
     PrivacyStatement,
     PrivatizerConfig,
@@ -80,6 +81,7 @@ def split_tune(
     access: AccessConfig | None = None,
     resume: Literal["auto", "never"] = "auto",
     on_statement: Callable[[PrivacyStatement], None] | None = None,
+    on_part: OnPart = lambda _part, _done, _total: None,
     silent: bool = False,
     trust: Trust | None = None,
 ) -> SplitTuning:
@@ -96,6 +98,7 @@ def split_tune(
         access: the vendor's certificate, the customer's token, retries.
         resume: "never" refuses a job that is there instead of going on with it.
         on_statement: gets the privacy statement before anything is sent.
+        on_part: is told, until then, what is prepared and how much of it is done.
         silent: no progress bar.
         trust: whose bottom packages are opened; None: anybody's.
 
@@ -119,7 +122,7 @@ def split_tune(
     with job.working():
         if job.record.state == "cancelled":
             raise PolicyError(f"{out}: this job was cancelled: begin another with another --out")
-        private, statement = _prepare(job, package, texts, privatizer, passes)
+        private, statement = _prepare(job, package, texts, privatizer, passes, on_part)
         if on_statement is not None:
             on_statement(statement)
         work = Work(
@@ -195,6 +198,7 @@ def _prepare(
     texts: PrivateTexts,
     privatizer: PrivatizerConfig,
     passes: PassConfig,
+    on_part: OnPart,
 ) -> tuple[PrivateStates, PrivacyStatement]:
     """The private states and what sending them spends: made once, found again later."""
     eta, classes = job.record.eta, len(texts.names)
@@ -202,7 +206,8 @@ def _prepare(
     grouping = privatizer.grouping()
     if grouping is not None and groups is None:
         assert privatizer.public_text is not None
-        job.keep_groups(groups := make_groups(package, privatizer.public_text, grouping))
+        groups = make_groups(package, privatizer.public_text, grouping, on_part=on_part)
+        job.keep_groups(groups)
     if private is None:  # nothing was sent yet: what an earlier call drew and lost spent nothing
         private = privatize(
             package,
@@ -212,6 +217,7 @@ def _prepare(
             importance=privatizer.importance(),
             groups=groups,
             classes=classes,
+            on_progress=partial(on_part, "texts privatized"),
         )
         job.keep_states(private)
     statement = job.statements().get("tuning")

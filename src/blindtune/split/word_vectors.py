@@ -8,6 +8,8 @@ Shapes: V vocabulary, D hidden, L length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +24,7 @@ def word_vectors(
     *,
     layers: int | None = None,
     batch_size: int = 1024,
+    on_progress: Callable[[int, int], None] = lambda _done, _words: None,
 ) -> Tensor:
     """Unit vectors [V, D]: the mean of the last layer's states of a text of one word.
 
@@ -33,6 +36,7 @@ def word_vectors(
         tokenizer: its tokenizer.
         layers: run so many; None: all; 0: rows of the embedding table instead of states.
         batch_size: words at once; changes speed only.
+        on_progress: is told how many words of all are done.
     """
     weight = stack.embedding.weight
     assert isinstance(weight, Tensor)
@@ -50,4 +54,5 @@ def word_vectors(
         inputs = stack.begin(ids_BL, torch.ones_like(ids_BL))
         hidden_BLD = stack.run_layers(inputs.hidden_BLD, inputs.calls, 0, depth)
         found.append(torch.nn.functional.normalize(hidden_BLD.mean(1), dim=1))
+        on_progress(min(len(found) * batch_size, len(weight)), len(weight))
     return torch.cat(found)
