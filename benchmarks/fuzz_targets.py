@@ -37,7 +37,8 @@ from blindtune.exchange.manifest import (
     decode_manifest,
     encode_manifest,
 )
-from blindtune.exchange.package import open_package, write_package
+from blindtune.exchange.package import open_package
+from blindtune.exchange.package_writing import write_package
 from blindtune.exchange.signing import SIGNATURE_NAME, Signer, Trust, read_signature
 from blindtune.exchange.tensors import read_header, read_tensors
 from blindtune.models.tokenizers import SETTINGS_NAME, TOKENIZER_NAME, tokenizer_from_files

@@ -164,7 +164,6 @@ def atomic_directory(
             yield partial
             _flush_tree(partial)
             _swap(partial, final)
-            _flush(final.parent)
         except (OSError, SafetensorError) as error:
             raise output_error(final, error) from error
         finally:
@@ -215,16 +214,18 @@ def _beside(final: Path, ending: str) -> Path:
 
 
 def _swap(partial: Path, final: Path) -> None:
-    """Rename into place; what was there goes only when the new one stands."""
-    if not final.exists():
-        partial.rename(final)
-        return
+    """Rename into place; what was there goes only when the new one stands, for good."""
     retired = _beside(final, "replaced")
-    final.rename(retired)
+    if final.exists():
+        final.rename(retired)
     try:
         partial.rename(final)
-    except OSError:
-        retired.rename(final)
+        _flush(final.parent)
+    except BaseException:
+        if not partial.exists():
+            final.rename(partial)
+        if retired.exists():
+            retired.rename(final)
         raise
     shutil.rmtree(retired, ignore_errors=True)
 

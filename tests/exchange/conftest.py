@@ -20,7 +20,7 @@ from blindtune.exchange.manifest import (
     LoraFacts,
     RawLayer,
 )
-from blindtune.exchange.package import write_package
+from blindtune.exchange.package_writing import write_package
 from blindtune.exchange.serving import Server, ServerConfig
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from blindtune.errors import ConfigError, OutputError, PackageError, PolicyError
 from blindtune.exchange.keys import new_private_key
-from blindtune.exchange.package import open_package, write_package
+from blindtune.exchange.package import open_package
+from blindtune.exchange.package_writing import write_package
 from blindtune.exchange.sealing import seal, unseal
 from blindtune.exchange.signing import Signer, Trust
 

@@ -16,7 +16,8 @@ from blindtune.exchange.keys import (
     decode_public_key,
     new_private_key,
 )
-from blindtune.exchange.package import open_package, write_package
+from blindtune.exchange.package import open_package
+from blindtune.exchange.package_writing import write_package
 from blindtune.exchange.signing import SIGNATURE_NAME, Signer, Trust
 
 

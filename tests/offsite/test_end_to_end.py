@@ -275,7 +275,7 @@ def test_plug_in_refuses_another_model(world, tmp_path):
 
 
 def test_plug_in_refuses_unknown_missing_misshapen_and_not_finite(world, tmp_path):
-    from blindtune.exchange.package import write_package
+    from blindtune.exchange.package_writing import write_package
 
     package = open_package(world.path / "adapter", "adapter")
     expected = {n: (f.shape, f.dtype) for n, f in package.header.items()}

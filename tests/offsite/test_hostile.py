@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from blindtune.errors import OutputError, PackageError, UnsupportedModelError
-from blindtune.exchange.package import open_package, write_package
+from blindtune.exchange.package import open_package
+from blindtune.exchange.package_writing import write_package
 from blindtune.models import configs
 from blindtune.models.configs import check_buffers, config_values
 from blindtune.models.loading import load_model

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from blindtune.errors import ConfigError, MismatchError, PackageError
-from blindtune.exchange.package import open_package, write_package
+from blindtune.exchange.package import open_package
+from blindtune.exchange.package_writing import write_package
 from blindtune.models.decoder import Decoder
 from blindtune.models.tokenizers import FILE_NAMES
 from blindtune.offsite.emulation import EmulatorConfig, emulate

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from blindtune.errors import ConfigError, MismatchError, PolicyError
-from blindtune.exchange.package import open_package, write_package
+from blindtune.exchange.package import open_package
+from blindtune.exchange.package_writing import write_package
 from blindtune.models.decoder import Decoder
 from blindtune.models.loading import load_model
 from blindtune.offsite.plugin import plug_in

@@ -123,12 +123,3 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int
         handle.flush()
         os.fsync(handle.fileno())
     return size, digest.hexdigest()
-
-
-def sync_directory(path: Path) -> None:
-    """Make the entries of a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

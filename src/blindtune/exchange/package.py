@@ -1,4 +1,4 @@
-"""A package: the one directory that a party hands to the other. Written whole, or not at all.
+"""A package: the one directory that a party hands to the other; `package_writing` writes it.
 
 It holds `manifest.json`, `manifest.sha256`, the weights, and a few small files from a fixed list
 (docs/package-format.md). Nothing in it is executed or unpickled. Opening checks, in this order:
@@ -14,26 +14,20 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar, final, overload
 
-import msgspec
 from torch import Tensor
 
-from blindtune.atomic import output_error
-from blindtune.errors import ConfigError, MismatchError, OutputError, PackageError
+from blindtune.errors import ConfigError, MismatchError, PackageError
 from blindtune.exchange.files import (
     open_regular,
     printable,
     read_exactly,
     read_verified,
-    sync_directory,
     verify,
-    write_durably,
 )
 from blindtune.exchange.manifest import (
     MANIFEST_NAME,
@@ -41,16 +35,13 @@ from blindtune.exchange.manifest import (
     AdapterManifest,
     BottomManifest,
     EmulatorManifest,
-    FileEntry,
     Manifest,
     decode_manifest,
-    encode_manifest,
     package_id,
 )
 from blindtune.exchange.signing import (
     SIGNATURE_NAME,
     Signature,
-    Signer,
     Trust,
     read_signature,
 )
@@ -60,13 +51,10 @@ from blindtune.exchange.tensors import (
     check_expected,
     read_header,
     read_tensors,
-    serialize,
-    shard,
 )
 
 DIGEST_NAME = "manifest.sha256"
 MAX_PACKAGE_BYTES = 256 << 30
-MAX_SHARD_BYTES = 4 << 30
 MAX_SHARDS = 999
 # Every file that may accompany the weights, and the most bytes that it may have.
 SMALL_FILES = {
@@ -249,97 +237,6 @@ def _read_headers(
     return header, shards
 
 
-def write_package(
-    directory: Path | str,
-    manifest: Manifest,
-    tensors: Mapping[str, Tensor],
-    files: Mapping[str, bytes],
-    *,
-    overwrite: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    signer: Signer | None = None,
-) -> str:
-    """Write a package under `directory`, whole or not at all, and return its id.
-
-    Everything is written and fsynced in a hidden sibling directory, `.NAME.*.partial`, and then
-    renamed. A process that is killed may leave that sibling behind, never a half package.
-
-    Args:
-        directory: where it shall be; it must not exist, or be empty.
-        manifest: what it says about itself; `files` is filled in here.
-        tensors: by name; float32, float16 or bfloat16, finite, on any device.
-        files: small files by name, each from SMALL_FILES.
-        overwrite: replace an earlier package (and nothing else) that is in the way.
-        max_shard_bytes: more tensor bytes than that go into several files.
-        signer: signs the package; None: it stays unsigned.
-
-    Raises:
-        OutputError: it cannot be written, something is in the way, or the manifest, a tensor or
-            a file is one that no reader would accept.
-    """
-    target = Path(directory).absolute()
-    _check_small_files(files)
-    encode_manifest(manifest)
-    shards = shard(tensors, max_shard_bytes)
-    if len(shards) > MAX_SHARDS:
-        raise OutputError(f"{len(shards)} weights files, at most {MAX_SHARDS}: make shards larger")
-    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
-    try:
-        _check_target(target, overwrite)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial.mkdir()
-            manifest_bytes = _fill(partial, manifest, shards, files, signer)
-            _publish(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise output_error(target, error) from error
-    return package_id(manifest_bytes)
-
-
-def _fill(
-    partial: Path,
-    manifest: Manifest,
-    shards: list[dict[str, Tensor]],
-    files: Mapping[str, bytes],
-    signer: Signer | None,
-) -> bytes:
-    entries: dict[str, FileEntry] = {}
-    for name, part in zip(_shard_names(len(shards)), shards, strict=True):
-        size, sha256 = write_durably(partial / name, serialize(part))
-        entries[name] = FileEntry(bytes=size, sha256=sha256)
-    for name, content in files.items():
-        size, sha256 = write_durably(partial / name, [content])
-        entries[name] = FileEntry(bytes=size, sha256=sha256)
-    manifest_bytes = encode_manifest(msgspec.structs.replace(manifest, files=entries))
-    write_durably(partial / MANIFEST_NAME, [manifest_bytes])
-    write_durably(partial / DIGEST_NAME, [_digest_line(manifest_bytes)])
-    if signer is not None:
-        signature = signer.sign(manifest, manifest_bytes)
-        write_durably(partial / SIGNATURE_NAME, [signature])
-    sync_directory(partial)
-    return manifest_bytes
-
-
-def _publish(partial: Path, target: Path) -> None:
-    """Rename into place; what was in the way stays until the new package stands."""
-    retired = partial.with_suffix(".old")
-    if target.exists():
-        target.rename(retired)
-    try:
-        partial.rename(target)
-        sync_directory(target.parent)
-    except BaseException:
-        if not partial.exists():
-            target.rename(partial)
-        if retired.exists():
-            retired.rename(target)
-        raise
-    shutil.rmtree(retired, ignore_errors=True)
-
-
 def package_files(package: Package[Manifest]) -> list[str]:
     """Names of all files of a package, what vouches for the others first."""
     signature = [SIGNATURE_NAME] if package.signature is not None else []
@@ -352,38 +249,16 @@ def can_hold(name: str) -> bool:
     return name in own or name in SMALL_FILES or _SHARD.fullmatch(name) is not None
 
 
-def _shard_names(count: int) -> list[str]:
+def shard_names(count: int) -> list[str]:
+    """Of the weights files, when there are so many."""
     if count == 1:
         return ["weights.safetensors"]
     return [f"weights-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def _digest_line(manifest_bytes: bytes) -> bytes:
+def digest_line(manifest_bytes: bytes) -> bytes:
     """The content of manifest.sha256, in the form that `sha256sum --check` reads."""
     return f"{hashlib.sha256(manifest_bytes).hexdigest()}  {MANIFEST_NAME}\n".encode()
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise OutputError(f"{target}: expected a new directory, a file is there: choose another")
-    names = {entry.name for entry in target.iterdir()} if target.exists() else set()
-    if names and not overwrite:
-        raise OutputError(f"{target}: exists and is not empty: choose another directory")
-    foreign = sorted(name for name in names if not can_hold(name))
-    if foreign or (names and MANIFEST_NAME not in names):
-        raise OutputError(
-            f"{target}: only an earlier package is overwritten, this directory is none "
-            f"({', '.join(foreign[:3]) or 'no ' + MANIFEST_NAME}): choose another directory"
-        )
-
-
-def _check_small_files(files: Mapping[str, bytes]) -> None:
-    for name, content in files.items():
-        if name not in SMALL_FILES or len(content) > SMALL_FILES[name]:
-            raise OutputError(
-                f"{name} ({len(content)} bytes) cannot go into a package: allowed are "
-                + ", ".join(f"{known} (<= {limit})" for known, limit in SMALL_FILES.items())
-            )
 
 
 def _list_names(path: Path) -> set[str]:
@@ -415,7 +290,7 @@ def _read_manifest(path: Path) -> bytes:
                 "ask for the package again"
             )
         manifest_bytes = read_exactly(handle, size, path / MANIFEST_NAME)
-    line = _digest_line(manifest_bytes)
+    line = digest_line(manifest_bytes)
     handle, size = open_regular(path / DIGEST_NAME)
     with handle:
         if size != len(line) or read_exactly(handle, size, path / DIGEST_NAME) != line:
@@ -430,7 +305,7 @@ def _check_entries(path: Path, manifest: Manifest, names: set[str], max_bytes: i
     """Check names and sizes against the manifest; return the weights files in order."""
     listed = set(manifest.files)
     weights = sorted(listed - set(SMALL_FILES))
-    if weights != _shard_names(max(1, len(weights))) or len(weights) > MAX_SHARDS:
+    if weights != shard_names(max(1, len(weights))) or len(weights) > MAX_SHARDS:
         raise _disagreement(path, "its weights files are not a complete set", weights)
     if missing := listed - names:
         raise _disagreement(path, "files are missing", missing)

@@ -27,7 +27,8 @@ from blindtune.exchange.manifest import (
     HarmonizerLayer,
     LayerEntry,
 )
-from blindtune.exchange.package import Package, open_package, write_package
+from blindtune.exchange.package import Package, open_package
+from blindtune.exchange.package_writing import write_package
 from blindtune.exchange.signing import Signature, Signer, Trust
 from blindtune.exchange.tensors import Expected, check_expected
 from blindtune.models.blocks import Harmonizer

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blindtune.errors import ConfigError, PackageError
 from blindtune.exchange.manifest import BottomManifest, Dtype
-from blindtune.exchange.package import Package, open_package, write_package
+from blindtune.exchange.package import Package, open_package
+from blindtune.exchange.package_writing import write_package
 from blindtune.exchange.signing import Signature, Signer, Trust
 from blindtune.models.configs import (
     check_buffers,
