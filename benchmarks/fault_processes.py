@@ -7,6 +7,7 @@ A verb runs in a process of its own, on a tiny model. Its faults:
 - "killed at a write": SIGKILL before the n-th time that it opens a file for writing, makes,
   renames or removes one; n goes over all of them.
 - "killed at random": SIGKILL at a random moment, three times in a row, each time the next life.
+- "killed while replacing": as at a write, with an earlier output there that --overwrite replaces.
 - "disk full at a write": from the n-th time on, making and opening files fails with ENOSPC.
 - "file cut short": no file may grow beyond a random size (RLIMIT_FSIZE).
 - "read-only": every write fails with EROFS.
@@ -43,10 +44,11 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / d) for d in ("cli", ".")]
 
 FAULTS = (
-    "killed at a write", "killed at random", "disk full at a write", "file cut short", "read-only",
-    "two at once", "clock jumps",
+    "killed at a write", "killed at random", "killed while replacing", "disk full at a write",
+    "file cut short", "read-only", "two at once", "clock jumps",
 )  # fmt: skip
-VERBS = ("study", "emulate", "tune", "plug-in")
+MADE = {"study": "study", "emulate": "emulator", "tune": "adapter", "plug-in": "tuned"}
+VERBS = tuple(MADE)
 WRITES = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"})
 MAKES = frozenset({"open", "os.mkdir"})
 TEN_YEARS = 10 * 365 * 86_400.0
@@ -281,16 +283,20 @@ class World:
                           *TUNE_OPTIONS, *tuning]),
             Verb("plug-in", ["plug-in", path["llama"], path["adapter"]]),
         ]  # fmt: skip
-        for verb, made in zip(self.verbs, ("study", "emulator", "adapter", "tuned"), strict=True):
-            self._calm(verb, self.folder / made)
+        for verb in self.verbs:
+            self._calm(verb)
 
-    def _calm(self, verb: Verb, made: Path) -> None:
+    def made(self, verb: Verb) -> Path:
+        """What a verb made undisturbed."""
+        return self.folder / MADE[verb.name]
+
+    def _calm(self, verb: Verb) -> None:
         """Run a verb undisturbed, note what it leaves, and keep it for the next one."""
         with self.empty_place():
             ended = self.run(verb, Injection(folder=self.place))
             assert ended.code == 0, ended.text
             verb.files, verb.writes, verb.seconds = self.left(), ended.writes, ended.seconds
-            shutil.copytree(self.place / "out", made)
+            shutil.copytree(self.place / "out", self.made(verb))
 
     @contextmanager
     def empty_place(self) -> Iterator[Path]:
@@ -299,17 +305,18 @@ class World:
         self.place.mkdir()
         yield self.place
 
-    def begin(self, verb: Verb, injection: Injection) -> Started:
-        """Start a verb; `end` waits for it."""
-        return self.launcher.begin([*verb.arguments, "--out", self.place / "out"], injection)
+    def begin(self, verb: Verb, injection: Injection, *more: str) -> Started:
+        """Start a verb, with more options; `end` waits for it."""
+        arguments = [*verb.arguments, "--out", self.place / "out", *more]
+        return self.launcher.begin(arguments, injection)
 
     def end(self, started: Started) -> Ended:
         """What became of it."""
         return self.launcher.end(started)
 
-    def run(self, verb: Verb, injection: Injection) -> Ended:
+    def run(self, verb: Verb, injection: Injection, *more: str) -> Ended:
         """A verb from beginning to end."""
-        return self.end(self.begin(verb, injection))
+        return self.end(self.begin(verb, injection, *more))
 
     def left(self) -> dict[str, str]:
         """sha256 of every file in the place, without what is noted of the run, by its name."""
@@ -358,13 +365,14 @@ class Trial(Tally):
     def __init__(self, world: World, verb: Verb, fault: str, draw: random.Random) -> None:
         self.world, self.verb, self.fault, self.draw = world, verb, fault, draw
         super().__init__()
+        self.more: tuple[str, ...] = ()
         self._turn = 0
 
     def once(self) -> None:
         """An empty place, the fault, the same command again, and a look at everything."""
         with self.world.empty_place():
             ACTS[self.fault](self)
-            again = self.world.run(self.verb, self.injection())
+            again = self.world.run(self.verb, self.injection(), *self.more)
             if again.code != 0:
                 self.note(f"the command again ended with {again.code}: {again.text[-2000:]}")
             self.compare()
@@ -424,6 +432,16 @@ def killed_at_a_write(trial: Trial) -> None:
     trial.half_written()
 
 
+def killed_while_replacing(trial: Trial) -> None:
+    shutil.copytree(trial.world.made(trial.verb), trial.world.place / "out")
+    trial.more = ("--overwrite",)
+    at = trial.draw.randint(1, trial.verb.writes + len(trial.verb.files))
+    ended = trial.world.run(trial.verb, trial.injection(kind="kill", at=at), *trial.more)
+    trial.injected += 1
+    trial.stopped += ended.code is None
+    trial.half_written()
+
+
 def killed_at_random(trial: Trial) -> None:
     for _ in range(LIVES):
         begun = trial.world.begin(trial.verb, trial.injection())
@@ -479,8 +497,8 @@ def clock_jumps(trial: Trial) -> None:
 ACTS: dict[str, Callable[[Trial], None]] = dict(
     zip(
         FAULTS,
-        (killed_at_a_write, killed_at_random, disk_full, cut_short, read_only, two_at_once,
-         clock_jumps),
+        (killed_at_a_write, killed_at_random, killed_while_replacing, disk_full, cut_short,
+         read_only, two_at_once, clock_jumps),
         strict=True,
     )
 )  # fmt: skip
