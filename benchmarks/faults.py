@@ -4,7 +4,7 @@
 
 Parts: verbs (`fault_processes.py`: the verbs of offsite-tuning), service (`fault_service.py`: the
 vendor and a customer of split tuning), network (`fault_proxy.py`: what is between them). A row is
-one fault, injected again and again: 100 times where a process is killed, 30 times elsewhere. Rows
+one fault, injected again and again: 60 times where a process is killed, 20 times elsewhere. Rows
 are kept and resumed as in `offsite.py` (`rows.py`); results go to
 benchmarks/results/faults-PART.json, and from there to docs/reliability.md (`readme.py`). `--smoke`
 injects each fault twice.
@@ -20,7 +20,7 @@ import fault_service
 from rows import parse_options, run_rows
 
 PARTS = ("verbs", "service", "network")
-KILLS, OTHERS, SMOKE = 100, 30, 2
+KILLS, OTHERS, SMOKE = 60, 20, 2
 SEED = 1
 
 

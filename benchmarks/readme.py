@@ -27,6 +27,7 @@ BLOCKS = {
         "decoder": ("split-smollm2",),
         "language": ("split-wikitext",),
         "depth": ("depth-mpnet",),
+        "claim": ("claim-sst2",),
     },
     "docs/adapters.md": {"leakage": ("leakage-arc",)},
     "docs/reliability.md": {
@@ -46,6 +47,7 @@ TABLES = {
     "frontier": offsite_tables.frontier_table,
     "split-sst2": split_tables.split_table,
     "split-leaks": split_tables.leak_table,
+    "claim-sst2": split_tables.claim_table,
     "split-fpb": split_tables.news_table,
     "depth-mpnet": split_tables.depth_table,
     "split-smollm2": split_tables.decoder_table,

@@ -118,3 +118,30 @@ def depth_table(depth):
             f"| {trained['whole texts read']:.0%} |"
         )
     return lines
+
+
+def claim_table(claim):
+    """Weak noise: what it costs, and what it gives against a kind attack and the strongest."""
+    lines = [
+        "| SST-2, MiniLM | UA | points lost | EP, nearest neighbour | EP, strongest | seeds |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    found = {}
+    for row in claim["rows"].values():
+        clean = next(s["ua"] for s in row["settings"] if s["eta"] is None)
+        for s in row["settings"]:
+            key = (s["cut"], s["cti_fraction"], -(s["eta"] or 1e9))
+            found.setdefault(key, []).append(s | {"lost": 100 * (clean - s["ua"])})
+    for (cut, cti, eta), settings in sorted(found.items()):
+        where = "at the embedding" if not cut else f"behind {cut} of 6 blocks"
+        noise = "no noise" if eta == -1e9 else f"eta {-eta:g}" + (", CTI" if cti else "")
+        cells = [
+            f"{noise}, {where}",
+            spread([s["ua"] for s in settings], 3),
+            "" if eta == -1e9 else spread([s["lost"] for s in settings], 1),
+            spread([s["ep_nearest"] for s in settings], 3),
+            spread([s["ep"] for s in settings], 3),
+            str(len(settings)),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
