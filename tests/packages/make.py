@@ -3,7 +3,8 @@
     python tests/packages/make.py v1      # into tests/packages/v1, which must not exist
 
 A package that was released is never made again: the directory of an old version stays as it is. The
-private key that signed the packages is thrown away; `signer.key` is the public one.
+private key that signed the packages is thrown away; `signer.key` is the public one. `reader.key`, a
+private key locked by `PASSPHRASE`, opens `adapter.sealed`; nothing else was ever sealed for it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from blindtune.exchange.keys import new_private_key
+from blindtune.exchange.sealing import seal
 from blindtune.exchange.signing import Signer
 from blindtune.offsite.adapter import AdapterConfig, tuned_emulator
 from blindtune.offsite.emulation import emulate
@@ -35,6 +37,7 @@ from offsite_world import READING, SILENT, STUDY, TRIPLET, save_text
 from tiny_models import tiny_config, tiny_tokenizer
 
 PLACE = Path(__file__).parent
+PASSPHRASE = "a word for a test"
 IDS = torch.tensor([[5, 40, 77, 30, 9, 61, 12, 99, 3, 50]])
 
 
@@ -63,6 +66,13 @@ def figures(place: Path) -> dict[str, float]:
     inputs = bottom.stack.begin(IDS, torch.ones_like(IDS))
     found["bottom"] = float(run_bottom(bottom.stack, bottom.cut, inputs).norm())
     return found
+
+
+def seal_for_reader(out: Path) -> None:
+    """An adapter that only a reader with a passphrase opens, and that reader's key."""
+    reader = new_private_key()
+    (out / "reader.key").write_bytes(reader.encode(PASSPHRASE))
+    seal(out / "adapter", out / "adapter.sealed", [reader.public])
 
 
 def main(version: str) -> None:
@@ -100,6 +110,7 @@ def main(version: str) -> None:
                 run=SILENT,
                 signer=signer,
             )
+    seal_for_reader(out)
     (out / "figures.json").write_text(json.dumps(figures(out), indent=1) + "\n")
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from blindtune.exchange.keys import decode_public_key
+from blindtune.exchange.keys import decode_private_key, decode_public_key
 from blindtune.exchange.manifest import READABLE_VERSIONS
 from blindtune.exchange.package import open_package
+from blindtune.exchange.sealing import unseal
 from blindtune.exchange.signing import Trust
-from packages.make import figures
+from packages.make import PASSPHRASE, figures
 
 PLACE = Path(__file__).parent
 VERSIONS = sorted(path.name for path in PLACE.glob("v*"))
@@ -40,3 +41,16 @@ def test_old_packages_are_signed_and_unchanged(name):
     package = open_package(place, trust=Trust(signers={"maker": key}))
     assert package.id == IDENTITIES[name]
     assert package.signature.name == "maker"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_old_sealed_packages_and_locked_keys_open(version, tmp_path):
+    place = PLACE / version
+    reader = decode_private_key((place / "reader.key").read_bytes(), PASSPHRASE)
+    maker = decode_public_key((place / "signer.key").read_bytes())
+    identity, signature = unseal(
+        place / "adapter.sealed", tmp_path / "a", reader, trust=Trust(signers={"maker": maker})
+    )
+    assert (identity, signature.name) == (IDENTITIES[f"{version}/adapter"], "maker")
+    for file in (place / "adapter").iterdir():
+        assert (tmp_path / "a" / file.name).read_bytes() == file.read_bytes()
