@@ -13,7 +13,10 @@ from blindtune.models.decoder import Decoder
 from blindtune.models.tokenizers import FILE_NAMES
 from blindtune.offsite.emulation import EmulatorConfig, emulate
 from blindtune.offsite.emulator import open_emulator, package_tensors
-from blindtune.offsite.inspection import InspectedAdapter, InspectedEmulator, inspect, spans
+from blindtune.offsite.inspected_adapter import InspectedAdapter
+from blindtune.offsite.inspected_emulator import InspectedEmulator
+from blindtune.offsite.inspection import inspect
+from blindtune.offsite.package_facts import spans
 from tiny_models import tiny_model
 
 FILES = ["manifest.json", "manifest.sha256"]

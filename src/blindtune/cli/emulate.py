@@ -45,7 +45,8 @@ def act(settings: Settings) -> Facts:
     from pathlib import Path
 
     from blindtune.offsite.emulation import EmulatorConfig, emulate
-    from blindtune.offsite.inspection import InspectedEmulator, inspect
+    from blindtune.offsite.inspected_emulator import InspectedEmulator
+    from blindtune.offsite.inspection import inspect
 
     signer = signer_of(settings)
     made = emulate(

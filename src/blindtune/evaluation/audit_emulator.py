@@ -23,7 +23,8 @@ from blindtune.evaluation.misuse import Curve, Misuse, judge_misuse
 from blindtune.evaluation.utility import Perplexity
 from blindtune.exchange.signing import Trust
 from blindtune.models.loading import load_tokenizer
-from blindtune.offsite.inspection import InspectedEmulator, inspect
+from blindtune.offsite.inspected_emulator import InspectedEmulator
+from blindtune.offsite.inspection import inspect
 from blindtune.training.text import DataConfig, load_dataset_file
 
 GUARANTEE = (

@@ -1,0 +1,150 @@
+"""What an adapter package holds and what it reveals; its tensors are read, for their norms.
+
+Shapes: O output features, I input features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch import Tensor
+
+from blindtune.errors import PackageError
+from blindtune.exchange.manifest import (
+    AdapterManifest,
+)
+from blindtune.exchange.package import Package
+from blindtune.exchange.signing import Signature
+from blindtune.offsite.emulator import adapter_indices
+from blindtune.offsite.package_facts import (
+    LayerFacts,
+    file_bytes,
+    numbers,
+    of_layer,
+    spans,
+    weight_bytes,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectedAdapter:
+    """What an adapter package says about itself."""
+
+    kind: str
+    """adapter."""
+    path: Path
+    id: str
+    emulator: str
+    """Package id of the emulator that it was tuned on."""
+    model: str
+    """Fingerprint of the full model that it belongs to."""
+    model_type: str
+    dtype: str
+    training: str
+    """full or lora."""
+    lora_rank: int | None
+    lora_alpha: float | None
+    lora_targets: tuple[str, ...]
+    adapter_layers: int
+    emulator_layers: int
+    layers: tuple[LayerFacts, ...]
+    """The adapter layers that it has tensors for."""
+    parameters: int
+    bytes: int
+    privacy: dict[str, Any] | None
+    """Differential privacy as the data owner states it: epsilon, delta, unit; None: none."""
+    created_by: str
+    signature: Signature | None
+    """Who signed it."""
+    reveals: tuple[str, ...]
+    """Everything that a reader learns about the tuning."""
+
+
+def inspect_adapter(package: Package[Any], manifest: AdapterManifest) -> InspectedAdapter:
+    """See `inspection.inspect`."""
+    _check_places(package, manifest)
+    tensors = package.read_tensors({n: (f.shape, f.dtype) for n, f in package.header.items()})
+    scale = 1.0 if manifest.lora is None else manifest.lora.alpha / manifest.lora.rank
+    layers = []
+    for i in range(manifest.layers):
+        own = of_layer(package.header, f"layers.{i}.")
+        if own:
+            values = {name: tensors[f"layers.{i}.{name}"] for name in own}
+            norm = _norm(values, scale, package.path) if manifest.lora else _plain_norm(values)
+            layers.append(
+                LayerFacts(
+                    index=i,
+                    kind="adapter",
+                    ranks={},
+                    parameters=numbers(own),
+                    bytes=weight_bytes(own),
+                    norm=norm,
+                )
+            )
+    lora, private = manifest.lora, manifest.privacy
+    return InspectedAdapter(
+        kind="adapter",
+        path=package.path,
+        id=package.id,
+        emulator=manifest.emulator,
+        model=manifest.model,
+        model_type=manifest.model_type,
+        dtype=manifest.dtype,
+        training=manifest.kind,
+        lora_rank=lora.rank if lora else None,
+        lora_alpha=lora.alpha if lora else None,
+        lora_targets=tuple(lora.targets) if lora else (),
+        adapter_layers=manifest.adapter_layers,
+        emulator_layers=manifest.layers,
+        layers=tuple(layers),
+        parameters=numbers(package.header),
+        bytes=file_bytes(manifest),
+        privacy=None if private is msgspec.UNSET else msgspec.to_builtins(private),
+        created_by=manifest.created_by,
+        signature=package.signature,
+        reveals=(
+            "which emulator it was tuned on, and so which model",
+            f"the tuned weights of layers {spans([layer.index for layer in layers])}: they were "
+            "fitted to the private data, and may betray whether a text was among it",
+            "whether LoRA was used" + (", its rank, scale and targets" if lora else ""),
+            "nothing else: no data, no paths, no learning rate, no losses",
+        ),
+    )
+
+
+def _check_places(package: Package[Any], manifest: AdapterManifest) -> None:
+    """Every tensor must belong to an adapter layer."""
+    ends = adapter_indices(manifest.adapter_layers, manifest.layers)
+    prefixes = tuple(f"layers.{i}." for i in ends)
+    stray = [name for name in package.header if not name.startswith(prefixes)]
+    if stray:
+        raise PackageError(
+            f"{package.path}: expected weights of the adapter layers {spans(sorted(set(ends)))} "
+            f"only, got {', '.join(stray[:3])}: ask for the package again"
+        )
+
+
+def _plain_norm(values: Mapping[str, Tensor]) -> float:
+    return float(sum(float(t.double().pow(2).sum()) for t in values.values()) ** 0.5)
+
+
+def _norm(values: Mapping[str, Tensor], scale: float, path: Path) -> float:
+    """Of the update scale * B A over all targets; |B A|^2 = <B^T B, A A^T>, never formed."""
+    total = 0.0
+    for name, down_RI in values.items():
+        stem, found, _ = name.partition(".lora_A.")
+        up_OR = values.get(f"{stem}.lora_B.weight")
+        if not found and ".lora_B." in name:
+            continue
+        if not found or up_OR is None or down_RI.ndim != 2 or up_OR.ndim != 2:
+            raise PackageError(f"{path}: expected LoRA factors in pairs: ask for the package again")
+        if up_OR.shape[1] != down_RI.shape[0]:
+            raise PackageError(f"{path}: the ranks of {stem} differ: ask for the package again")
+        left_RR = up_OR.double().T @ up_OR.double()
+        right_RR = down_RI.double() @ down_RI.double().T
+        total += float((left_RR * right_RR).sum())
+    return float(scale * max(total, 0.0) ** 0.5)
