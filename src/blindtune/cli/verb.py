@@ -8,12 +8,10 @@ something to estimate, `estimate`. Import nothing heavy at its top: help must an
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from blindtune.cli.configfile import options_path, read_config, write_config
+from blindtune.cli.libraries import calm, full_memory
 from blindtune.cli.options import Field, Group
 from blindtune.cli.output import Facts, Request, check_parent, check_place, request, write_facts
 from blindtune.cli.printing import print_estimate, print_json, stdout_console
@@ -211,7 +210,7 @@ def _run(verb: Verb, values: dict[str, Any]) -> None:
     out = None if resolved.get("out") is None else Path(resolved["out"])
     start = time.perf_counter()
     try:
-        with _calm(flags["debug"]):
+        with calm(flags["debug"]):
             if resolved.get("threads") is not None:
                 import torch
 
@@ -225,7 +224,7 @@ def _run(verb: Verb, values: dict[str, Any]) -> None:
         click.echo(f"interrupted; {verb.interrupted}", err=True)
         raise click.exceptions.Exit(130) from None
     except Exception as error:
-        if (place := _full_memory(error)) is None:
+        if (place := full_memory(error)) is None:
             raise
         raise BlindtuneError(f"out of memory on the {place}: {verb.less_memory}") from error
     if process_rank() != 0:
@@ -285,41 +284,3 @@ def _print_facts(verb: Verb, facts: Facts, *, as_json: bool) -> None:
         verb.show(facts, stdout_console())
         if facts.get("already_done"):
             click.echo("Nothing was run: these options and inputs made what is there.", err=True)
-
-
-def _full_memory(error: Exception) -> str | None:
-    """Whose memory has run out (GPU or CPU), if that is what the error says."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return "GPU"
-    refused = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return "CPU" if refused or isinstance(error, MemoryError) else None
-
-
-@contextlib.contextmanager
-def _calm(debug: bool) -> Iterator[None]:
-    """Keep libraries' talk off the terminal; what they print goes to stderr."""
-    quiet = {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }
-    if not sys.stderr.isatty():
-        quiet["TQDM_DISABLE"] = "1"
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-        from transformers.utils import logging as chatter
-
-        chatter.disable_progress_bar()
-        if not debug:
-            warnings.simplefilter("ignore")
-            chatter.set_verbosity_error()
-            logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
