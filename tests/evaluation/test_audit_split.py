@@ -105,6 +105,16 @@ def test_drawn_words_are_attacked_by_their_own_probabilities(world):
     assert "Words are drawn at a mean distance of" in found.guarantee[0]
 
 
+def test_rarer_words_are_scored_apart(world):
+    found = audited(world, public=world / "public.txt")
+    rarer = {f.attack: f for f in found.findings if f.measure == "EP, rarer words"}
+    assert rarer["nearest neighbour"].value == 0
+    assert rarer["guessing, no attack"].value == 1 > eps(found)["guessing, no attack"].value
+    assert "Of the words beside the commonest it reads 100.0%" in found.verdict
+    alone = audited(world)
+    assert not any(f.measure == "EP, rarer words" for f in alone.findings)
+
+
 def test_patience_reads_what_one_draw_hides(world):
     noise = PrivatizerConfig(privatizer="vector", changed_share=0.6)
     config = AuditConfig(fresh_draws=64, test_tokens=600)

@@ -5,6 +5,7 @@ import torch
 
 from blindtune.errors import ConfigError, DataError
 from blindtune.evaluation.leakage import (
+    common_words,
     contributing_masks,
     empirical_privacy,
     record_privacy,
@@ -35,6 +36,18 @@ def test_without_cti_or_special_tokens_there_is_nothing_to_say_of_them():
     found = empirical_privacy(ids([5, 6]), ids([5, 6]))
     assert (found.special, found.contributing, found.other) == (None, None, None)
     assert found.content.value == 0
+
+
+def test_rarer_words_are_those_beside_the_commonest_half():
+    public = ids([1, 7, 7, 7, 8, 2], [1, 7, 8, 9, 10, 11, 2])
+    common = common_words(public, special_ids=[1, 2])
+    assert common.tolist() == [7, 8]  # 4 of 9 tokens are not yet half, 6 are
+    truth = ids([1, 7, 8, 9, 12, 2], [1, 7, 2])
+    guess = ids([1, 0, 0, 9, 13, 2], [1, 0, 2])
+    found = empirical_privacy(guess, truth, special_ids=[1, 2], common=common)
+    assert (found.content.right, found.content.of) == (1, 5)
+    assert (found.rare.right, found.rare.of) == (1, 2)
+    assert empirical_privacy(guess, truth, common=torch.tensor([1, 2, 7, 8, 9, 12])).rare is None
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

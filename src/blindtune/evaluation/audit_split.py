@@ -10,8 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from blindtune.evaluation.audit import Audit, AuditConfig, Finding, NotRun, show
-from blindtune.evaluation.leakage import EmpiricalPrivacy, TokenLeakage, empirical_privacy
+from blindtune.evaluation.leakage import (
+    EmpiricalPrivacy,
+    TokenLeakage,
+    common_words,
+    empirical_privacy,
+)
 from blindtune.evaluation.split_attacks import Attempt, SplitAttacks
 from blindtune.evaluation.split_subject import (
     SplitSubject,
@@ -76,11 +83,13 @@ def _audit(
     subject: str | Path,
     public: str | Path | None,
     seen: SplitSubject,
-    learned: Sequence[object],
+    learned: Sequence[Tensor],
     attacks: SplitAttacks,
     config: AuditConfig,
 ) -> Audit:
-    scored = [(attempt, _score(attempt, seen, config)) for attempt in attacks.attempts]
+    special = seen.bottom.tokenizer.all_special_ids
+    common = common_words(learned, special) if learned else None
+    scored = [(attempt, _score(attempt, seen, config, common)) for attempt in attacks.attempts]
     findings = [f for attempt, leak in scored for f in _findings(attempt, leak)]
     best, leak = min(
         (pair for pair in scored if pair[0].real), key=lambda pair: pair[1].content.value
@@ -103,10 +112,12 @@ def _audit(
     )
 
 
-def _score(attempt: Attempt, seen: SplitSubject, config: AuditConfig) -> TokenLeakage:
+def _score(
+    attempt: Attempt, seen: SplitSubject, config: AuditConfig, common: Tensor | None
+) -> TokenLeakage:
     return empirical_privacy(
         attempt.guess, seen.ids, special_ids=seen.bottom.tokenizer.all_special_ids,
-        contributing=seen.contributing, confidence=config.confidence,
+        contributing=seen.contributing, common=common, confidence=config.confidence,
     )  # fmt: skip
 
 
@@ -115,6 +126,7 @@ def _findings(attempt: Attempt, leak: TokenLeakage) -> list[Finding]:
     for measure, part, kind in (
         ("EP, contributing tokens", leak.contributing, "the tokens that CTI spares"),
         ("EP, other tokens", leak.other, "the tokens with full noise"),
+        ("EP, rarer words", leak.rare, "the words beside the commonest, which fill half a text"),
     ):
         if part is not None:
             found.append(_finding(attempt, measure, part, f"read {_share(part)} of {kind}"))
@@ -149,6 +161,8 @@ def _verdict(best: Attempt, leak: TokenLeakage, blind: TokenLeakage | None) -> s
         f"{show(content.value)}, between {show(content.low)} and {show(content.high)}; "
         f"{texts.right:,} of {texts.of:,} texts come out whole."
     )
+    if leak.rare is not None:
+        said += f" Of the words beside the commonest it reads {_share(leak.rare)}."
     if blind is not None:
         said += f" Saying the commonest word each time gets {_share(blind.content)}."
     return said

@@ -67,6 +67,8 @@ class TokenLeakage:
     """Tokens that CTI gave less noise."""
     other: EmpiricalPrivacy | None = None
     """Content tokens with full noise, where CTI was used."""
+    rare: EmpiricalPrivacy | None = None
+    """Content tokens that are no common words, where it was said which those are."""
     whole_texts: EmpiricalPrivacy
     """Texts of which every content token was right."""
 
@@ -77,6 +79,7 @@ def empirical_privacy(
     *,
     special_ids: Sequence[int] = (),
     contributing: Sequence[Tensor] | None = None,
+    common: Tensor | None = None,
     confidence: float = 0.95,
 ) -> TokenLeakage:
     """Score a guess of token ids.
@@ -86,6 +89,7 @@ def empirical_privacy(
         truth: the private ids [L] of the same texts (`PrivateStates.ids`).
         special_ids: tokens that are no content.
         contributing: masks [L] of the tokens that CTI spared (`contributing_masks`).
+        common: ids of common words (`common_words`), to score the others apart.
         confidence: of the intervals.
 
     Raises:
@@ -118,8 +122,26 @@ def empirical_privacy(
         other=None
         if spared is None
         else score([m & ~s for m, s in zip(content, spared, strict=True)]),
+        rare=None
+        if common is None
+        else score([m & ~torch.isin(t.cpu(), common) for m, t in zip(content, truth, strict=True)]),
         whole_texts=whole_texts,
     )
+
+
+def common_words(public: Sequence[Tensor], special_ids: Sequence[int] = ()) -> Tensor:
+    """Ids of the commonest words, as few as make up half of the tokens of public texts [L].
+
+    Function words nearly all. A privatizer that replaces them alone has an EP of up to a half, and
+    sends every other word: score the others apart.
+    """
+    tokens = torch.cat(list(public))
+    tokens = tokens[~torch.isin(tokens, torch.tensor(list(special_ids), dtype=tokens.dtype))]
+    word_W, count_W = tokens.unique(return_counts=True)
+    order = count_W.argsort(descending=True, stable=True)
+    before = count_W[order].cumsum(0) - count_W[order]
+    common: Tensor = word_W[order[before < len(tokens) / 2]]
+    return common
 
 
 def contributing_masks(
