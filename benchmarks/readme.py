@@ -13,6 +13,7 @@ import competitor_tables
 import fault_tables
 import leakage_tables
 import offsite_tables
+import privatizer_tables
 import split_tables
 from figures import part, path_of
 
@@ -27,6 +28,7 @@ BLOCKS = {
         "decoder": ("split-smollm2",),
         "language": ("split-wikitext",),
         "depth": ("depth-mpnet",),
+        "privatizers": ("privatizers-sst2",),
         "claim": ("claim-sst2",),
     },
     "docs/adapters.md": {"leakage": ("leakage-arc",)},
@@ -50,6 +52,7 @@ TABLES = {
     "claim-sst2": split_tables.claim_table,
     "split-fpb": split_tables.news_table,
     "depth-mpnet": split_tables.depth_table,
+    "privatizers-sst2": privatizer_tables.privatizer_table,
     "split-smollm2": split_tables.decoder_table,
     "split-wikitext": split_tables.language_table,
     "competitors-wiki": competitor_tables.wiki_table,

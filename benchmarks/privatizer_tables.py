@@ -1,0 +1,51 @@
+"""The table of privatizers side by side, from what `privatizers.py` and `split.py` wrote."""
+
+from figures import SEEDS, part, spread
+
+ROWS = {
+    "d_chi": "d_chi, token mode",
+    "d_chi-CTI": "the same with contributing tokens",
+    "d_chi-denoised": "d_chi, denoised",
+    "exponential": "exponential mechanism",
+    "exponential-CTI": "the same with contributing tokens",
+    "exponential-denoised": "exponential, denoised",
+    "context": "exponential, between contextual vectors",
+    "meaning": "exponential, between these weighted by importance",
+    "gaussian": "Gaussian of equal norm (control; no promise)",
+    "shifted": "shifted and scaled noise, as PrivTune's (no promise)",
+}
+OF_SPLIT = {"d_chi": "token-80", "d_chi-CTI": "CTI-80"}
+
+
+def privatizer_table(found):
+    """Privatizers at equal EP of the nearest neighbour; d_chi's accuracy is `split.py`'s.
+
+    An eta is shown where it is a promise about distances between the model's word embeddings.
+    """
+    leaks, plain = part("privatizers-leaks")["rows"], part("split-sst2")["rows"]
+    lines = [
+        "| SST-2, MiniLM, cut 0 | eta | tokens changed | EP, strongest attack | of rare words "
+        "| UA | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, shown in ROWS.items():
+        of, called = (plain, OF_SPLIT[name]) if name in OF_SPLIT else (found["rows"], name)
+        rows = [of[f"{called}-{s}"] for s in SEEDS if f"{called}-{s}" in of]
+        leak = leaks.get(name.removesuffix("-denoised"))
+        if not rows and not leak:
+            continue
+        read = leak and min((leak["nearest neighbour"], leak["Bayes"]), key=lambda r: r["EP"])
+        etas = [r.get("strength") or r["setting"]["mechanism"]["eta"] for r in rows]
+        etas = etas or [leak["strength"]]
+        promised = name.startswith(("d_chi", "exponential"))
+        cells = [
+            shown,
+            f"{sum(etas) / len(etas):.0f}" if promised else "",
+            spread([r["changed in test"] for r in rows], 2),
+            f"{read['EP']:.2f}" if read else "",
+            f"{read['rare']:.2f}" if read else "",
+            spread([r["UA"] for r in rows], 3),
+            str(len(rows)),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines

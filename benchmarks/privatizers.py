@@ -1,0 +1,320 @@
+"""Privatizers side by side at equal empirical privacy: does a better one than SAP's exist?
+
+    python benchmarks/privatizers.py --data DIR --work DIR [--smoke] [leaks] [sst2]
+
+The task is that of `split.py sst2`: MiniLM, two-part, cut 0, every token replaced by a word. The
+strength of each privatizer is set so that as many tokens of the test texts come out changed as of
+d_chi at eta 80: the EP of the nearest neighbour is equal. The accuracy of d_chi itself, with and
+without CTI, is in split-sst2.json.
+
+sst2: accuracy (UA) of each.
+leaks: what attackers read of 300 test texts. Bayes' rule knows the mechanism and how frequent words
+    are in other film reviews. "rare" are tokens outside the 200 commonest words of public text: a
+    privatizer that changes nothing but function words has an EP too.
+
+d_chi, exponential: `Mechanism` in token and exponential mode.
+gaussian: the control: a normal vector as long as d_chi's noise, then the nearest word.
+shifted: in the way of PrivTune (arXiv 2512.08809): d_chi's noise with its mean moved towards the
+    words that are `HOPS` hops away, and scaled by importance; then the nearest word. Assumed, as
+    the paper's details were not at hand: hops in the graph of the `NEAR` nearest words, the mean of
+    the words at exactly that distance as the aim, half of the way there, importance as in
+    `privacy.word_groups` (rare words matter), noise and shift times 1 - importance / 2.
+context: the exponential mechanism on other vectors: a word's contextual vector
+    (`split.word_vectors`) of length 1.
+meaning: the same, each vector times the square root of the word's importance.
+CTI: contributing tokens spared in training texts, at equal EP in training.
+denoised: what is sent is the posterior mean of the embedding, given the word that was drawn, with
+    word frequencies of public text (WikiText, speeches).
+"""
+
+from contextlib import contextmanager
+
+import torch
+
+from blindtune.evaluation.leakage import contributing_masks, empirical_privacy
+from blindtune.models.encoders import load_any
+from blindtune.privacy.channel import CountingConfig, counted_channel
+from blindtune.privacy.draw_level import DrawSurvey
+from blindtune.privacy.entropy import system_uniforms
+from blindtune.privacy.metric_dp import d_chi_noise
+from blindtune.privacy.nearest import NearestRows
+from blindtune.privacy.word_sampling import WordSampler
+from blindtune.split.customer import predict, train
+from blindtune.split.private_states import privatize
+from rows import parse_options, run_rows
+from split import (
+    BATCH,
+    CTI,
+    EPOCHS,
+    LENGTH,
+    RATE,
+    SEEDS,
+    Bench,
+    accuracy,
+    job,
+    some_of,
+    tuning,
+)
+
+ETA, SHARE = 80.0, 0.397  # of d_chi, and of the tokens that it changes (split-sst2.json)
+DRAWN = ("exponential", "context", "meaning")
+KINDS = ("d_chi", *DRAWN, "gaussian", "shifted")
+LIKELY, DRAWS = 1000, 8  # words that Bayes' rule considers, and draws for each
+ATTACKED, FREQUENT = 300, 200  # test texts; words that are not rare
+NEAR, HOPS, PIVOT = 8, 2, 1e-3
+SAMPLE, HALVINGS = 2000, 8  # tokens and steps of the search for a strength
+
+
+class Vocabulary:
+    """MiniLM's words, and every way to replace them."""
+
+    def __init__(self, bench):
+        model, self.tokenizer = load_any("minilm")
+        self.table_VD = model.get_input_embeddings().weight.detach().clone()
+        self.special = torch.tensor(self.tokenizer.all_special_ids)
+        self.vector_VD, count_V, _ = bench.words()
+        self.public_V = count_V.float()
+        self.rows = NearestRows(self.table_VD)
+        share_V = self.public_V / self.public_V.sum()
+        self.importance_V = (PIVOT / (PIVOT + share_V)).square()
+        self.shift_path = bench.work / "shift.pt"
+
+    def vectors(self, kind):
+        """Between what the exponential mechanism takes its distances."""
+        if kind == "exponential":
+            return self.table_VD
+        vector_VD = torch.nn.functional.normalize(self.vector_VD.float(), dim=1)
+        return vector_VD if kind == "context" else vector_VD * self.importance_V[:, None].sqrt()
+
+    def draw(self, kind, strength, ids_N):
+        """A word for every token, at a strength: eta, or for all noises D over their mean norm."""
+        if kind in DRAWN:
+            return WordSampler(self.vectors(kind)).draw(ids_N, strength, system_uniforms)
+        word_ND = self.table_VD[ids_N].double()
+        count, width = word_ND.shape
+        if kind == "gaussian":
+            noise_ND = torch.randn(count, width, dtype=torch.float64) * width**0.5 / strength
+        else:
+            noise_ND = d_chi_noise(count, width, strength, system_uniforms)
+        if kind == "shifted":
+            less_N1 = 1 - self.importance_V[ids_N][:, None].double() / 2
+            noise_ND = less_N1 * (noise_ND + self.shift()[ids_N] / 2)
+        return self.rows.find(word_ND + noise_ND)
+
+    def shift(self):
+        """From every word to the mean of those that are exactly `HOPS` hops away [V, D]."""
+        if not self.shift_path.exists():
+            torch.save(self._shift(), self.shift_path)
+        return torch.load(self.shift_path)
+
+    def _shift(self):
+        squared_V = self.table_VD.square().sum(1)
+        near = []
+        for part_CD in self.table_VD.split(1024):
+            gap_CV = torch.addmm(squared_V, part_CD, self.table_VD.T, alpha=-2)
+            near.append(gap_CV.topk(NEAR + 1, largest=False).indices[:, 1:])
+        near_VK = torch.cat(near)
+        shifts = []
+        for word in range(len(near_VK)):
+            seen = {word}
+            edge = {word}
+            for _ in range(HOPS):
+                edge = set(near_VK[list(edge)].flatten().tolist()) - seen
+                seen |= edge
+            aims = list(edge) or [word]
+            shifts.append(self.table_VD[aims].mean(0) - self.table_VD[word])
+        return torch.stack(shifts).double()
+
+    def channel(self, kind, strength, word_K, sent_U):
+        """log P(y | x) [U, K]: computed for what is drawn, counted for noise."""
+        if kind in DRAWN:
+            sampler = WordSampler(self.vectors(kind))
+            return sampler.log_probabilities(word_K, strength, sent_U).T.float()
+        drawn_MK = self.draw(kind, strength, word_K.repeat(DRAWS)).view(DRAWS, -1)
+        spread = (self.table_VD.shape[1] + 1) / strength**2
+        distance_UK = torch.cdist(self.table_VD[sent_U].double(), self.table_VD[word_K].double())
+        near_UK = torch.exp(-distance_UK.square() / (8 * spread))
+        config = CountingConfig(draws=DRAWS)
+        return counted_channel(drawn_MK, sent_U, near_UK, len(self.table_VD), config)
+
+    def posterior(self, kind, strength, count_V, sent_U):
+        """log P(x | y) [U, K] by word frequencies, and the words x [K]."""
+        prior_V = ((count_V + 0.5) / (count_V.sum() + 0.5 * len(count_V))).log()
+        prior_V[self.special] = -torch.inf
+        word_K = torch.cat([prior_V.topk(LIKELY).indices, sent_U]).unique()
+        log_UK = self.channel(kind, strength, word_K, sent_U) + prior_V[word_K]
+        return log_UK.log_softmax(1), word_K
+
+    def content(self, ids):
+        ids_N = torch.cat(ids)
+        return ids_N[~torch.isin(ids_N, self.special)]
+
+    def replaced(self, kind, strength, ids, spared=None):
+        """Texts with every content token replaced, but for those that are spared."""
+        ids_N = torch.cat(ids)
+        mine = ~torch.isin(ids_N, self.special)
+        if spared is not None:
+            mine &= ~torch.cat(spared)
+        sent_N = ids_N.clone()
+        sent_N[mine] = self.draw(kind, strength, ids_N[mine])
+        return sent_N.split([len(text) for text in ids])
+
+
+class Task:
+    """Texts of a seed as ids, and what the attacker counts."""
+
+    def __init__(self, bench, words, seed):
+        (texts, self.labels), (tested, self.test_labels) = bench.reviews(seed)
+
+        def encoded(some):
+            found = words.tokenizer(some, truncation=True, max_length=LENGTH)["input_ids"]
+            return tuple(torch.tensor(ids) for ids in found)
+
+        self.learn, self.test = encoded(texts), encoded(tested)
+        self.used, size = [*texts, *tested], len(words.table_VD)
+        self.spared = contributing_masks(
+            self.learn, self.labels, words.special.tolist(), CTI, classes=2, vocabulary_size=size
+        )
+
+
+def changed_strength(words, kind, ids_N, share):
+    """At which this share of tokens comes out changed."""
+    if kind in DRAWN:
+        return DrawSurvey(words.vectors(kind), ids_N, samples=8192).eta_for(share)
+    sample = ids_N[:: max(1, len(ids_N) // SAMPLE)]
+    low, high = ETA / 4, 4 * ETA
+    for _ in range(HALVINGS):
+        middle = (low * high) ** 0.5
+        changed = float((words.draw(kind, middle, sample) != sample).float().mean())
+        low, high = (middle, high) if changed > share else (low, middle)
+    return (low * high) ** 0.5
+
+
+def strength_of(words, task, kind, spared=None):
+    """What a row is run at; see the module's docstring."""
+    if kind in ("d_chi", "gaussian"):
+        return ETA
+    if spared is None:
+        return changed_strength(words, kind, words.content(task.test), SHARE)
+    ids_N = torch.cat(task.learn)
+    content_N = ~torch.isin(ids_N, words.special)
+    noised_N = content_N & ~torch.cat(spared)
+    share = SHARE * float(content_N.sum() / noised_N.sum())
+    return changed_strength(words, kind, ids_N[noised_N], share)
+
+
+def bayes(words, kind, strength, sent, count_V):
+    """The likeliest word behind each that came out, by these word frequencies."""
+    sent_U, place_N = torch.cat(sent).unique(return_inverse=True)
+    log_UK, word_K = words.posterior(kind, strength, count_V, sent_U)
+    best_U = word_K[log_UK.argmax(1)]
+    best_U = torch.where(torch.isin(sent_U, words.special), sent_U, best_U)
+    return best_U[place_N].split([len(text) for text in sent])
+
+
+@contextmanager
+def denoised(bottom, words, kind, strength, sent):
+    """The customer's embedding gives the posterior mean for every word that was drawn."""
+    sent_U = torch.cat(sent).unique()
+    sent_U = sent_U[~torch.isin(sent_U, words.special)]
+    log_UK, word_K = words.posterior(kind, strength, words.public_V, sent_U)
+    weight = bottom.stack.embedding.weight
+    before = weight[sent_U].clone()
+    weight[sent_U] = log_UK.exp() @ words.table_VD[word_K]
+    yield
+    weight[sent_U] = before
+
+
+@torch.no_grad()
+def states_of(bottom, words, kind, strength, sent, labels, denoise):
+    if not denoise:
+        return privatize(bottom, sent, labels, mechanism=None)
+    with denoised(bottom, words, kind, strength, sent):
+        return privatize(bottom, sent, labels, mechanism=None)
+
+
+def row(bench, words, folder, seed, kind, cti=False, denoise=False):
+    """UA of one job."""
+    task = Task(bench, words, seed)
+    spared = task.spared if cti else None
+    strength = strength_of(words, task, kind, spared)
+    sent = words.replaced(kind, strength, task.learn, spared)
+    asked = words.replaced(kind, strength, task.test)
+    vendor, bottom = bench.party(folder)
+    private = states_of(bottom, words, kind, strength, sent, task.labels, denoise)
+    unseen = states_of(bottom, words, kind, strength, asked, None, denoise)
+    config, passes = tuning(len(task.learn), seed)
+    with job(vendor, bottom, config, task="classification", outputs=2) as transport:
+        losses = train(transport, private, passes)
+        logits_NC = predict(transport, unseen, batch_size=32)
+    special = words.special.tolist()
+    changed = [
+        empirical_privacy(read, truth, special_ids=special).content.value
+        for read, truth in ((asked, task.test), (sent, task.learn))
+    ]
+    return {
+        "UA": accuracy(logits_NC, task.test_labels),
+        "strength": strength,
+        "changed in test": changed[0],
+        "changed in training": changed[1],
+        "last loss": sum(losses[-10:]) / len(losses[-10:]),
+    }
+
+
+def leak_row(bench, words, kind):
+    """EP of two attackers, of all tokens and of rare words."""
+    task = Task(bench, words, 0)
+    strength = strength_of(words, task, kind)
+    truth = some_of(task.test, min(ATTACKED, len(task.test)))
+    sent = words.replaced(kind, strength, truth)
+    counts_V = bench.review_counts(words.tokenizer, task.used, len(words.table_VD)).float()
+    guesses = {
+        "nearest neighbour": sent,
+        "Bayes": bayes(words, kind, strength, sent, counts_V),
+    }
+    frequent = words.public_V.topk(FREQUENT).indices
+    masks = [torch.isin(ids, frequent) for ids in truth]
+    found = {"strength": strength}
+    for attack, guess in guesses.items():
+        score = empirical_privacy(
+            guess, truth, special_ids=words.special.tolist(), contributing=masks
+        )
+        found[attack] = {
+            "EP": score.content.value, "low": score.content.low, "high": score.content.high,
+            "rare": score.other.value,
+        }  # fmt: skip
+    return found
+
+
+def plan(bench, part):
+    """The rows, most wanted first: (name, function)."""
+    words = Vocabulary(bench)
+    if part == "leaks":
+        return [(kind, lambda _, kind=kind: leak_row(bench, words, kind)) for kind in KINDS]
+    rows = []
+
+    def add(name, *args, **options):
+        rows.append((name, lambda folder: row(bench, words, folder, *args, **options)))
+
+    for seed in SEEDS:
+        for kind in KINDS[1:]:
+            add(f"{kind}-{seed}", seed, kind)
+        for kind in ("exponential", "d_chi"):
+            add(f"{kind}-denoised-{seed}", seed, kind, denoise=True)
+        add(f"exponential-CTI-{seed}", seed, "exponential", cti=True)
+    return rows
+
+
+def main():
+    options = parse_options(__doc__, ("leaks", "sst2"))
+    bench = Bench(options.data, options.work, options.smoke)
+    facts = {"batch": BATCH, "epochs": EPOCHS, "learning_rate": RATE, "max_length": LENGTH}
+    for part in options.parts:
+        run_rows(
+            "privatizers", part, plan(bench, part), work=bench.work, facts=facts, only=options.only,
+            fresh=options.fresh, smoke=bench.smoke,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
