@@ -7,8 +7,9 @@ noisy embeddings, of the floor (the same tiles' float32 matmul alone, plus the m
 tile: nothing that looks at every distance does less), of drawing the noise, and of token mode as a
 whole; and the share of queries that differ from a plain float32 search. Tables are Gaussian rows
 with a common mean, with noise at which about half of the tokens change; every size is checked
-against a float64 brute force on some queries. Written as JSON to benchmarks/results/privacy.json;
-`--smoke` runs small sizes in seconds and prints only.
+against a float64 brute force on some queries. Written as JSON to benchmarks/results/privacy-search.json,
+size by size: run again, it goes on with what is missing. `--smoke` runs small sizes in seconds and
+prints only.
 """
 
 import argparse
@@ -24,8 +25,9 @@ from blindtune.privacy.metric_dp import Mechanism, Privatizer, d_chi_noise
 from blindtune.privacy.nearest import NearestRows, Tiling
 from blindtune.privacy.noise_level import NoiseSurvey
 
-RESULTS = Path(__file__).parent / "results" / "privacy.json"
+RESULTS = Path(__file__).parent / "results" / "privacy-search.json"
 SIZES = [(v, d) for v in (49_152, 100_352, 151_936) for d in (384, 768, 1024, 2048, 4096)]
+SIZES.sort(key=lambda size: size[0] * size[1])
 SMOKE_SIZES = [(4_096, 64), (8_192, 384)]
 
 
@@ -119,18 +121,21 @@ def main():
     options = parser.parse_args()
     sizes = SMOKE_SIZES if options.smoke else SIZES
     queries = min(options.queries, 256) if options.smoke else options.queries
-    result = {
+    facts = {
+        "command": f"python benchmarks/privacy.py --queries {queries}",
         "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "rows": [],
     }
-    for rows, width in sizes:
-        result["rows"].append(measure(rows, width, queries, 32, options.device))
-        print(json.dumps(result["rows"][-1]), flush=True)
-    if not options.smoke:
-        options.out.parent.mkdir(exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    kept = {} if options.smoke or not options.out.exists() else json.loads(options.out.read_text())
+    found = kept["rows"] if kept and {**kept, "rows": 0} == {**facts, "rows": 0} else []
+    done = {(row["vocabulary"], row["hidden"]) for row in found}
+    for rows, width in (size for size in sizes if size not in done):
+        found.append(measure(rows, width, queries, 32, options.device))
+        print(json.dumps(found[-1]), flush=True)
+        if not options.smoke:
+            options.out.parent.mkdir(exist_ok=True)
+            options.out.write_text(json.dumps({**facts, "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

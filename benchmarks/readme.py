@@ -31,6 +31,7 @@ BLOCKS = {
         "privatizers": ("privatizers-sst2",),
         "claim": ("claim-sst2",),
     },
+    "docs/privacy.md": {"search": ("privacy-search",)},
     "docs/adapters.md": {"leakage": ("leakage-arc",)},
     "docs/reliability.md": {
         "verbs": ("faults-verbs",),
@@ -49,6 +50,7 @@ TABLES = {
     "frontier": offsite_tables.frontier_table,
     "split-sst2": split_tables.split_table,
     "split-leaks": split_tables.leak_table,
+    "privacy-search": split_tables.search_table,
     "claim-sst2": split_tables.claim_table,
     "split-fpb": split_tables.news_table,
     "depth-mpnet": split_tables.depth_table,

@@ -145,3 +145,18 @@ def claim_table(claim):
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def search_table(search):
+    """Exact nearest rows: tokens a second, beside the products that no search does without."""
+    lines = [
+        "| vocabulary | D | tokens/s, search | of the matmul's rate | tokens/s, token mode |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for row in sorted(search["rows"], key=lambda r: (r["vocabulary"], r["hidden"])):
+        lines.append(
+            f"| {row['vocabulary']:,} | {row['hidden']:,} "
+            f"| {row['search_tokens_per_second']:,.0f} | {row['search_over_floor']:.2f} "
+            f"| {row['token_mode_tokens_per_second']:,.0f} |"
+        )
+    return lines
