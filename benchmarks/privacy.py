@@ -7,9 +7,9 @@ noisy embeddings, of the floor (the same tiles' float32 matmul alone, plus the m
 tile: nothing that looks at every distance does less), of drawing the noise, and of token mode as a
 whole; and the share of queries that differ from a plain float32 search. Tables are Gaussian rows
 with a common mean, with noise at which about half of the tokens change; every size is checked
-against a float64 brute force on some queries. Written as JSON to benchmarks/results/privacy-search.json,
-size by size: run again, it goes on with what is missing. `--smoke` runs small sizes in seconds and
-prints only.
+against a float64 brute force on some queries. Written as JSON to
+benchmarks/results/privacy-search.json, size by size: run again, it goes on with what is missing.
+`--smoke` runs small sizes in seconds and prints only.
 """
 
 import argparse
