@@ -31,8 +31,9 @@ def privatizer_table(found):
     for name, shown in ROWS.items():
         of, called = (plain, OF_SPLIT[name]) if name in OF_SPLIT else (found["rows"], name)
         rows = [of[f"{called}-{s}"] for s in SEEDS if f"{called}-{s}" in of]
+        rows = [row for row in rows if row["UA"] is not None]
         leak = leaks.get(name.removesuffix("-denoised"))
-        if not rows and not leak:
+        if not rows and name not in leaks:
             continue
         read = leak and min((leak["nearest neighbour"], leak["Bayes"]), key=lambda r: r["EP"])
         etas = [r.get("strength") or r["setting"]["mechanism"]["eta"] for r in rows]

@@ -191,7 +191,7 @@ def changed_strength(words, kind, ids_N, share):
 
 
 def strength_of(words, task, kind, spared=None):
-    """What a row is run at; see the module's docstring."""
+    """What a row is run at; None: too many tokens are spared for the share that shall change."""
     if kind in ("d_chi", "gaussian"):
         return ETA
     if spared is None:
@@ -200,6 +200,8 @@ def strength_of(words, task, kind, spared=None):
     content_N = ~torch.isin(ids_N, words.special)
     noised_N = content_N & ~torch.cat(spared)
     share = SHARE * float(content_N.sum() / noised_N.sum())
+    if not share < 0.98:
+        return None
     return changed_strength(words, kind, ids_N[noised_N], share)
 
 
@@ -238,6 +240,8 @@ def row(bench, words, folder, seed, kind, cti=False, denoise=False):
     task = Task(bench, words, seed)
     spared = task.spared if cti else None
     strength = strength_of(words, task, kind, spared)
+    if strength is None:
+        return {"UA": None, "impossible": True}
     sent = words.replaced(kind, strength, task.learn, spared)
     asked = words.replaced(kind, strength, task.test)
     vendor, bottom = bench.party(folder)
