@@ -38,7 +38,8 @@ def claim_row(bench, cut, seed):
     public = [text for text in reviews if len(text.split()) >= 8]
     (place / "public.txt").write_text("\n".join(some_of(public, bench.amount(PUBLIC))))
     config = SplitFrontierConfig(
-        cut=(cut,), eta=ETAS[cut][-1:] if bench.smoke else ETAS[cut], cti_fraction=CTI[cut],
+        privatizer="token", cut=(cut,), cti_fraction=CTI[cut],
+        eta=ETAS[cut][-1:] if bench.smoke else ETAS[cut],
         epochs=EPOCHS, batch_size=BATCH, learning_rate=RATE, max_length=LENGTH,
         attacked_tokens=bench.amount(ATTACKED), seed=seed,
         attack_seconds=2.0 if bench.smoke else ATTACK_SECONDS,

@@ -60,7 +60,12 @@ def runs(changed) -> Iterator[tuple[str, blindtune.PrivatizerConfig]]:
     for share in changed:
         for cti in (0.0, 0.01):
             name = f"{share:.0%} of tokens changed" + (", CTI" if cti else "")
-            yield name, blindtune.PrivatizerConfig(changed_share=share, cti_fraction=cti)
+            yield (
+                name,
+                blindtune.PrivatizerConfig(
+                    privatizer="token", changed_share=share, cti_fraction=cti
+                ),
+            )
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from tiny_encoders import tiny_encoder
 from tiny_models import tiny_model, tiny_tokenizer
 
 OPEN = PrivatizerConfig(privatizer="none", unprotected=True)
+TOKEN = PrivatizerConfig(privatizer="token", changed_share=0.5)
 CONFIG = AuditConfig(attack_seconds=1.5, fresh_draws=4, test_tokens=600)
 NOUNS = ("film", "story", "actor", "ending", "plot", "scene", "music", "joke")
 TRAITS = ("good", "bad", "dull", "fine", "slow", "great", "odd", "sad")
@@ -77,7 +78,7 @@ def test_without_noise_everything_is_read(world):
 
 
 def test_pure_noise_hides_all_but_the_commonest_word(world):
-    noise = PrivatizerConfig(eta=0.01)
+    noise = PrivatizerConfig(privatizer="token", eta=0.01)
     found = audited(world, privatizer=noise, public=world / "public.txt")
     every = eps(found)
     assert list(every) == [
@@ -125,7 +126,7 @@ def test_patience_reads_what_one_draw_hides(world):
 
 
 def test_tokens_that_are_spared_are_told_apart(world):
-    noise = PrivatizerConfig(eta=0.01, cti_fraction=0.02)
+    noise = PrivatizerConfig(privatizer="token", eta=0.01, cti_fraction=0.02)
     found = audited(world, privatizer=noise, config=AuditConfig(fresh_draws=1))
     by = {f.measure: f.value for f in found.findings}
     assert by["EP, contributing tokens"] < 0.1 < 0.9 < by["EP, other tokens"]
@@ -172,7 +173,7 @@ def job_of(world, place, privatizer, eta):
 
 
 def test_a_job_is_read_as_it_was_drawn(world, tmp_path):
-    job = job_of(world, tmp_path / "job", PrivatizerConfig(changed_share=0.5), 20.0)
+    job = job_of(world, tmp_path / "job", TOKEN, 20.0)
     one, two = (audit_split(job.path, config=AuditConfig(fresh_draws=1)) for _ in range(2))
     assert one == two  # nothing is drawn
     assert one.facts["states"] == "those that the job sends"

@@ -23,7 +23,13 @@ NOUNS, TRAITS = ("film", "story", "actor", "plot", "music"), ("good", "bad", "du
 TEXTS = [f"the {noun} is {trait}" for noun in NOUNS for trait in TRAITS]
 LABELS = [TRAITS.index(text.split()[-1]) % 2 for text in TEXTS]
 QUICK = SplitFrontierConfig(
-    cut=(0, 1), eta=(2.0, 500.0), epochs=1, batch_size=4, attacked_tokens=200, attack_seconds=0.5
+    cut=(0, 1),
+    eta=(2.0, 500.0),
+    privatizer="token",
+    epochs=1,
+    batch_size=4,
+    attacked_tokens=200,
+    attack_seconds=0.5,
 )
 
 
@@ -109,7 +115,18 @@ def test_contradictions_are_refused(world, tmp_path):
 
 
 def test_on_the_command_line(world, tmp_path, capsys):
-    options = ["--eta", "2,500", "--epochs", "1", "--attacked-tokens", "200", "--ep", "0.5"]
+    options = [
+        "--privatizer",
+        "token",
+        "--eta",
+        "2,500",
+        "--epochs",
+        "1",
+        "--attacked-tokens",
+        "200",
+        "--ep",
+        "0.5",
+    ]
     files = ["--data", str(world / "train.csv"), "--test", str(world / "test.csv")]
     call = ["split-frontier", str(world / "model"), *files, "--out", str(tmp_path / "f"), *options]
     assert run(call) == 0

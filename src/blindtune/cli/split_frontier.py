@@ -37,7 +37,8 @@ Writes:  split-frontier.html, split-frontier.json and rows/ in the directory.
 \b
 Example:
   blindtune split-frontier minilm --data train.csv --test test.csv \\
-      --public public.txt --cut 0,2 --eta 100,80,65 --ep 0.4 --out frontier/
+      --public public.txt --cut 0,2 --changed-share 0.15,0.4 --ep 0.4 \\
+      --out frontier/
 """
 
 

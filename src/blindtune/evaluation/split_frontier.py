@@ -48,8 +48,8 @@ class SplitFrontierConfig:
 
     cut: tuple[int, ...] = (0,)
     """Layers at the customer."""
-    privatizer: NoisedName = "token"
-    """What is noised: token, exponential or vector, as in split-tune."""
+    privatizer: NoisedName = "exponential"
+    """What is noised: exponential, token or vector, as in split-tune."""
     eta: tuple[float, ...] = ()
     """Values of eta, per token and unit of distance."""
     changed_share: tuple[float, ...] = (0.15, 0.4, 0.65)

@@ -37,11 +37,11 @@ _STATES = 64
 class PrivatizerConfig:
     """How private texts are noised before anything leaves. Everything here changes privacy."""
 
-    privatizer: PrivatizerName = "token"
-    """What is noised: token (word embedding, then the nearest word), exponential (a word is
-    drawn, the nearer the likelier), vector (word embedding), block-output (states after the
-    bottom); groups: every word becomes its group's, a promise of another kind (docs/privacy.md);
-    none: nothing, only with --unprotected."""
+    privatizer: PrivatizerName = "exponential"
+    """What is noised: exponential (a word is drawn, the nearer the likelier), token (word
+    embedding, then the nearest word: the same promise, at a far larger eta), vector (word
+    embedding), block-output (states after the bottom); groups: every word becomes its group's, a
+    promise of another kind (docs/privacy.md); none: nothing, only with --unprotected."""
     eta: float | None = None
     """Privacy per token, per unit of distance between embeddings; smaller is more private."""
     changed_share: float | None = None
