@@ -52,6 +52,8 @@ VERBS = tuple(MADE)
 WRITES = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"})
 MAKES = frozenset({"open", "os.mkdir"})
 TEN_YEARS = 10 * 365 * 86_400.0
+LONGER = 1.2
+"""The horizon of kills at random grows by this with every life that was still going on."""
 LIVES = 3
 """Lives in a row that are cut short at random."""
 _OF_THIS_RUN = ("seconds", "wall_seconds", "tokens_per_second", "peak_memory_bytes", "resumed_from")
@@ -228,10 +230,10 @@ class Launcher:
         """A process from beginning to end."""
         return self.end(self.begin(arguments, injection))
 
-    def kill(self, started: Started) -> bool:
-        """SIGKILL; whether that was what ended it."""
+    def kill(self, started: Started) -> Ended:
+        """SIGKILL, unless it is over already."""
         started.process.kill()
-        return self.end(started).code is None
+        return self.end(started)
 
     def stop(self, started: Started) -> Ended:
         """End it in good order."""
@@ -366,6 +368,8 @@ class Trial(Tally):
         self.world, self.verb, self.fault, self.draw = world, verb, fault, draw
         super().__init__()
         self.more: tuple[str, ...] = ()
+        self.horizon = verb.seconds
+        """How long the verb takes, at the machine's load of now."""
         self._turn = 0
 
     def once(self) -> None:
@@ -445,8 +449,13 @@ def killed_while_replacing(trial: Trial) -> None:
 def killed_at_random(trial: Trial) -> None:
     for _ in range(LIVES):
         begun = trial.world.begin(trial.verb, trial.injection())
-        begun.process.join(trial.draw.uniform(0, trial.verb.seconds))
-        killed = trial.world.launcher.kill(begun)
+        begun.process.join(trial.draw.uniform(0, trial.horizon))
+        ended = trial.world.launcher.kill(begun)
+        killed = ended.code is None
+        if killed:
+            trial.horizon *= LONGER
+        elif "Nothing was run" not in ended.text:
+            trial.horizon = ended.seconds
         trial.injected += killed
         trial.stopped += killed
         trial.half_written()

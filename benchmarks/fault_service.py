@@ -170,7 +170,7 @@ class Trial(Tally):
         for _ in range(LIVES):
             time.sleep(self.draw.uniform(0, sides.seconds / 2))
             for victim in victims:
-                killed = sides.launcher.kill(running[victim])
+                killed = sides.launcher.kill(running[victim]).code is None
                 self.injected += killed
                 self.stopped += killed
                 running[victim] = start[victim]()
