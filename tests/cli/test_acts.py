@@ -293,6 +293,26 @@ def test_json_is_one_line(made, blindtune):
     assert json.loads(out)["training"] == "full"
 
 
+def test_an_interrupted_frontier_goes_on(made, blindtune, tmp_path, monkeypatch):
+    asked = ["frontier", made / "llama", "--data", made / "private.jsonl", "--out", tmp_path / "f"]
+    asked += ["--study", made / "study", "--alpha", "0.5", "--beta", 1, "--max-length", 64]
+    asked += ["--steps", 2]
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("blindtune.evaluation.frontier.emulate", interrupted)
+        done = blindtune(*asked)
+    assert (done.code, "run the same command again" in done.err) == (130, True)
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "f" / "rows").iterdir()}
+    assert len(kept) == 3
+    assert blindtune(*asked).code == 0
+    rows = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "f" / "rows").iterdir()}
+    assert kept.items() < rows.items()
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
 def test_frontier_answers_and_goes_on(made, blindtune, tmp_path):
     asked = [
         "frontier",

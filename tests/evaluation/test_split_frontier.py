@@ -152,3 +152,28 @@ def test_what_it_will_take_is_estimated(world, tmp_path, capsys):
     assert "training, at most" not in few
     assert many["training, at most"] == 4 * 60
     assert not (tmp_path / "f").exists()
+
+
+def test_an_interrupted_sweep_goes_on(world, tmp_path, monkeypatch, capsys):
+    files = ["--data", str(world / "train.csv"), "--test", str(world / "test.csv")]
+    call = ["split-frontier", str(world / "model"), *files, "--out", str(tmp_path / "f")]
+    call += ["--eta", "2", "--epochs", "1", "--attacked-tokens", "200", "--json"]
+    real, calls = module.split_tune, []
+
+    def interrupted(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "split_tune", interrupted)
+        assert run(call) == 130
+        assert "run the same command again" in capsys.readouterr().err
+        assert run(call) == 0
+    assert len(calls) == 3
+    assert len(json.loads(capsys.readouterr().out)["settings"]) == 2
+    assert sorted(path.name for path in (tmp_path / "f").iterdir()) == [
+        "rows", "split-frontier.html", "split-frontier.json",
+    ]  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]

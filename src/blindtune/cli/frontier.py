@@ -121,7 +121,7 @@ VERB = Verb(
     act=act,
     show=show,
     estimate=estimate,
-    mark="frontier.json",
+    mark="rows",
     goes_on=True,
     interrupted="finished rows are kept: run the same command again",
 )

@@ -173,7 +173,7 @@ def check_place(verb: str, out: Path, *, mark: str, is_file: bool, overwrite: bo
     Args:
         verb: its name.
         out: where the output shall be.
-        mark: a file that every output directory of the verb holds.
+        mark: what every output directory of the verb holds.
         is_file: whether the output is one file of JSON instead.
         overwrite: an earlier output of the verb may be replaced.
 
@@ -185,7 +185,7 @@ def check_place(verb: str, out: Path, *, mark: str, is_file: bool, overwrite: bo
         free, earlier, kind = not out.exists(), _is_earlier_file(verb, out), "file"
     else:
         free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-        earlier, kind = (out / mark).is_file(), "directory"
+        earlier, kind = (out / mark).exists(), "directory"
     if (not free and not earlier) or out.resolve() == Path.cwd():
         raise OutputError(
             f"{out}: expected a new {kind}, or an earlier output of {verb} with --overwrite, "

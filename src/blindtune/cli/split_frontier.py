@@ -117,7 +117,7 @@ VERB = Verb(
     act=act,
     show=show,
     estimate=estimate,
-    mark="split-frontier.json",
+    mark="rows",
     goes_on=True,
     interrupted="finished rows are kept: run the same command again",
 )

@@ -17,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -27,7 +28,7 @@ from typing import Any, TypeVar, final
 import torch
 from transformers import PreTrainedModel
 
-from blindtune.atomic import atomic_file
+from blindtune.atomic import atomic_file, output_error, sole_writer
 from blindtune.errors import ConfigError
 from blindtune.evaluation.utility import loss_on_targets
 from blindtune.models.costs import decoder_cost
@@ -215,32 +216,51 @@ def frontier(
     """
     config, out = config or FrontierConfig(), Path(out)
     sweep = _Sweep(model, data, test, out, config)
-    text = str(public or data) if made_study is None else f"what {made_study} was made from"
-    if made_study is None:
-        how = how or StudyConfig(max_length=config.max_length)
-        how = replace(how, min_adapter_layers=min(config.adapter_layers))
-        made_study = out / "study"
-        if not (made_study / FACTS_NAME).is_file():
-            study(model, text, made_study, how, dynamic, on_stage=on_stage)
-    found = open_study(made_study)
-    if found.fingerprint != sweep.fingerprint:
-        raise ConfigError(f"{made_study}: expected a study of {model}, got one of another model")
-    for triplet in config.triplets:
-        replaced_layers(found, triplet)  # refuses what cannot be made before anything is tuned
-    mark = hashlib.sha256((Path(made_study) / FACTS_NAME).read_bytes()).hexdigest()
-    report = partial(_report, on_stage, len(config.triplets) + len(config.ends) + 2)
-    zs, ft = report(0, sweep.untouched()), report(1, sweep.on_full_model(None))
-    direct = {n: report(2 + k, sweep.on_full_model(n)) for k, n in enumerate(config.ends)}
-    first = 2 + len(direct)
-    settings = [
-        report(first + k, sweep.setting(found, mark, triplet))
-        for k, triplet in enumerate(config.triplets)
-    ]
-    shutil.rmtree(out / "work", ignore_errors=True)
+    with kept_rows(out):
+        text = str(public or data) if made_study is None else f"what {made_study} was made from"
+        if made_study is None:
+            how = how or StudyConfig(max_length=config.max_length)
+            how = replace(how, min_adapter_layers=min(config.adapter_layers))
+            made_study = out / "study"
+            if not (made_study / FACTS_NAME).is_file():
+                study(model, text, made_study, how, dynamic, on_stage=on_stage)
+        found = open_study(made_study)
+        if found.fingerprint != sweep.fingerprint:
+            raise ConfigError(
+                f"{made_study}: expected a study of {model}, got one of another model"
+            )
+        for triplet in config.triplets:
+            replaced_layers(found, triplet)  # refuses what cannot be made before anything is tuned
+        mark = hashlib.sha256((Path(made_study) / FACTS_NAME).read_bytes()).hexdigest()
+        report = partial(_report, on_stage, len(config.triplets) + len(config.ends) + 2)
+        zs, ft = report(0, sweep.untouched()), report(1, sweep.on_full_model(None))
+        direct = {n: report(2 + k, sweep.on_full_model(n)) for k, n in enumerate(config.ends)}
+        first = 2 + len(direct)
+        settings = [
+            report(first + k, sweep.setting(found, mark, triplet))
+            for k, triplet in enumerate(config.triplets)
+        ]
     return Frontier(
         zs=zs, ft=ft, direct=direct, settings=tuple(settings),
         test_tokens=sweep.test.trained_tokens, study_text=text,
     )  # fmt: skip
+
+
+@contextmanager
+def kept_rows(out: Path) -> Iterator[None]:
+    """A directory in which one sweep at a time keeps its rows; what it worked on goes in the end.
+
+    Raises:
+        OutputError: another one is at it, or it cannot be written.
+    """
+    with sole_writer(out):
+        try:
+            (out / "rows").mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(out / "work", ignore_errors=True)
+        except OSError as error:
+            raise output_error(out, error) from error
+        yield
+        shutil.rmtree(out / "work", ignore_errors=True)
 
 
 def _report(on_stage: OnStage | None, total: int, index: int, result: T) -> T:

@@ -25,6 +25,7 @@ from blindtune.atomic import atomic_file
 from blindtune.errors import ConfigError
 from blindtune.evaluation.audit import AuditConfig
 from blindtune.evaluation.audit_split import audit_split
+from blindtune.evaluation.frontier import kept_rows
 from blindtune.exchange.transport import InProcessTransport
 from blindtune.models.encoders import load_any
 from blindtune.models.fingerprint import fingerprint
@@ -231,11 +232,11 @@ def split_frontier(
     sweep = _Sweep(str(model), Path(data), Path(test), text, out, config)
     tried = [(cut, p) for cut in sorted(set(config.cut)) for p in config.privatizers]
     settings = []
-    for done, (cut, privatizer) in enumerate(tried):
-        on_row("settings", done, len(tried))
-        settings.append(sweep.setting(cut, privatizer))
-    on_row("settings", len(tried), len(tried))
-    shutil.rmtree(sweep.work, ignore_errors=True)
+    with kept_rows(out):
+        for done, (cut, privatizer) in enumerate(tried):
+            on_row("settings", done, len(tried))
+            settings.append(sweep.setting(cut, privatizer))
+        on_row("settings", len(tried), len(tried))
     return SplitFrontier(settings=tuple(settings), public=None if public is None else str(public))
 
 
@@ -262,7 +263,6 @@ class _Sweep:
         configs = (config.passes, config.tuning, config.reading, config.trying)
         plain = [asdict(c) for c in configs]
         self._decides = [fingerprint(loaded), *map(_digest, files), *plain]
-        shutil.rmtree(self.work, ignore_errors=True)
 
     def setting(self, cut: int, privatizer: PrivatizerConfig) -> SplitSetting:
         """Tune, predict, attack; or what an earlier sweep found."""
