@@ -1,4 +1,4 @@
-"""The tables of docs/reliability.md, from what `faults.py` wrote."""
+"""The tables of docs/reliability.md, from what `faults.py` and `hostile_clients.py` wrote."""
 
 VERBS = ("study", "emulate", "tune", "plug-in")
 
@@ -37,6 +37,22 @@ def network_table(network):
     for fault, row in network["rows"].items():
         counts = " | ".join(str(row[k]) for k in ("injected", "jobs", "connections", "reruns"))
         lines.append(f"| {fault} | {counts} | {_outcome([row['equal']])} |")
+    return lines
+
+
+def hostile_table(crowds):
+    """Every crowd beside a healthy job."""
+    lines = [
+        "| beside | job opened after, s | step p50, ms | p99, ms | server's memory, MiB | "
+        "calls refused | job ends |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for name, row in crowds["rows"].items():
+        times = f"{1000 * row['p50_seconds']:.0f} | {1000 * row['p99_seconds']:.0f}"
+        lines.append(
+            f"| {name.replace(' x ', ' x: ')} | {row['opening_seconds']:.1f} | {times} | "
+            f"{row['memory_MiB']:.0f} | {row['refused']:,} | {_outcome([row['equal']])} |"
+        )
     return lines
 
 

@@ -7,13 +7,16 @@ the server ends it or `stop` is set. It returns how the connection ended: "close
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
 import ssl
 import struct
+import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -262,3 +265,68 @@ CUSTOMERS = {
     "large message, token": large_message,
 }  # fmt: skip
 """Kinds that come with one."""
+KINDS = STRANGERS | CUSTOMERS
+
+
+def keep_on(target: Target, kind: str, stop: threading.Event, endings: Counter) -> None:
+    """One client of a kind, again and again; counts how its connections ended."""
+    while not stop.is_set():
+        try:
+            endings[KINDS[kind](target, stop)] += 1
+        except OSError:  # not even a connection, or not until there was harm done
+            endings["closed"] += 1
+        stop.wait(4 * STEP_SECONDS)
+
+
+def hold_many(target: Target, count: int, stop: threading.Event) -> Counter:
+    """Idle connections at once, until `stop`; how many the server had closed by then."""
+    sides, endings = [], Counter()
+    try:
+        for _ in range(count):
+            sides.append(target.greeted())
+        print("open", flush=True)
+        stop.wait()
+        for side in sides:
+            side.settimeout(0.0)
+            endings[still(side)] += 1
+    finally:
+        for side in sides:
+            side.close()
+    return endings
+
+
+def still(side: ssl.SSLSocket) -> str:
+    """Whether a connection from which nobody read is "open", or was "closed"."""
+    try:
+        while side.recv(1 << 16):
+            pass
+    except ssl.SSLWantReadError:
+        return "open"
+    except OSError:
+        pass
+    return "closed"
+
+
+def main() -> None:
+    """Clients as a line of JSON on stdin says, until stdin ends; prints how connections ended."""
+    asked = json.loads(sys.stdin.readline())
+    target = Target(asked["port"], Path(asked["certificate"]), asked.get("token", ""))
+    stop, endings = threading.Event(), {kind: Counter() for kind in asked["clients"]}
+    threads = [
+        threading.Thread(target=keep_on, args=(target, kind, stop, endings[kind]))
+        for kind, count in asked["clients"].items()
+        for _ in range(count)
+    ]
+    for thread in threads:
+        thread.start()
+    waiting = threading.Thread(target=lambda: (sys.stdin.read(), stop.set()))
+    waiting.start()
+    if asked.get("idle"):
+        endings["idle at once"] = hold_many(target, asked["idle"], stop)
+    for thread in [waiting, *threads]:
+        thread.join()
+    print(json.dumps(endings))
+
+
+if __name__ == "__main__":
+    main()

@@ -37,6 +37,7 @@ BLOCKS = {
         "verbs": ("faults-verbs",),
         "service": ("faults-service",),
         "network": ("faults-network",),
+        "hostile": ("hostile_clients-crowds",),
     },
     "docs/competitors.md": {
         "wiki": ("competitors-wiki",),
@@ -63,6 +64,7 @@ TABLES = {
     "faults-verbs": fault_tables.verb_table,
     "faults-service": fault_tables.service_table,
     "faults-network": fault_tables.network_table,
+    "hostile_clients-crowds": fault_tables.hostile_table,
     "leakage-arc": leakage_tables.leakage_table,
     "grid": offsite_tables.grid_table,
     "ranking": offsite_tables.ranking_table,
