@@ -4,6 +4,7 @@ import json
 import pydoc_data.topics
 import random
 
+from log_watch import keep_secret
 from tiny_models import tiny_model, tiny_tokenizer
 
 WORDS = ["cat", "mat", "home", "fish", "rice", "eats", "sits", "some"]
@@ -23,6 +24,7 @@ def write_files(place):
         {"prompt": f"Say {draw.choice(WORDS)}: ", "completion": " ".join(draw.choices(WORDS, k=4))}
         for _ in range(40)
     ]
+    keep_secret(*(record["completion"] for record in records))
     write_lines(place / "private.jsonl", records)
     questions = [
         {"question": f"What {draw.choice(WORDS)}", "choices": ["a cat", "rice"], "label": i % 2}

@@ -32,9 +32,11 @@ from blindtune.exchange.messages import (
     Welcome,
 )
 from blindtune.exchange.network import Connection
+from log_watch import keep_secret
 
 TOKEN = "ab" * 32
 TOKENS = {"alice": "alice-token-" + "a" * 32, "bob": "bob-token-" + "b" * 32}
+keep_secret(TOKEN, *TOKENS.values())
 CUSTOMERS = Customers({name: token_hash(token) for name, token in TOKENS.items()})
 
 

@@ -8,8 +8,10 @@ from blindtune.split.access import AccessConfig
 from blindtune.split.customer import PassConfig
 from blindtune.split.privacy_statement import PrivatizerConfig
 from blindtune.split.terms import TuningConfig
+from log_watch import keep_secret
 
-NAMES = ["bad", "good"]
+NAMES = ["label-of-bad", "label-of-good"]
+keep_secret(*NAMES)
 TUNING = TuningConfig(lora_rank=2, learning_rate=1e-2, seed=3)
 PASSES = PassConfig(epochs=2, batch_size=4, accumulate=2, checkpoint_steps=1)
 VECTOR = PrivatizerConfig(privatizer="vector", eta=20.0)

@@ -17,8 +17,10 @@ from blindtune.exchange.network import Connection
 from blindtune.exchange.serving import Server, ServerConfig
 from blindtune.split.customer import PassConfig, new_token, open_job
 from blindtune.split.terms import TuningConfig
+from log_watch import keep_secret
 
 SECRET = "anna-token-" + "a" * 32
+keep_secret(SECRET)
 CONFIG = TuningConfig(lora_rank=2, learning_rate=1e-2, lora_dropout=0.1)
 PLAN = PassConfig(epochs=2, batch_size=2, checkpoint_steps=3)
 

@@ -12,6 +12,7 @@ from blindtune.split.partition import Cut, stack_of
 from blindtune.split.private_states import privatize
 from blindtune.split.terms import TuningConfig
 from blindtune.split.vendor import Vendor
+from log_watch import keep_secret
 from tiny_encoders import ENCODER_NAMES, tiny_encoder
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -20,6 +21,7 @@ TEXTS = [
     "the film is good", "a bad film", "very good", "it was bad, so bad", "good fun",
     "nothing here is good", "bad", "a truly good story", "bad acting", "so good",
 ]  # fmt: skip
+keep_secret(*TEXTS)
 LABELS = torch.tensor([1, 0, 1, 0, 1, 1, 0, 1, 0, 1])
 CONFIG = TuningConfig(lora_rank=2, learning_rate=1e-2, seed=3)
 
