@@ -11,6 +11,7 @@ from blindtune.atomic import (
     atomic_directory,
     atomic_file,
     check_free,
+    put_in_order,
     remove_directory,
     sole_writer,
 )
@@ -164,3 +165,11 @@ def test_a_directory_is_removed_whole(tmp_path, monkeypatch):
     with sole_writer(tmp_path / "out"):
         pass
     assert names(tmp_path) == []
+
+
+def test_half_written_files_go_when_their_file_is_put_in_order(tmp_path):
+    (tmp_path / ".a.json.00c0ffee.partial").touch()
+    (tmp_path / ".b.json.00c0ffee.partial").touch()
+    put_in_order(tmp_path / "a.json")
+    put_in_order(tmp_path / "absent" / "a.json")
+    assert names(tmp_path) == [".b.json.00c0ffee.partial"]

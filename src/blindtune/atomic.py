@@ -33,6 +33,11 @@ _REMEDIES = {
 }
 
 
+def remedy_of(error: OSError) -> str | None:
+    """What to do about an error of the operating system, if it is one that is known here."""
+    return _REMEDIES.get(error.errno or 0)
+
+
 def output_error(path: Path, error: OSError | SafetensorError) -> OutputError:
     """Translate an error of the operating system met while writing `path`."""
     if isinstance(error, OSError):
@@ -110,7 +115,7 @@ def sole_writer(target: str | Path) -> Iterator[None]:
     token = _held.set(_held.get() | {final})
     try:
         try:
-            _put_in_order(final)
+            put_in_order(final)
         except OSError as error:
             raise output_error(final, error) from error
         yield
@@ -209,7 +214,7 @@ def remove_directory(path: Path) -> None:
 
 
 def _beside(final: Path, ending: str) -> Path:
-    """A hidden name that `_put_in_order` knows."""
+    """A hidden name that `put_in_order` knows."""
     return final.parent / f".{final.name}.{secrets.token_hex(4)}.{ending}"
 
 
@@ -230,13 +235,16 @@ def _swap(partial: Path, final: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _put_in_order(final: Path) -> None:
-    """Put right what killed writers of this result and its companions left."""
+def put_in_order(final: Path) -> None:
+    """Put right what killed writers of this result and its companions left.
+
+    `sole_writer` does; for others who know that nobody else writes it now.
+    """
     names = "|".join(re.escape(ending) for ending in COMPANIONS)
     pattern = re.compile(
         re.escape(f".{final.name}.") + rf"((?:{names})\.)?[0-9a-f]{{8}}\.(partial|replaced)"
     )
-    for path in list(final.parent.iterdir()):
+    for path in list(final.parent.iterdir()) if final.parent.is_dir() else []:
         if not (found := pattern.fullmatch(path.name)):
             continue
         if found[2] == "replaced" and not final.exists():

@@ -125,7 +125,10 @@ def run(arguments: Sequence[str]) -> int:
             return _internal(error, debug)
         if debug:
             traceback.print_exc()
-        return _fail(f"error: {error.filename}: {error.strerror}: check the path", 2)
+        from blindtune.atomic import remedy_of
+
+        remedy = remedy_of(error) or "check the path"
+        return _fail(f"error: {error.filename}: {error.strerror}: {remedy}", 2)
     except Exception as error:
         return _internal(error, debug)
 

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from blindtune.atomic import atomic_file
+from blindtune.atomic import atomic_file, put_in_order
 from blindtune.errors import ConfigError, NetworkError, VerificationError
 from blindtune.exchange.messages import Name, Sha256
 
@@ -269,6 +269,7 @@ def make_development_certificate(
         ("key.pem", plain),
         ("certificate.pem", certificate.public_bytes(encoding)),
     ):
+        put_in_order(directory / file)
         with atomic_file(directory / file) as partial:
             partial.touch(mode=0o600)
             partial.write_bytes(content)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from blindtune.atomic import atomic_file
+from blindtune.atomic import atomic_file, put_in_order
 from blindtune.errors import ConfigError, OutputError
 from blindtune.exchange.credentials import (
     ServerCredentials,
@@ -108,6 +108,7 @@ def prepare(directory: Path) -> Path:
     """
     file = directory / CUSTOMERS
     if not file.exists():
+        put_in_order(file)
         there = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
         if directory.is_file() or there - _BEFORE:
             raise OutputError(
@@ -139,6 +140,7 @@ def admit(name: str, out: str | Path, *, token_file: str | Path | None = None) -
         raise OutputError(f"{target}: expected a new file for the token, something is there")
     customers = prepare(Path(out))
     with FileLock(customers.with_suffix(".lock"), mode=0o600):
+        put_in_order(customers)
         token = add_customer(customers, name)
     if target is not None:
         with atomic_file(target) as partial:
@@ -163,6 +165,7 @@ def revoke(name: str, out: str | Path) -> None:
     if not customers.exists():
         raise ConfigError(f"{out}: expected a vendor's directory, there is no {CUSTOMERS} in it")
     with FileLock(customers.with_suffix(".lock"), mode=0o600):
+        put_in_order(customers)
         remove_customer(customers, name)
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, final
 import msgspec
 import torch
 
-from blindtune.atomic import atomic_file
+from blindtune.atomic import atomic_file, put_in_order
 from blindtune.errors import OutputError
 from blindtune.exchange.messages import OpenJob
 
@@ -67,8 +67,10 @@ class JobStore:
             raise OutputError(
                 f"{root}: holds jobs of another model or cut: choose another directory"
             )
-        with atomic_file(mark) as partial:
-            partial.write_text(bottom)
+        put_in_order(mark)
+        if not mark.exists():
+            with atomic_file(mark) as partial:
+                partial.write_text(bottom)
         for left in self._jobs.glob("*/.*.partial"):  # of a process that was killed
             left.unlink(missing_ok=True)
 
