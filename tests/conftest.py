@@ -1,8 +1,15 @@
 """No test touches the keyring of whoever runs it, no log has content; the longest come first."""
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from log_watch import SESSION, keep_secret
+
+# How fast examples come says more of the machine's load than of the code.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)
