@@ -173,3 +173,48 @@ def test_half_written_files_go_when_their_file_is_put_in_order(tmp_path):
     put_in_order(tmp_path / "a.json")
     put_in_order(tmp_path / "absent" / "a.json")
     assert names(tmp_path) == [".b.json.00c0ffee.partial"]
+
+
+def test_links_are_not_followed(tmp_path):
+    (tmp_path / "aim").mkdir()
+    (tmp_path / "aim" / "a").touch()
+    (tmp_path / "out").symlink_to(tmp_path / "aim")
+    with pytest.raises(OutputError, match="symbolic link"):
+        check_free(tmp_path / "out", overwrite=True, mark="a")
+    (tmp_path / "out.work").symlink_to(tmp_path / "aim")
+    remove_directory(tmp_path / "out.work")
+    assert names(tmp_path) == ["aim", "out"]
+    assert names(tmp_path / "aim") == ["a"]
+
+
+def test_what_is_put_there_meanwhile_stays(tmp_path):
+    def write():
+        with atomic_directory(tmp_path / "o"):
+            (tmp_path / "o").mkdir()
+            (tmp_path / "o" / "mine").touch()
+
+    with pytest.raises(OutputError, match="something is there"):
+        write()
+    assert names(tmp_path) == ["o"]
+    assert names(tmp_path / "o") == ["mine"]
+
+
+def test_only_a_result_comes_back_and_only_a_whole_one(tmp_path, monkeypatch):
+    (tmp_path / ".out.work.00c0ffee.replaced").mkdir()
+    put_in_order(tmp_path / "out")
+    assert names(tmp_path) == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "m").touch()
+
+    def killed(path, **_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", killed)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            atomic_directory(tmp_path / "out", overwrite=True, mark="m") as directory,
+        ):
+            (directory / "m").write_text("new")
+    assert (tmp_path / "out" / "m").read_text() == "new"
+    assert not list(tmp_path.glob("*.replaced"))

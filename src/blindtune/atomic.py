@@ -61,6 +61,8 @@ def check_free(target: Path, *, overwrite: bool, mark: str) -> None:
     Raises:
         OutputError: something is in the way, or the place cannot be written to.
     """
+    if target.is_symlink():
+        raise OutputError(f"{target}: expected a directory, a symbolic link is there: name its aim")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         if not overwrite:
             raise OutputError(
@@ -132,7 +134,10 @@ def sole_writer(target: str | Path) -> Iterator[None]:
 def _lock(path: Path, final: Path) -> int:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue  # the one before has removed the directory that it had made for itself
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):
@@ -145,6 +150,10 @@ def _lock(path: Path, final: Path) -> int:
             ) from None
         except FileNotFoundError:
             pass
+        except OSError:  # no locks on this file system
+            os.close(handle)
+            path.unlink(missing_ok=True)
+            raise
         os.close(handle)  # the one before has removed it: this is a file without a name
 
 
@@ -168,11 +177,28 @@ def atomic_directory(
             partial.mkdir(parents=True)
             yield partial
             _flush_tree(partial)
+            check_free(final, overwrite=overwrite, mark=mark)  # nobody put anything there meanwhile
             _swap(partial, final)
         except (OSError, SafetensorError) as error:
             raise output_error(final, error) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_torch(state: object, path: Path) -> None:
+    """`torch.save`, whose RuntimeError about a disk that refuses becomes an OSError.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    import torch
+
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            number = error.__context__.errno if isinstance(error.__context__, OSError) else None
+            raise OSError(number or errno.EIO, str(error).partition("\n")[0]) from error
 
 
 @contextmanager
@@ -206,7 +232,7 @@ def remove_directory(path: Path) -> None:
     going = _beside(path.absolute(), "partial")
     try:
         path.rename(going)
-        shutil.rmtree(going)
+        _remove(going)
     except FileNotFoundError:
         return
     except OSError as error:
@@ -221,18 +247,21 @@ def _beside(final: Path, ending: str) -> Path:
 def _swap(partial: Path, final: Path) -> None:
     """Rename into place; what was there goes only when the new one stands, for good."""
     retired = _beside(final, "replaced")
+    going = retired.with_suffix(".partial")  # it must not come back from there
     if final.exists():
         final.rename(retired)
     try:
         partial.rename(final)
         _flush(final.parent)
+        if retired.exists():
+            retired.rename(going)
     except BaseException:
         if not partial.exists():
             final.rename(partial)
         if retired.exists():
             retired.rename(final)
         raise
-    shutil.rmtree(retired, ignore_errors=True)
+    shutil.rmtree(going, ignore_errors=True)
 
 
 def put_in_order(final: Path) -> None:
@@ -247,12 +276,18 @@ def put_in_order(final: Path) -> None:
     for path in list(final.parent.iterdir()) if final.parent.is_dir() else []:
         if not (found := pattern.fullmatch(path.name)):
             continue
-        if found[2] == "replaced" and not final.exists():
+        if found[2] == "replaced" and found[1] is None and not final.exists():
             path.rename(final)
-        elif path.is_dir():
-            shutil.rmtree(path)
         else:
-            path.unlink()
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A directory with all that is in it, a file, or a link but not its aim."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _flush_tree(root: Path) -> None:

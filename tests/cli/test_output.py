@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from command_line import STUDY_OPTIONS, TUNE_OPTIONS
 
-from blindtune.cli.output import request
+from blindtune.cli.output import Request, record_path, request
 
 OUTPUTS = {
     "study": ["study", "llama", "--data", "public.txt", *STUDY_OPTIONS],
@@ -130,3 +130,33 @@ def test_a_moved_model_is_named(place, run):
     wrong = run("emulator", "--model", "smollm2", "--overwrite")
     assert wrong.code == 3
     assert "expected the model that was studied" in wrong.err
+
+
+def test_what_stood_there_before_a_killed_command_is_not_its_own(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "m").write_text("of the first")
+    first, second = (Request(verb="v", out=out, identity={"n": n}) for n in (1, 2))
+    first.note_done({"made": "first"})
+    killed = [second.under_way(), second.under_way()]
+    killed[0].__enter__()  # nothing of it is left but the note
+    assert not second.begun()
+    assert first.done()["made"] == "first"
+    killed[1].__enter__()  # and again
+    assert first.done()["made"] == "first"
+    (out / "m").write_text("of the second")
+    assert second.begun()
+    assert first.done() is None
+
+
+def test_a_failed_command_leaves_the_note_of_what_is_there(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "m").write_text("of the first")
+    first, second = (Request(verb="v", out=out, identity={"n": n}) for n in (1, 2))
+    first.note_done({"made": "first"})
+    with pytest.raises(ZeroDivisionError), second.under_way():
+        raise ZeroDivisionError
+    assert first.done()["made"] == "first"
+    record_path(out).write_text('{"identity": {"n": 1}, "facts": 3}')
+    assert first.done() is None

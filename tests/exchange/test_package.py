@@ -453,7 +453,7 @@ def test_a_failure_at_any_step_leaves_what_was(
     assert open_package(target).id == new
     assert names_in(target.parent) == ["emulator"]
     assert {"mkdir", "open", "write", "fsync", "rename"} == set(failed)
-    assert failed.count("rename") == 1 + overwrite
+    assert failed.count("rename") == 1 + 2 * overwrite
     assert failed.count("fsync") == 2 * 4 + 2  # as they are written, and all of them in the end
 
 

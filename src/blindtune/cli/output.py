@@ -47,14 +47,21 @@ class Request:
     def done(self) -> Facts | None:
         """What was told about the output, if this very request made what stands there."""
         found = self._note()
-        if "facts" not in found or not self.out.exists() or found["output"] != digest(self.out):
+        facts = found.get("facts")
+        if not isinstance(facts, dict) or not self.out.exists():
             return None
-        facts = dict(found["facts"])
+        if found.get("output") != digest(self.out):
+            return None
         return facts | {"path": str(self.out), "options": str(options_path(self.out))}
 
     def begun(self) -> bool:
-        """Whether this very request was killed before it could note that it was done."""
-        return self._note().get("begun", False) is True
+        """Whether this very request was killed when its output stood, before it could note that.
+
+        What stood there before it began is not its own.
+        """
+        found = self._note()
+        made = digest(self.out) if self.out.exists() else None
+        return found.get("begun") is True and made is not None and made != found.get("before")
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
@@ -64,9 +71,10 @@ class Request:
             OutputError: the note cannot be written.
         """
         earlier, before = record_path(self.out), digest(self.out)
-        kept = earlier.read_bytes() if earlier.is_file() and not self.begun() else None
+        kept = earlier.read_bytes() if earlier.is_file() else None
         if self.identity is not None:
-            self._write({"identity": self.identity, "begun": True})
+            begun = {"identity": self.identity, "begun": True, "before": before}
+            self._write(begun | {"earlier": _noted(earlier)})
         try:
             yield
         except BaseException:
@@ -90,11 +98,11 @@ class Request:
         """The note beside the output, if it is of this very request; a damaged one says nothing."""
         if self.identity is None:
             return {}
-        try:
-            found = json.loads(record_path(self.out).read_text(encoding="utf-8"))
-            return dict(found) if found["identity"] == self.identity else {}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
+        found = _read(record_path(self.out))
+        for note in (found, found.get("earlier")):
+            if isinstance(note, dict) and note.get("identity") == self.identity:
+                return note
+        return {}
 
     def _write(self, note: Facts) -> None:
         self._write_bytes((json_line(note) + "\n").encode())
@@ -104,6 +112,21 @@ class Request:
 
         with atomic_file(record_path(self.out)) as partial:
             partial.write_bytes(content)
+
+
+def _read(path: Path) -> Facts:
+    """A note; a damaged one says nothing."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _noted(path: Path) -> Facts | None:
+    """The note of the output that is there, also behind the one of a command that was killed."""
+    found = _read(path)
+    return found.get("earlier") if found.get("begun") else found or None
 
 
 def request(

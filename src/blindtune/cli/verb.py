@@ -247,17 +247,22 @@ def _act(verb: Verb, settings: Settings, out: Path | None) -> Facts:
     files = [p for p in verb.parameters if not getattr(p, "is_flag", False)]
     inputs = [str(parameter.name) for parameter in files]
     asked = request(verb.name, out, settings.values, inputs, verb.untold)
-    if process_rank() != 0:
-        return _anew(verb, settings, asked)
     from blindtune.atomic import sole_writer
 
-    if settings["resume"] == "auto" and (facts := asked.done()) is not None:
+    if (facts := _found_done(settings, asked)) is not None:
         with contextlib.suppress(OutputError), sole_writer(out):  # puts it in order
             pass
-        return facts | {"already_done": True}
+        return facts
     check_parent(out)
     with sole_writer(out):
+        if (facts := _found_done(settings, asked)) is not None:  # another process was quicker
+            return facts
         return _anew(verb, settings, asked)
+
+
+def _found_done(settings: Settings, asked: Request) -> Facts | None:
+    facts = asked.done() if settings["resume"] == "auto" else None
+    return None if facts is None else facts | {"already_done": True}
 
 
 def _anew(verb: Verb, settings: Settings, asked: Request) -> Facts:

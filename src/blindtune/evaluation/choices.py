@@ -23,7 +23,7 @@ import torch
 from blindtune.errors import DataError
 from blindtune.evaluation.utility import Progress, scoring, target_log_probs
 from blindtune.models.decoder import context_limit
-from blindtune.training.records import Item, check_unicode, read_item
+from blindtune.training.records import Item, check_unicode, encoding, read_item
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -189,8 +189,9 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str, limit: int
 ) -> tuple[Tokens, Tokens]:
     """Tokens of the prompt, and those that the continuation adds to them."""
-    before = tokenizer.encode(prompt)
-    after = tokenizer.encode(prompt + continuation)[len(before) :]
+    with encoding():
+        before = tokenizer.encode(prompt)
+        after = tokenizer.encode(prompt + continuation)[len(before) :]
     if not 0 < len(after) < limit:
         raise DataError(
             f"expected a choice of 1 to {limit - 1} tokens, got {len(after)} "

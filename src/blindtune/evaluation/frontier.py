@@ -257,6 +257,8 @@ def kept_rows(out: Path) -> Iterator[None]:
         try:
             (out / "rows").mkdir(parents=True, exist_ok=True)
             shutil.rmtree(out / "work", ignore_errors=True)
+            for left in (*out.glob(".*.partial"), *(out / "rows").glob(".*.partial")):
+                left.unlink()
         except OSError as error:
             raise output_error(out, error) from error
         yield

@@ -64,7 +64,8 @@ def estimate_frontier(
     numbers = weight_bytes(full) / FLOAT
     whole = rate.seconds(tokens * cost.training, calls) + config.steps * numbers * ADAMW_SECONDS
     score = rate.seconds(scored * cost.forward, decoder.layer_count * scored / length)
-    parts: dict[str, float] = {"load": weight_bytes(full) / READ_BYTES_PER_SECOND}
+    loads = 2 + len(config.ends) + 2 * len(config.triplets)
+    parts: dict[str, float] = {"load": loads * weight_bytes(full) / READ_BYTES_PER_SECOND}
     if made_study is None:
         study = StudyConfig(max_length=length, min_adapter_layers=min(config.ends))
         parts["study"] = estimate_study(model, public or data, study).seconds
@@ -127,7 +128,8 @@ def estimate_split_frontier(
     if public is not None:
         learned = CHANNEL_WORDS + config.public_tokens
         parts["attacks that learn"] = rate.seconds(2 * settings * learned * search)
-        parts["training, at most"] = settings * config.attack_seconds
+        deep = sum(cut > 0 for cut in set(config.cut)) * (config.privatizer != "vector") * noised
+        parts["training, at most"] = (settings + deep) * config.attack_seconds
     states = (trained + asked + 3 * config.public_tokens) * table_VD.shape[1]
     return estimated(
         parts, rate, memory=2 * weight_bytes(loaded) + FLOAT * (states + 12 * table_VD.numel()),

@@ -290,7 +290,14 @@ class _Sweep:
             asked = predict(partial(InProcessTransport, handler), place / "job", self.test)
         if "accuracy" not in asked.scores:
             raise ConfigError(f"{self.test}: expected texts with labels to score on")
-        audit = audit_split(place / "job", public=self.public, config=config.trying)
+        audit = audit_split(
+            place / "job", public=self.public, reading=config.reading, config=config.trying
+        )
+        if self.public is not None and any("--public" in skip.needs for skip in audit.not_run):
+            raise ConfigError(
+                f"{self.public}: expected more public text, got too little for attacks that learn: "
+                "give more, or none"
+            )
         eps = {f.attack: f for f in audit.findings if f.measure == "EP"}
         strongest = audit.findings[audit.strongest]
         shutil.rmtree(place)

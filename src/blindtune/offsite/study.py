@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from blindtune.atomic import atomic_directory, remove_directory
+from blindtune.atomic import atomic_directory, put_in_order, remove_directory
 from blindtune.errors import ConfigError
 from blindtune.models.blocks import Harmonizer
 from blindtune.offsite.importance import DynamicConfig, DynamicState
@@ -31,6 +31,8 @@ VERSION = 1
 FACTS_NAME = "study.json"
 TENSORS_NAME = "study.safetensors"
 STATE_NAME = "dynamic.safetensors"
+STAGES = ("calibrated", "measured", "learning")
+"""What is kept of a study under way, by stage."""
 _PLAIN_FIELDS = ("model", "fingerprint", "layer_count", "first", "seconds", "tokens", "history")
 
 
@@ -227,6 +229,8 @@ class WorkDirectory:
         self._identity = digest.hexdigest()
         if fresh:
             self.remove()
+        for stage in STAGES:
+            put_in_order(self.path / stage)
         stages = list(self.path.glob("[!.]*/" + FACTS_NAME))
         if any((p.parent / "run").read_text() != self._identity for p in stages):
             raise ConfigError(

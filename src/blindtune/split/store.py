@@ -18,7 +18,7 @@ from typing import Any, Literal, final
 import msgspec
 import torch
 
-from blindtune.atomic import atomic_file, put_in_order
+from blindtune.atomic import atomic_file, put_in_order, save_torch
 from blindtune.errors import OutputError
 from blindtune.exchange.messages import OpenJob
 
@@ -101,7 +101,7 @@ class JobStore:
         """Store the state after request `number`, durably; older ones but one are removed."""
         folder = self._jobs / name
         with atomic_file(folder / f"at-{number}.pt") as partial:
-            torch.save(state, partial)
+            save_torch(state, partial)
         for old in self.numbers(name)[:-KEPT_STATES]:
             (folder / f"at-{old}.pt").unlink()
 

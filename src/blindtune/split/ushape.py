@@ -18,7 +18,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from blindtune.atomic import atomic_file
+from blindtune.atomic import atomic_file, save_torch
 from blindtune.errors import ConfigError, DataError, MismatchError, NetworkError
 from blindtune.exchange.messages import Precision, ResumeJob, unpack
 from blindtune.exchange.resuming import ResumingTransport, RetryConfig
@@ -115,7 +115,7 @@ class Top:
             else {"head": self._head.state_dict(), "optimizer": self._optimizer.state_dict()}
         )
         with atomic_file(self._directory / f"top-{number}.pt") as partial:
-            torch.save(state, partial)
+            save_torch(state, partial)
         for old in self.numbers()[:-_KEPT]:
             (self._directory / f"top-{old}.pt").unlink()
 

@@ -13,7 +13,6 @@ read with `weights_only=True`, so it cannot run code.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from blindtune.atomic import atomic_directory, atomic_file, remove_directory
+from blindtune.atomic import (
+    atomic_directory,
+    atomic_file,
+    put_in_order,
+    remove_directory,
+    save_torch,
+)
 from blindtune.errors import ConfigError, OutputError
 
 WEIGHTS_NAME = "trained.safetensors"
@@ -83,11 +88,7 @@ def save_checkpoint(
     again = atomic_directory(final, overwrite=True, mark=WEIGHTS_NAME)
     with _kept_whole(), again as partial:
         save_file(trained_state(model), partial / WEIGHTS_NAME)
-        with (partial / "trainer.pt").open("wb") as file:
-            try:
-                torch.save(dict(trainer), file)
-            except RuntimeError as error:  # how torch says that the disk refuses
-                raise OSError(errno.EIO, str(error).partition("\n")[0]) from error
+        save_torch(dict(trainer), partial / "trainer.pt")
         (partial / "trainer_state.json").write_text(state_json)
     for old in _checkpoints(folder):
         if old != final:
@@ -126,6 +127,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def begin_run(folder: Path, run: Mapping[str, Any]) -> None:
     """Empty the folder and note which run it belongs to."""
+    put_in_order(folder)
     remove_directory(folder)
     with atomic_file(folder / _RUN_NAME) as partial:
         partial.write_text(json.dumps(run, indent=1, sort_keys=True))
@@ -161,6 +163,7 @@ def clear(out_dir: Path) -> None:
         OutputError: they cannot be removed.
     """
     folder = out_dir / "checkpoints"
+    put_in_order(folder)
     alone = out_dir.is_dir() and all(path == folder for path in out_dir.iterdir())
     try:
         remove_directory(out_dir if alone else folder)

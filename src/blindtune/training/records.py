@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from blindtune.errors import DataError, ModelError
+from blindtune.errors import BlindtuneError, DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,13 +160,14 @@ def encode_messages(
             "set chat_template, or give `prompt` + `completion`"
         )
     if "{% generation" in template or "{%- generation" in template:
-        encoded = tokenizer.apply_chat_template(
-            messages,
-            chat_template=template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
+        with encoding():
+            encoded = tokenizer.apply_chat_template(
+                messages,
+                chat_template=template,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
         return _fit(ids, [bool(marked) for marked in mask], max_length)
     text, spans = _assistant_spans(messages, tokenizer, template, where)
@@ -215,6 +216,8 @@ def encoding() -> Iterator[None]:
     """
     try:
         yield
+    except (BlindtuneError, MemoryError):
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
