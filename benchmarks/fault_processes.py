@@ -7,7 +7,7 @@ A verb runs in a process of its own, on a tiny model. Its faults:
 - "killed at a write": SIGKILL before the n-th time that it opens a file for writing, makes,
   renames or removes one; n goes over all of them.
 - "killed at random": SIGKILL at a random moment, three times in a row, each time the next life.
-- "killed while replacing": as at a write, with an earlier output there that --overwrite replaces.
+- "killed while replacing": as at a write, with an earlier, larger output that --overwrite replaces.
 - "disk full at a write": from the n-th time on, making and opening files fails with ENOSPC.
 - "file cut short": no file may grow beyond a random size (RLIMIT_FSIZE).
 - "read-only": every write fails with EROFS.
@@ -403,11 +403,11 @@ class Trial(Tally):
         self._turn += 1
         return self._order[(self._turn - 1) % self.verb.writes]
 
-    def half_written(self) -> None:
-        """Under a final name there is nothing, or all of it."""
+    def half_written(self, earlier: dict[str, str] | None = None) -> None:
+        """Under a final name there is nothing, or all of it; or all of what was there before."""
         wanted = {n: f for n, f in self.verb.files.items() if n.startswith("out/")}
         found = {n: f for n, f in self.world.left().items() if n.startswith("out/")}
-        if found and found != wanted:
+        if found and found not in (wanted, earlier):
             self.note(f"half-written: {sorted(found)}")
 
     def refused(self, ended: Ended, *words: str) -> None:
@@ -438,12 +438,14 @@ def killed_at_a_write(trial: Trial) -> None:
 
 def killed_while_replacing(trial: Trial) -> None:
     shutil.copytree(trial.world.made(trial.verb), trial.world.place / "out")
+    (trial.world.place / "out" / "LICENSE").write_bytes(b"of the earlier one alone")
+    earlier = {n: f for n, f in trial.world.left().items() if n.startswith("out/")}
     trial.more = ("--overwrite",)
     at = trial.draw.randint(1, trial.verb.writes + len(trial.verb.files))
     ended = trial.world.run(trial.verb, trial.injection(kind="kill", at=at), *trial.more)
-    trial.injected += 1
+    trial.injected += ended.code is None
     trial.stopped += ended.code is None
-    trial.half_written()
+    trial.half_written(earlier)
 
 
 def killed_at_random(trial: Trial) -> None:
