@@ -13,6 +13,7 @@ from blindtune.atomic import (
     check_free,
     put_in_order,
     remove_directory,
+    remove_left_overs,
     sole_writer,
 )
 from blindtune.errors import OutputError
@@ -173,6 +174,16 @@ def test_half_written_files_go_when_their_file_is_put_in_order(tmp_path):
     put_in_order(tmp_path / "a.json")
     put_in_order(tmp_path / "absent" / "a.json")
     assert names(tmp_path) == [".b.json.00c0ffee.partial"]
+
+
+def test_left_overs_of_a_folder_go_whatever_they_are(tmp_path):
+    (tmp_path / ".a.json.00c0ffee.partial").touch()
+    (tmp_path / ".study.00c0ffee.partial").mkdir()
+    (tmp_path / ".study.00c0ffee.partial" / "a").touch()
+    (tmp_path / "rows").mkdir()
+    remove_left_overs(tmp_path)
+    remove_left_overs(tmp_path / "absent")
+    assert names(tmp_path) == ["rows"]
 
 
 def test_links_are_not_followed(tmp_path):

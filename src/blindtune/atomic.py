@@ -282,6 +282,12 @@ def put_in_order(final: Path) -> None:
             _remove(path)
 
 
+def remove_left_overs(folder: Path) -> None:
+    """Remove what killed writers left half-written in a folder that nobody else writes now."""
+    for path in list(folder.glob(".*.partial")):
+        _remove(path)
+
+
 def _remove(path: Path) -> None:
     """A directory with all that is in it, a file, or a link but not its aim."""
     if path.is_dir() and not path.is_symlink():

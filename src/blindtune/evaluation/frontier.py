@@ -28,7 +28,7 @@ from typing import Any, TypeVar, final
 import torch
 from transformers import PreTrainedModel
 
-from blindtune.atomic import atomic_file, output_error, sole_writer
+from blindtune.atomic import atomic_file, output_error, remove_left_overs, sole_writer
 from blindtune.errors import ConfigError
 from blindtune.evaluation.utility import loss_on_targets
 from blindtune.models.costs import decoder_cost
@@ -257,8 +257,8 @@ def kept_rows(out: Path) -> Iterator[None]:
         try:
             (out / "rows").mkdir(parents=True, exist_ok=True)
             shutil.rmtree(out / "work", ignore_errors=True)
-            for left in (*out.glob(".*.partial"), *(out / "rows").glob(".*.partial")):
-                left.unlink()
+            remove_left_overs(out)
+            remove_left_overs(out / "rows")
         except OSError as error:
             raise output_error(out, error) from error
         yield

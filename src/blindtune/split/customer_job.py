@@ -27,7 +27,7 @@ import msgspec
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from blindtune.atomic import atomic_directory, atomic_file
+from blindtune.atomic import atomic_directory, atomic_file, remove_left_overs
 from blindtune.errors import ConfigError, DataError, OutputError
 from blindtune.exchange.messages import JobToken, Partition
 from blindtune.privacy.word_groups import WordGroups
@@ -105,8 +105,7 @@ class CustomerJob:
         try:
             with lock:
                 self.record = CustomerJob(self.path).record  # as the one before left it
-                for left in self.path.glob(".*.partial"):  # of one that was killed
-                    left.unlink()
+                remove_left_overs(self.path)
                 yield
         except Timeout as error:
             raise OutputError(

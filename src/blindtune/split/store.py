@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import time
 from pathlib import Path
 from typing import Any, Literal, final
@@ -18,7 +17,7 @@ from typing import Any, Literal, final
 import msgspec
 import torch
 
-from blindtune.atomic import atomic_file, put_in_order, save_torch
+from blindtune.atomic import atomic_file, put_in_order, remove_left_overs, save_torch
 from blindtune.errors import OutputError
 from blindtune.exchange.messages import OpenJob
 
@@ -71,8 +70,8 @@ class JobStore:
         if not mark.exists():
             with atomic_file(mark) as partial:
                 partial.write_text(bottom)
-        for left in self._jobs.glob("*/.*.partial"):  # of a process that was killed
-            left.unlink(missing_ok=True)
+        for job in self._jobs.glob("*/"):
+            remove_left_overs(job)
 
     def records(self) -> list[JobRecord]:
         """Every job that was opened."""
@@ -128,5 +127,4 @@ class JobStore:
         self.write(msgspec.structs.replace(record, state=state))
         for number in self.numbers(record.name):
             (self._jobs / record.name / f"at-{number}.pt").unlink()
-        for left in (self._jobs / record.name).glob(".*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
+        remove_left_overs(self._jobs / record.name)

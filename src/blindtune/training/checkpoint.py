@@ -30,6 +30,7 @@ from blindtune.atomic import (
     atomic_file,
     put_in_order,
     remove_directory,
+    remove_left_overs,
     save_torch,
 )
 from blindtune.errors import ConfigError, OutputError
@@ -138,8 +139,7 @@ def check_run(folder: Path, run: Mapping[str, Any]) -> None:
 
     What a killed one had half-written there goes.
     """
-    for left in folder.glob(".*.partial"):
-        remove_directory(left) if left.is_dir() else left.unlink(missing_ok=True)
+    remove_left_overs(folder)
     try:
         found = json.loads((folder / _RUN_NAME).read_text())
     except (OSError, ValueError):
