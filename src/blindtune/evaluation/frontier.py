@@ -9,16 +9,13 @@ Recovery is (ZS - plug-in) / (ZS - FT) in nats: the share of full fine-tuning's 
 gets. The gap is emulator FT - plug-in in nats a token: how much worse is what the data owner keeps.
 Every finished row is kept in OUT/rows, under a digest of all that decides it.
 
-A sweep of other knobs (cut, eta, contributing tokens) would bring rows and settings of its own.
+`split_frontier` sweeps the knobs of split tuning.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -28,8 +25,8 @@ from typing import Any, TypeVar, final
 import torch
 from transformers import PreTrainedModel
 
-from blindtune.atomic import atomic_file, output_error, remove_left_overs, sole_writer
 from blindtune.errors import ConfigError
+from blindtune.evaluation.sweeps import KeptRows, unbeaten
 from blindtune.evaluation.utility import loss_on_targets
 from blindtune.models.costs import decoder_cost
 from blindtune.models.decoder import Decoder, check_context, context_limit
@@ -151,12 +148,7 @@ class Frontier:
 
     def efficient(self) -> tuple[Setting, ...]:
         """Settings that no other one beats in plug-in and gap at once, best plug-in first."""
-        kept, widest = [], float("-inf")
-        for setting in sorted(self.settings, key=lambda s: (s.plug_in, -s.gap)):
-            if setting.gap > widest:
-                kept.append(setting)
-                widest = setting.gap
-        return tuple(kept)
+        return unbeaten(self.settings, lambda s: (-s.plug_in, s.gap))
 
     def cheapest(self, recovery: float | None, gap: float | None) -> Setting | None:
         """The setting that tunes with the fewest FLOPs and reaches both; None if none does."""
@@ -216,7 +208,7 @@ def frontier(
     """
     config, out = config or FrontierConfig(), Path(out)
     sweep = _Sweep(model, data, test, out, config)
-    with kept_rows(out):
+    with sweep.rows.alone():
         text = str(public or data) if made_study is None else f"what {made_study} was made from"
         if made_study is None:
             how = how or StudyConfig(max_length=config.max_length)
@@ -246,25 +238,6 @@ def frontier(
     )  # fmt: skip
 
 
-@contextmanager
-def kept_rows(out: Path) -> Iterator[None]:
-    """A directory in which one sweep at a time keeps its rows; what it worked on goes in the end.
-
-    Raises:
-        OutputError: another one is at it, or it cannot be written.
-    """
-    with sole_writer(out):
-        try:
-            (out / "rows").mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(out / "work", ignore_errors=True)
-            remove_left_overs(out)
-            remove_left_overs(out / "rows")
-        except OSError as error:
-            raise output_error(out, error) from error
-        yield
-        shutil.rmtree(out / "work", ignore_errors=True)
-
-
 def _report(on_stage: OnStage | None, total: int, index: int, result: T) -> T:
     if on_stage is not None:
         on_stage("rows", index + 1, total)
@@ -283,7 +256,7 @@ class _Sweep:
         out: Path,
         config: FrontierConfig,
     ) -> None:
-        self.model, self.out, self.config = model, out, config
+        self.model, self.rows, self.config = model, KeptRows(out), config
         tokenizer, reading = load_tokenizer(model), DataConfig(max_length=config.max_length)
         everything = load_dataset_file(data, tokenizer, reading)
         if test is None:
@@ -320,7 +293,7 @@ class _Sweep:
 
     def setting(self, made_study: Study, mark: str, triplet: EmulatorConfig) -> Setting:
         """Emulate, tune, plug in, score; `mark` tells the study from others."""
-        work = self.out / "work"
+        work = self.rows.work
 
         def make() -> dict[str, Any]:
             emulate(made_study, work / "emulator", triplet, model=self.model)
@@ -352,16 +325,7 @@ class _Sweep:
     ) -> dict[str, Any]:
         """The row of this name, from OUT/rows or made now."""
         decides = {"model": self.fingerprint, "test": self.test.fingerprint(), **own}
-        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-        path = self.out / "rows" / f"{name}-{digest}.json"
-        if path.is_file():
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return found
-        shutil.rmtree(self.out / "work", ignore_errors=True)
-        result = make()
-        with atomic_file(path) as file:
-            file.write_text(json.dumps(result) + "\n", encoding="utf-8")
-        return result
+        return self.rows.row(name, decides, make)
 
     def _fit(self, model: PreTrainedModel, rate: float) -> None:
         c = self.config
@@ -372,7 +336,7 @@ class _Sweep:
             seed=c.seed,
         )
         run = RunConfig(silent=True, resume="never", save_steps=c.steps)
-        fit(model, self.train, None, training, self.out / "work" / "fit", run=run)
+        fit(model, self.train, None, training, self.rows.work / "fit", run=run)
 
     def _nats(self, model: PreTrainedModel) -> float:
         return loss_on_targets(model, [self.test[i] for i in range(len(self.test))]).nats_per_token

@@ -13,19 +13,16 @@ Every finished row is kept in OUT/rows, under a digest of all that decides it.
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
-from blindtune.atomic import atomic_file
 from blindtune.errors import ConfigError
 from blindtune.evaluation.audit import AuditConfig
 from blindtune.evaluation.audit_split import audit_split
-from blindtune.evaluation.frontier import kept_rows
+from blindtune.evaluation.sweeps import KeptRows, unbeaten
 from blindtune.exchange.transport import InProcessTransport
 from blindtune.models.encoders import load_any
 from blindtune.models.fingerprint import fingerprint
@@ -179,12 +176,7 @@ class SplitFrontier:
 
     def efficient(self) -> tuple[SplitSetting, ...]:
         """Settings that no other one beats in UA and EP at once, best UA first."""
-        kept, highest = [], float("-inf")
-        for setting in sorted(self.settings, key=lambda s: (-s.ua, -s.ep)):
-            if setting.ep > highest:
-                kept.append(setting)
-                highest = setting.ep
-        return tuple(kept)
+        return unbeaten(self.settings, lambda s: (s.ua, s.ep))
 
     def largest_eta(self, ep: float) -> SplitSetting | None:
         """The least noise that holds every attack at this EP; of equal ones, the best UA.
@@ -232,7 +224,7 @@ def split_frontier(
     sweep = _Sweep(str(model), Path(data), Path(test), text, out, config)
     tried = [(cut, p) for cut in sorted(set(config.cut)) for p in config.privatizers]
     settings = []
-    with kept_rows(out):
+    with sweep.rows.alone():
         for done, (cut, privatizer) in enumerate(tried):
             on_row("settings", done, len(tried))
             settings.append(sweep.setting(cut, privatizer))
@@ -254,7 +246,7 @@ class _Sweep:
         config: SplitFrontierConfig,
     ) -> None:
         self.model, self.data, self.test, self.public = model, data, test, public
-        self.out, self.config, self.work = out, config, out / "work"
+        self.rows, self.config = KeptRows(out), config
         loaded, _ = load_any(model)
         self.layers = stack_of(loaded).layer_count
         for cut in config.cut:
@@ -266,17 +258,12 @@ class _Sweep:
 
     def setting(self, cut: int, privatizer: PrivatizerConfig) -> SplitSetting:
         """Tune, predict, attack; or what an earlier sweep found."""
-        decides = json.dumps([*self._decides, cut, asdict(privatizer)], sort_keys=True)
-        name = f"{cut}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
-        path = self.out / "rows" / f"{name}.json"
-        if not path.is_file():
-            found = self._measure(cut, privatizer, self.work / name)
-            with atomic_file(path) as file:
-                file.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        return SplitSetting(**json.loads(path.read_text(encoding="utf-8")))
+        decides = [*self._decides, cut, asdict(privatizer)]
+        found = self.rows.row(str(cut), decides, lambda: self._measure(cut, privatizer))
+        return SplitSetting(**found)
 
-    def _measure(self, cut: int, privatizer: PrivatizerConfig, place: Path) -> dict[str, Any]:
-        config, bottom = self.config, place / "bottom"
+    def _measure(self, cut: int, privatizer: PrivatizerConfig) -> dict[str, Any]:
+        config, place, bottom = self.config, self.rows.work, self.rows.work / "bottom"
         model, tokenizer = load_any(self.model)
         parts = Cut(layers=self.layers, cut=cut)
         identity = write_bottom(model, tokenizer, bottom, parts, max_length=config.max_length)
@@ -300,7 +287,6 @@ class _Sweep:
             )
         eps = {f.attack: f for f in audit.findings if f.measure == "EP"}
         strongest = audit.findings[audit.strongest]
-        shutil.rmtree(place)
         return {
             "cut": cut, "eta": done.privacy.eta, "cti_fraction": privatizer.cti_fraction,
             "ua": asked.scores["accuracy"], "ep": strongest.value, "ep_low": strongest.low,
