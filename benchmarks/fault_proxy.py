@@ -157,15 +157,10 @@ class Site:
         ))  # fmt: skip
         (name,) = [r.name for r in store.records() if r.state == "open"]
         last = store.numbers(name)[-1]
-        vendor = store.load(name, last)
+        vendor = nameless(store.load(name, last), name)
         asked, second = again(lambda: blindtune.predict(connect, place, self.data, access=ACCESS))
-        files = {path.name: content(path) for path in place.iterdir()}
+        files = own_files(place)
         _, third = again(lambda: blindtune.cancel(connect, place, access=ACCESS))
-        for secret in ("token", "lock"):
-            del files[secret]
-        del vendor["seconds"]
-        weights = vendor["lora"]["parameters"]  # named after the job
-        vendor["lora"]["parameters"] = {key.replace(name, ""): weights[key] for key in weights}
         assert CustomerJob(place).record.state == "cancelled"
         return {
             "files": files, "losses": tuned.losses, "steps": tuned.steps, "texts": asked.texts,
@@ -181,9 +176,26 @@ class Site:
         self.served.server.close(0)
 
 
-def content(path: Path):
-    """What a file holds: bytes, or for states of PyTorch (whose archive names itself) values."""
-    return torch.load(path, weights_only=True) if path.suffix == ".pt" else path.read_bytes()
+def own_files(place: Path) -> dict:
+    """What a customer's files hold, without its secrets, by their names.
+
+    Bytes, or for states of PyTorch (whose archive names itself) values.
+    """
+    return {
+        path.name: torch.load(path, weights_only=True)
+        if path.suffix == ".pt"
+        else path.read_bytes()
+        for path in place.iterdir()
+        if path.name not in ("token", "lock")
+    }
+
+
+def nameless(state: dict, name: str) -> dict:
+    """A vendor's checkpoint without its seconds, and without the name of its job in it."""
+    del state["seconds"]
+    weights = state["lora"]["parameters"]
+    state["lora"]["parameters"] = {key.replace(name, ""): weights[key] for key in weights}
+    return state
 
 
 def again(act):

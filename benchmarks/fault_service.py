@@ -34,7 +34,6 @@ FAULTS = ("vendor killed", "customer killed", "both killed", "vendor's disk full
           "customer twice at once")  # fmt: skip
 LIVES = 3
 """Kills in a row."""
-SECRETS = ("token", "lock")
 SERVING = b'"state": "serving"'
 WAIT_SECONDS = 60.0
 QUICK = """
@@ -111,23 +110,15 @@ class Sides:
 
     def result(self) -> dict:
         """What a job has left at both parties, without names and secrets drawn anew each time."""
-        import torch
-
         from blindtune.split.store import JobStore
+        from fault_proxy import nameless, own_files
 
         (job,) = (self.place / "vendor" / "jobs").glob("job_*")
-        number = max(int(path.stem.partition("-")[2]) for path in job.glob("at-*.pt"))
         mark = (self.place / "vendor" / "bottom.sha256").read_text()
-        vendor = JobStore(self.place / "vendor", mark).load(job.name, number)
-        del vendor["seconds"]
-        weights = vendor["lora"]["parameters"]  # named after the job
-        vendor["lora"]["parameters"] = {key.replace(job.name, ""): weights[key] for key in weights}
-        own = {
-            path.name: torch.load(path) if path.suffix == ".pt" else path.read_bytes()
-            for path in (self.place / "job").iterdir()
-            if path.name not in SECRETS
-        }
-        return {"vendor": vendor, "customer": own, "last": number}
+        store = JobStore(self.place / "vendor", mark)
+        number = store.numbers(job.name)[-1]
+        vendor = nameless(store.load(job.name, number), job.name)
+        return {"vendor": vendor, "customer": own_files(self.place / "job"), "last": number}
 
     def left(self) -> list[str]:
         """Half-written files."""
@@ -155,11 +146,12 @@ class Trial(Tally):
             if ended.code != 0:
                 self.note(f"the customer ended with {ended.code}: {ended.text[-2000:]}")
                 return
+            left = self.sides.left()  # before the vendor's files are opened, which tidies them
             found = self.sides.result()
             for key, wanted in self.sides.calm.items():
                 if not same(found[key], wanted):
                     self.note(f"{key}: other values")
-            if left := self.sides.left():
+            if left:
                 self.note(f"left: {left}")
 
     def _kills(self):

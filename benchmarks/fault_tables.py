@@ -1,18 +1,17 @@
 """The tables of docs/reliability.md, from what `faults.py` and `hostile_clients.py` wrote."""
 
-VERBS = ("study", "emulate", "tune", "plug-in")
-
 
 def verb_table(verbs):
     """Every fault: how often it was injected into each verb, and what came of it."""
-    lines = [
-        "| fault | " + " | ".join(VERBS) + " | ended the command | run again |",
-        "|---|" + "---:|" * len(VERBS) + "---:|---|",
-    ]
     rows = verbs["rows"]
+    names = list(dict.fromkeys(name.partition(", ")[0] for name in rows))
+    lines = [
+        "| fault | " + " | ".join(names) + " | ended the command | run again |",
+        "|---|" + "---:|" * len(names) + "---:|---|",
+    ]
     for fault in dict.fromkeys(name.partition(", ")[2] for name in rows):
-        of_fault = {v: rows[f"{v}, {fault}"] for v in VERBS if f"{v}, {fault}" in rows}
-        counts = [str(of_fault[v]["injected"]) if v in of_fault else "" for v in VERBS]
+        of_fault = {v: rows[f"{v}, {fault}"] for v in names if f"{v}, {fault}" in rows}
+        counts = [str(of_fault[v]["injected"]) if v in of_fault else "" for v in names]
         stopped = sum(row["stopped"] for row in of_fault.values())
         outcome = _outcome([row["equal"] for row in of_fault.values()])
         lines.append(f"| {fault} | " + " | ".join(counts) + f" | {stopped} | {outcome} |")

@@ -60,8 +60,10 @@ class Request:
         What stood there before it began is not its own.
         """
         found = self._note()
-        made = digest(self.out) if self.out.exists() else None
-        return found.get("begun") is True and made is not None and made != found.get("before")
+        if found.get("begun") is not True or not self.out.exists():
+            return False
+        made = digest(self.out)
+        return made is not None and made != found.get("before")
 
     @contextmanager
     def under_way(self) -> Iterator[None]:

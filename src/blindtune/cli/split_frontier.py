@@ -121,4 +121,3 @@ VERB = Verb(
     goes_on=True,
     interrupted="finished rows are kept: run the same command again",
 )
-"""The verb."""

@@ -23,11 +23,13 @@ from blindtune.models.costs import (
     decoder_cost,
     estimated,
     matmul_rate,
+    matrix_numbers,
     sketch,
     weight_bytes,
 )
 from blindtune.models.decoder import Decoder
 from blindtune.models.encoders import load_any
+from blindtune.models.loading import load_tokenizer
 from blindtune.offsite.study import StudyConfig
 from blindtune.offsite.study_estimate import estimate_study
 from blindtune.offsite.tuning_estimate import ADAMW_SECONDS
@@ -54,7 +56,7 @@ def estimate_frontier(
         ModelError, DataError: as for `frontier`.
     """
     config = config or FrontierConfig()
-    full, (_, tokenizer) = sketch(model), load_any(model)
+    full, tokenizer = sketch(model), load_tokenizer(model)
     decoder, length = Decoder(full), config.max_length
     cost, rate = decoder_cost(decoder, length), matmul_rate(decoder.hidden_size)
     read = load_dataset_file(test or data, tokenizer, DataConfig(max_length=length))
@@ -109,7 +111,8 @@ def estimate_split_frontier(
             for path in (data, test)
         )
     )
-    layer = sum(2.0 * _matrices(layer) for layer in stack.layers) / stack.layer_count
+    layers = [layer for layer in stack.layers if isinstance(layer, nn.Module)]
+    layer = 2.0 * sum(map(matrix_numbers, layers)) / stack.layer_count
     rate, search = matmul_rate(table_VD.shape[1]), 2.0 * table_VD.numel()
     rows, noised = len(config.privatizers), len(config.privatizers) - 1
     tuned = privatized = 0.0
@@ -136,8 +139,3 @@ def estimate_split_frontier(
         written=WRITTEN, scratch=weight_bytes(loaded) + FLOAT * states,
         tokens=int(settings * (config.epochs * trained + asked)),
     )  # fmt: skip
-
-
-def _matrices(module: nn.Module | Tensor) -> int:
-    assert isinstance(module, nn.Module)
-    return sum(p.numel() for p in module.parameters() if p.ndim == 2)

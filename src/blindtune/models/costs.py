@@ -97,12 +97,12 @@ def decoder_cost(decoder: Decoder, length: int) -> DecoderCost:
     layers = tuple(_layer_cost(decoder, i, length) for i in range(decoder.layer_count))
     between = decoder.family.after_norm
     after = None if between is None else _module(decoder.model, between)
-    head = _matrices(decoder.head) + (0 if after is None else _matrices(after))
+    head = matrix_numbers(decoder.head) + (0 if after is None else matrix_numbers(after))
     return DecoderCost(layers=layers, head=Cost(linear=2.0 * head))
 
 
 def _layer_cost(decoder: Decoder, i: int, length: int) -> Cost:
-    linear = 2.0 * _matrices(decoder.layers[i])
+    linear = 2.0 * matrix_numbers(decoder.layers[i])
     if not decoder.is_raw(i):
         return Cost(linear=linear)
     width = next(
@@ -114,7 +114,8 @@ def _layer_cost(decoder: Decoder, i: int, length: int) -> Cost:
     return Cost(linear=linear, attention=2.0 * length * width)
 
 
-def _matrices(module: nn.Module) -> int:
+def matrix_numbers(module: nn.Module) -> int:
+    """Numbers in the matrices of a module: two FLOPs each for a token that passes."""
     return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 

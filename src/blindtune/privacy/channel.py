@@ -6,8 +6,8 @@ out is counted. Each count is smoothed towards the overall frequency of y, weigh
 exp(-d^2 / 8 s^2) with d the distance of x and y and s^2 = (D + 1) / eta^2 the noise's variance a
 coordinate: how a pairwise bound of P(y | x) falls with the distance.
 
-Public knowledge only: the table and the mechanism. Attackers use it (Bayes' rule), and so may the
-customer, on what was drawn (`denoising`).
+Public knowledge only: the table and the mechanism. Attackers use it (Bayes' rule), and so might the
+customer, on what was drawn.
 
 Shapes: V vocabulary, K words that are considered, U distinct words that came out, M draws.
 """

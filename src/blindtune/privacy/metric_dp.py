@@ -142,10 +142,11 @@ class Privatizer:
             )
         self.mechanism = mechanism
         self._rows = self._sampler = None
-        if table_VD is not None:
+        if table_VD is not None and mechanism.mode == "exponential":
+            self._sampler = WordSampler(table_VD, tiling)
+            self._rows = self._sampler.rows
+        elif table_VD is not None:
             self._rows = NearestRows(table_VD, tiling)
-            if mechanism.mode == "exponential":
-                self._sampler = WordSampler(table_VD, tiling)
         self._uniforms = uniforms_from(testing_seed)
 
     @torch.no_grad()

@@ -62,12 +62,15 @@ class WordSampler:
         table_VD: the vocabulary's embeddings, any floating dtype and device; not copied.
         tiling: rows of a tile: speed and memory, not probabilities.
 
+    Attributes:
+        rows: the table, checked and measured.
+
     Raises:
         DataError: the table is empty, not 2-D, or holds numbers that are not finite.
     """
 
     def __init__(self, table_VD: Tensor, tiling: Tiling | None = None) -> None:
-        self._rows = NearestRows(table_VD, tiling)
+        self.rows = NearestRows(table_VD, tiling)
         self._block = math.isqrt(len(table_VD) - 1) + 1
 
     @torch.no_grad()
@@ -94,16 +97,16 @@ class WordSampler:
         for _, score_UV in self._scores(ids_U, eta):
             chosen = score_UV if of_S is None else score_UV[:, of_S]
             found.append(chosen - score_UV.logsumexp(1, keepdim=True))
-        width = len(self._rows.table_VD) if of_S is None else len(of_S)
-        empty = self._rows.squared_norms_V.new_empty(0, width)
+        width = len(self.rows.table_VD) if of_S is None else len(of_S)
+        empty = self.rows.squared_norms_V.new_empty(0, width)
         return torch.cat(found) if found else empty
 
     def _scores(self, word_U: Tensor, eta: float) -> Iterator[tuple[int, Tensor]]:
         """-eta/2 distance [U, V] of some words at a time, and the index of the first of them."""
-        size = max(1, PORTION_NUMBERS // len(self._rows.table_VD))
+        size = max(1, PORTION_NUMBERS // len(self.rows.table_VD))
         for begin in range(0, len(word_U), size):
             words = word_U[begin : begin + size]
-            yield begin, word_distances(self._rows, words).mul_(-eta / 2)
+            yield begin, word_distances(self.rows, words).mul_(-eta / 2)
 
     def _drawn(self, score_UV: Tensor, place_N: Tensor, uniforms: Uniforms) -> Tensor:
         """A word for every token, whose scores are row `place_N`: first its block, then itself."""

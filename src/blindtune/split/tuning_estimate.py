@@ -21,6 +21,7 @@ from blindtune.models.costs import (
     Estimate,
     estimated,
     matmul_rate,
+    matrix_numbers,
     weight_bytes,
 )
 from blindtune.split.bottom import Bottom, open_bottom
@@ -106,7 +107,7 @@ def _layer_flops(package: Bottom, length: float) -> float:
     if package.cut.customer_layers:
         layer = package.stack.layers[0]
         assert isinstance(layer, nn.Module)
-        linear = float(sum(p.numel() for p in layer.parameters() if p.ndim == 2))
+        linear = float(matrix_numbers(layer))
     return 2 * linear + 4.0 * length * width
 
 
