@@ -88,15 +88,7 @@ def audit_adapter(
         )
     tuned, _, _ = open_any(model, adapter, trust=trust)
     view = _view(tuned, untuned, (*members, *strangers), config)
-    found = {}
-    for done, (name, attack) in enumerate(ATTACKS.items(), 1):
-        scores_N = attack(view)
-        found[name] = membership_leakage(
-            scores_N[: len(members)], scores_N[len(members) :],
-            false_positive_rate=config.false_positive_rate, confidence=config.confidence,
-        )  # fmt: skip
-        if on_progress is not None:
-            on_progress("attack", done, len(ATTACKS))
+    found = _attacked(view, len(members), config, on_progress)
     leaks = canary_leakage(
         tuned, untuned, tokenizer, planted, reading, batch_size=config.batch_size
     )
@@ -107,6 +99,25 @@ def audit_adapter(
         "measured in": str(model),
     }
     return _audit(adapter, found, leaks, facts, stated)
+
+
+def _attacked(
+    view: AdapterView,
+    members: int,
+    config: AuditConfig,
+    on_progress: Callable[[str, int, int], None] | None,
+) -> dict[str, MembershipLeakage]:
+    """What every attack tells, by its name; the first records of the view are the members."""
+    found = {}
+    for done, (name, attack) in enumerate(ATTACKS.items(), 1):
+        scores_N = attack(view)
+        found[name] = membership_leakage(
+            scores_N[:members], scores_N[members:],
+            false_positive_rate=config.false_positive_rate, confidence=config.confidence,
+        )  # fmt: skip
+        if on_progress is not None:
+            on_progress("attack", done, len(ATTACKS))
+    return found
 
 
 def both_kinds(

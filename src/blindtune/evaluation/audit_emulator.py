@@ -88,15 +88,21 @@ def audit_emulator(
         findings=findings,
         strongest=strongest,
         not_run=_not_run(adapter, config),
-        facts={
-            "package": about.id,
-            "full model": f"{found.full.perplexity:,.2f} perplexity",
-            "tested on": f"{found.full.tokens:,} tokens of {Path(test).name}",
-            "attacker's text": f"{public_NL.numel():,} tokens of {Path(public).name}",
-            "revealed by the package itself": list(about.reveals),
-        },
+        facts=_facts(about, found, test, f"{public_NL.numel():,} tokens of {Path(public).name}"),
         curves={"healed emulator": _points(found.healed), "control": _points(found.control)},
     )
+
+
+def _facts(
+    about: InspectedEmulator, found: Misuse, test: str | Path, public: str
+) -> dict[str, str | list[str]]:
+    return {
+        "package": about.id,
+        "full model": f"{found.full.perplexity:,.2f} perplexity",
+        "tested on": f"{found.full.tokens:,} tokens of {Path(test).name}",
+        "attacker's text": public,
+        "revealed by the package itself": list(about.reveals),
+    }
 
 
 def _healing(config: AuditConfig) -> HealingConfig:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from blindtune.atomic import check_free, sole_writer
@@ -77,9 +78,8 @@ def tune(
         data: private data, a file or a hub name.
         out: directory of the adapter package.
         adapter, training: what is trained, and how: what decides the result.
-        privacy: with an epsilon, tuned under differential privacy (`training.private_sgd`): no
-            record is set aside for validation, and texts are not packed unless a window is the
-            unit.
+        privacy: with an epsilon, under differential privacy (`training.private_sgd`): nothing is
+            set aside for validation, and texts are packed only where a window is the unit.
         reading, run: how the data is cut into examples; speed and bookkeeping.
         validation: a file of its own; None: a share of `data` (`DataConfig.validation_split`).
         overwrite: replace an earlier adapter.
@@ -94,32 +94,48 @@ def tune(
     reading = read_privately(reading or DataConfig(max_length=128), privacy, validation)
     check_free(out, overwrite=overwrite, mark=MANIFEST_NAME)
     opened = _opened(emulator, reading, trust)
-    train, held_out = _examples(opened, data, validation, reading)
-    sample = show_sample(train, opened.tokenizer)
-    if on_sample is not None:
-        on_sample(sample)
+    train, held_out = read_examples(opened.tokenizer, data, validation, reading)
+    sample = _shown(train, opened, on_sample)
     plan = None if privacy.epsilon is None else plan_noise(privacy, training, len(train))
     trained = _trainable(opened, adapter, training.seed)
     work = out.absolute().parent / f"{out.absolute().name}.work"
-    identity = {"emulator": opened.id, **asdict(adapter)}
+    fitting = _fitting(trained, train, held_out, training, plan, privacy.testing_seed, work)
     write = partial(write_adapter, opened, adapter, out, overwrite=overwrite, signer=signer)
     with sole_writer(out):
-        if plan is None:
-            result = fit(trained, train, held_out, training, work, run=run, identity=identity)
-        else:
-            noise = uniforms_from(privacy.testing_seed)
-            result = fit_private(trained, train, training, plan, work, noise, run, identity)
+        result = fitting(run=run, identity={"emulator": opened.id, **asdict(adapter)})
         adapter_id = _write_once(partial(write, privacy=_stated(plan)))
         _clear_once(work)
     return Tuning(
-        adapter_id=adapter_id,
-        path=out,
-        emulator=opened,
-        training=result,
-        trained_parameters=sum(p.numel() for p in trained.parameters() if p.requires_grad),
-        sample=sample,
-        privacy=plan,
-    )
+        adapter_id=adapter_id, path=out, emulator=opened, training=result, sample=sample,
+        trained_parameters=_trained_parameters(trained), privacy=plan,
+    )  # fmt: skip
+
+
+def _fitting(
+    model: torch.nn.Module,
+    train: TokenDataset,
+    held_out: TokenDataset | None,
+    training: TrainingConfig,
+    plan: DpPlan | None,
+    testing_seed: int | None,
+    work: Path,
+) -> Callable[..., TrainingResult]:
+    """The training, plain or by a plan of noise; it takes `run` and `identity` still."""
+    if plan is None:
+        return partial(fit, model, train, held_out, training, work)
+    return partial(fit_private, model, train, training, plan, work, uniforms_from(testing_seed))
+
+
+def _trained_parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _shown(train: TokenDataset, emulator: Emulator, on_sample: Callable[[str], None] | None) -> str:
+    """One example as it is trained on, told to who asked for it."""
+    sample = show_sample(train, emulator.tokenizer)
+    if on_sample is not None:
+        on_sample(sample)
+    return sample
 
 
 def _opened(emulator: str | Path, reading: DataConfig, trust: Trust | None) -> Emulator:
@@ -188,12 +204,16 @@ def _clear_once(work: Path) -> None:
     checkpoint.clear(work)
 
 
-def _examples(
-    emulator: Emulator, data: str | Path, validation: str | Path | None, reading: DataConfig
+def read_examples(
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | Path,
+    validation: str | Path | None,
+    reading: DataConfig,
 ) -> tuple[TokenDataset, TokenDataset | None]:
-    train = load_dataset_file(data, emulator.tokenizer, reading)
+    """(trained on, validated on): the validation file, or a share of the data, or nothing."""
+    train = load_dataset_file(data, tokenizer, reading)
     if validation is not None:
-        return train, load_dataset_file(validation, emulator.tokenizer, reading)
+        return train, load_dataset_file(validation, tokenizer, reading)
     if reading.validation_split == 0:
         return train, None
     return train.split(reading.validation_split, reading.seed)

@@ -26,10 +26,10 @@ from blindtune.models.surgery import meta_model
 from blindtune.models.tokenizers import FILE_NAMES, tokenizer_from_files
 from blindtune.offsite.adapter import AdapterConfig
 from blindtune.offsite.emulator import adapter_indices, assemble, read_config
-from blindtune.offsite.tuning import read_privately
+from blindtune.offsite.tuning import read_examples, read_privately
 from blindtune.training.config import RunConfig, TrainingConfig
 from blindtune.training.dp_plan import DpConfig
-from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file
+from blindtune.training.text import DataConfig, TokenDataset
 
 ADAMW_SECONDS = 5e-9
 """An optimizer step, for one parameter on one CPU thread."""
@@ -65,10 +65,7 @@ def estimate_tune(
     manifest = package.manifest
     names = [name for name in FILE_NAMES if name in manifest.files]
     tokenizer = tokenizer_from_files({name: package.read_file(name) for name in names})
-    train = load_dataset_file(data, tokenizer, reading)
-    held_out = None if validation is None else load_dataset_file(validation, tokenizer, reading)
-    if held_out is None and reading.validation_split:
-        train, held_out = train.split(reading.validation_split, reading.seed)
+    train, held_out = read_examples(tokenizer, data, validation, reading)
     model = assemble(meta_model(read_config(manifest)), manifest.layers)
     decoder = Decoder(model)
     length = max(1, train.tokens // len(train))
@@ -79,11 +76,8 @@ def estimate_tune(
     steps = training.max_steps or math.ceil(len(train) * training.num_train_epochs / batch)
     tokens, calls = steps * batch * length, steps * batch * decoder.layer_count
     calls //= training.per_device_train_batch_size
-    stack, share = cost.stack(), train.trained_share
-    work = stack.forward * (2 if run.gradient_checkpointing else 1) + stack.backward
-    work += share * (cost.head.forward + cost.head.backward)
-    if not adapter.lora_rank:
-        work += sum(cost.layers[i].weights for i in indices)
+    share = train.trained_share
+    work = _training_flops(cost, () if adapter.lora_rank else indices, share, run)
     parts = {
         "load": 2 * weight_bytes(model) / READ_BYTES_PER_SECOND,
         "train": rate.seconds(tokens * work, 3 * calls) + steps * trained * ADAMW_SECONDS,
@@ -101,6 +95,16 @@ def estimate_tune(
         scratch=5 * FLOAT * trained,  # weights, two moments, the best weights, one in the making
         tokens=tokens,
     )
+
+
+def _training_flops(
+    cost: DecoderCost, trained: tuple[int, ...], trained_share: float, run: RunConfig
+) -> float:
+    """A token, with gradients of the weights of some layers; the head runs where labels are."""
+    stack = cost.stack()
+    forward = stack.forward * (2 if run.gradient_checkpointing else 1)
+    head = trained_share * (cost.head.forward + cost.head.backward)
+    return forward + stack.backward + head + sum(cost.layers[i].weights for i in trained)
 
 
 def _trained_numbers(decoder: Decoder, indices: tuple[int, ...], adapter: AdapterConfig) -> int:

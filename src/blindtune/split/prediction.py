@@ -117,13 +117,11 @@ def predict(
     access = access or AccessConfig()
     connect = connector(vendor, access, traffic)
     found = CustomerJob(job)
-    if out is not None and Path(out).exists():
-        raise OutputError(f"{out}: expected a new file, something is there: choose another --out")
+    _check_new(out)
     with found.working():
         _check_tuned(found)
         package = _package(found, bottom)
-        reading = _reading(found, asking)
-        texts = read_unseen(package, data, reading, found.record.names)
+        texts = read_unseen(package, data, _reading(found, asking), found.record.names)
         private, statement, reused = _prepare(found, package, texts)
         if on_statement is not None:
             on_statement(statement)
@@ -146,6 +144,11 @@ def predict(
         bytes_received=traffic.received,
         seconds=time.perf_counter() - begin,
     )
+
+
+def _check_new(out: str | Path | None) -> None:
+    if out is not None and Path(out).exists():
+        raise OutputError(f"{out}: expected a new file, something is there: choose another --out")
 
 
 def _check_tuned(job: CustomerJob) -> None:

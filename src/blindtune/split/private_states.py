@@ -35,7 +35,7 @@ from blindtune.atomic import atomic_file
 from blindtune.errors import DataError
 from blindtune.exchange.messages import pack
 from blindtune.privacy.metric_dp import Mechanism, Privatizer
-from blindtune.privacy.token_importance import ImportanceConfig
+from blindtune.privacy.token_importance import ContributingTokens, ImportanceConfig
 from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.bottom import Bottom
 from blindtune.split.partition import Stack, run_bottom
@@ -148,17 +148,11 @@ def privatize(
     states: list[Tensor] = []
     changed, content = 0, 0
     for begin in range(0, len(ids), batch_size):
-        true_BL, mask_BL = _padded(bottom, ids[begin : begin + batch_size])
-        ids_BL = true_BL if groups is None else groups.apply(true_BL)
-        labels_B = None if labels is None else labels[begin : begin + batch_size]
-        factors_BL = factors_of(contributing, ids_BL, labels_B)
-        sent_BL = _tokens_sent(privatizer, groups, ids_BL, factors_BL)
-        content_BL = mask_BL.bool() & ~contributing.is_special(true_BL)
-        changed += int((content_BL & (sent_BL != true_BL)).sum())
-        content += int(content_BL.sum())
-        hidden_BLD = _noised(bottom, privatizer, sent_BL, mask_BL, factors_BL)
-        packed_TD, lengths = pack(hidden_BLD, mask_BL)
-        states += [state.clone() for state in packed_TD.float().cpu().split(lengths)]
+        some = slice(begin, begin + batch_size)
+        labels_B = None if labels is None else labels[some]
+        made, differ, of = _batch(bottom, privatizer, groups, contributing, ids[some], labels_B)
+        states += made
+        changed, content = changed + differ, content + of
         on_progress(len(states), len(ids))
     replaces = groups is not None or (mechanism is not None and mechanism.replaces_words)
     return PrivateStates(
@@ -167,6 +161,26 @@ def privatize(
         ids=ids,
         changed=changed / content if content and replaces else None,
     )
+
+
+def _batch(
+    bottom: Bottom,
+    privatizer: Privatizer | None,
+    groups: WordGroups | None,
+    contributing: ContributingTokens,
+    ids: Sequence[Tensor],
+    labels_B: Tensor | None,
+) -> tuple[list[Tensor], int, int]:
+    """States [L, D] of some texts; how many of their content tokens changed, and of how many."""
+    true_BL, mask_BL = _padded(bottom, ids)
+    ids_BL = true_BL if groups is None else groups.apply(true_BL)
+    factors_BL = factors_of(contributing, ids_BL, labels_B)
+    sent_BL = _tokens_sent(privatizer, groups, ids_BL, factors_BL)
+    content_BL = mask_BL.bool() & ~contributing.is_special(true_BL)
+    hidden_BLD = _noised(bottom, privatizer, sent_BL, mask_BL, factors_BL)
+    packed_TD, lengths = pack(hidden_BLD, mask_BL)
+    states = [state.clone() for state in packed_TD.float().cpu().split(lengths)]
+    return states, int((content_BL & (sent_BL != true_BL)).sum()), int(content_BL.sum())
 
 
 def _ids_of(bottom: Bottom, texts: Sequence[str] | Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -115,13 +115,11 @@ def split_tune(
     package = open_bottom(bottom, trust=trust)
     _check_purpose(package, privatizer, reading)
     texts = read_training(package, data, reading)
-    if tuning.schedule != "constant" and not tuning.max_steps:
-        tuning = replace(tuning, max_steps=len(passes.steps(len(texts.ids))))
+    tuning = _with_length(tuning, passes, len(texts.ids))
     record = _record(package, bottom, texts, privatizer, tuning, passes, reading)
     job = _begin_or_find(package, Path(out), record, privatizer, texts, resume)
     with job.working():
-        if job.record.state == "cancelled":
-            raise PolicyError(f"{out}: this job was cancelled: begin another with another --out")
+        _check_open(job)
         private, statement = _prepare(job, package, texts, privatizer, passes, on_part)
         if on_statement is not None:
             on_statement(statement)
@@ -130,6 +128,18 @@ def split_tune(
             task=reading.task, outputs=_outputs(reading, texts),
         )  # fmt: skip
         return _tune(work, statement, silent)
+
+
+def _with_length(tuning: TuningConfig, passes: PassConfig, texts: int) -> TuningConfig:
+    """A schedule that needs a length gets the run's, where none is given."""
+    if tuning.schedule == "constant" or tuning.max_steps:
+        return tuning
+    return replace(tuning, max_steps=len(passes.steps(texts)))
+
+
+def _check_open(job: CustomerJob) -> None:
+    if job.record.state == "cancelled":
+        raise PolicyError(f"{job.path}: this job was cancelled: begin another with another --out")
 
 
 def _check_purpose(bottom: Bottom, privatizer: PrivatizerConfig, reading: ReadingConfig) -> None:

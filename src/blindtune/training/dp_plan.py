@@ -77,18 +77,7 @@ def plan_noise(config: DpConfig, training: TrainingConfig, records: int) -> DpPl
             "differential privacy needs Opacus, which is not installed: "
             "run `pip install 'blindtune[dp]'`"
         ) from error
-    if training.early_stopping_patience is not None:
-        raise ConfigError(
-            "expected no early_stopping_patience with differential privacy: when to stop would "
-            "be told by private data; leave it out"
-        )
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    if records < 2 * batch:
-        raise ConfigError(
-            f"expected at least {2 * batch} records for an expected batch of {batch}, got "
-            f"{records}: lower per_device_train_batch_size, give more records, or (plain text, "
-            "which is one record a file) take unit window"
-        )
+    batch = _expected_batch(training, records)
     rate, delta = batch / records, config.delta or 1 / (10 * records)
     steps = training.max_steps or math.ceil(records * training.num_train_epochs / batch)
     try:
@@ -119,3 +108,20 @@ def plan_noise(config: DpConfig, training: TrainingConfig, records: int) -> DpPl
         max_grad_norm=config.max_grad_norm,
         expected_batch=float(batch),
     )
+
+
+def _expected_batch(training: TrainingConfig, records: int) -> int:
+    """Records of a step on average; ConfigError where sampling cannot hide one."""
+    if training.early_stopping_patience is not None:
+        raise ConfigError(
+            "expected no early_stopping_patience with differential privacy: when to stop would "
+            "be told by private data; leave it out"
+        )
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    if records < 2 * batch:
+        raise ConfigError(
+            f"expected at least {2 * batch} records for an expected batch of {batch}, got "
+            f"{records}: lower per_device_train_batch_size, give more records, or (plain text, "
+            "which is one record a file) take unit window"
+        )
+    return batch

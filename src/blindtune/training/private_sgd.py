@@ -85,11 +85,7 @@ def fit_private(
             processes; checkpoints of another run. TrainingError: a gradient is not finite.
     """
     run = run or RunConfig()
-    if run.gradient_checkpointing or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "expected one process without gradient_checkpointing for differential privacy: "
-            "per-record gradients need every activation once"
-        )
+    _check_alone(run)
     folder = Path(out_dir) / "checkpoints"
     optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
     schedule = config.lr_scheduler_type
@@ -116,11 +112,26 @@ def fit_private(
             for listener in listeners:
                 listener(_report(plan, state, rate))
     model.eval()
+    return _result(plan, state, state["tokens"] - before, watch.seconds, done)
+
+
+def _check_alone(run: RunConfig) -> None:
+    if run.gradient_checkpointing or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "expected one process without gradient_checkpointing for differential privacy: "
+            "per-record gradients need every activation once"
+        )
+
+
+def _result(
+    plan: DpPlan, state: Mapping[str, Any], tokens: int, seconds: float, done: int
+) -> TrainingResult:
+    """What became of a run; `tokens` of this call, `done` steps before it."""
     return TrainingResult(
         steps=plan.steps,
         tokens=state["tokens"],
-        seconds=watch.seconds,
-        tokens_per_second=(state["tokens"] - before) / max(watch.seconds, 1e-9),
+        seconds=seconds,
+        tokens_per_second=tokens / max(seconds, 1e-9),
         peak_memory_bytes=peak_memory_bytes(),
         train_loss=tuple((int(step), float(loss)) for step, loss in state["log"]),
         validation_loss=(),
