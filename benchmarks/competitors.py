@@ -144,6 +144,17 @@ def make(bench, name, target):
     }
 
 
+def before(bench, part, name, score):
+    """The score of a method's emulator before tuning, the same for every seed: made once."""
+    slug = "".join(c for c in f"{part}{name}".lower() if c.isalnum())
+    kept = bench.work / "emulators" / f"{slug}-untuned.json"
+    with claimed(kept) as mine:
+        if mine:
+            model = open_emulator(emulator(bench, name)[0], dtype=torch.float32).model
+            kept.write_text(json.dumps(score(model)))
+    return json.loads(kept.read_text())
+
+
 def fewer(bench, changes):
     return changes | {"steps": min(changes["steps"], 4)} if bench.smoke and changes else changes
 
@@ -192,13 +203,13 @@ def tuned_row(bench, folder, part, name, seed):
     """Tune the emulator of a method on a task and plug the adapter in."""
     package, cost = emulator(bench, name)
     source, training, score = TASKS[part](bench, seed)
-    before = score(open_emulator(package, dtype=torch.float32).model)
+    untuned = before(bench, part, name, score)
     done = tune(
         package, source, folder / "adapter", AdapterConfig(), training,
         reading=DataConfig(max_length=LENGTH, validation_split=0.0), run=QUIET,
     )  # fmt: skip
     return {
-        "Emulator ZS": before,
+        "Emulator ZS": untuned,
         "Emulator FT": score(done.emulator.model),
         "Plug-in": score(plug_in(MODEL, folder / "adapter", None).model),
         "facts": {"tuning": facts_of(done.training), "emulator_parameters": cost["parameters"]},

@@ -100,7 +100,34 @@ def test_rows_are_shared_and_run_once(tmp_path, monkeypatch):
     page = (tmp_path / "out" / "frontier.html").read_text()
     assert "1, 0.34, 0.8" in page
     assert "<svg" in page
-    assert not (tmp_path / "out" / "work").exists()
+    assert {p.name.partition("-")[0] for p in (tmp_path / "out").iterdir()} == {
+        "rows", "study", "frontier.json", "frontier.html",
+    }  # fmt: skip
+
+
+def test_a_study_of_other_text_is_another_study(tmp_path, monkeypatch):
+    save_tiny("llama", tmp_path / "model")
+    save_text(tmp_path)
+    config = FrontierConfig(
+        adapter_layers=(1,), alpha=(0.34,), beta=(0.8,), max_length=32, steps=1, batch_size=2
+    )
+    seen, original = [], module.emulate
+    monkeypatch.setattr(
+        module, "emulate", lambda s, *a, **k: seen.append(s) or original(s, *a, **k)
+    )
+
+    def run(public):
+        return frontier(
+            tmp_path / "model", tmp_path / "private.txt", tmp_path / "out", config,
+            public=tmp_path / public, how=STUDY, dynamic=module.DynamicConfig(steps=0),
+        )  # fmt: skip
+
+    first = run("public.txt")
+    run("private.txt")
+    assert len(seen) == 2
+    assert seen[0].explained != seen[1].explained
+    assert run("public.txt") == first
+    assert len(seen) == 2
 
 
 def test_settings_that_cannot_be_made_are_refused_before_any_tuning(tmp_path, monkeypatch):

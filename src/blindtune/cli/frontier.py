@@ -33,7 +33,7 @@ missing is run (there is no --resume).
 Needs:   MODEL; --data, tuned on, a share of it scored on; --public, text for
          the study (or --study, one that is there). Without both the study
          reads --data too, which flatters every emulator.
-Writes:  frontier.html, frontier.json, rows/ and study/ in the directory.
+Writes:  frontier.html, frontier.json, rows/ and study-*/ in the directory.
 
 \b
 Example:

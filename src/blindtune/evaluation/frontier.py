@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedModel
 
 from blindtune.errors import ConfigError
-from blindtune.evaluation.sweeps import KeptRows, unbeaten
+from blindtune.evaluation.sweeps import KeptRows, digest_of, unbeaten
 from blindtune.evaluation.utility import loss_on_targets
 from blindtune.models.costs import decoder_cost
 from blindtune.models.decoder import Decoder, check_context, context_limit
@@ -213,7 +213,7 @@ def frontier(
         if made_study is None:
             how = how or StudyConfig(max_length=config.max_length)
             how = replace(how, min_adapter_layers=min(config.adapter_layers))
-            made_study = out / "study"
+            made_study = out / sweep.study_name(text, how, dynamic or DynamicConfig())
             if not (made_study / FACTS_NAME).is_file():
                 study(model, text, made_study, how, dynamic, on_stage=on_stage)
         found = open_study(made_study)
@@ -266,6 +266,12 @@ class _Sweep:
         full = load_model(model)
         check_context(config.max_length, context_limit(full.config))
         self.fingerprint = fingerprint(full)
+
+    def study_name(self, text: str, how: StudyConfig, dynamic: DynamicConfig) -> str:
+        """Where a study of this text lies, so that one of another text is not taken for it."""
+        reading = DataConfig(max_length=how.max_length)
+        read = load_dataset_file(text, load_tokenizer(self.model), reading).fingerprint()
+        return f"study-{digest_of([self.fingerprint, read, asdict(how), asdict(dynamic)])}"
 
     def untouched(self) -> float:
         """The full model as it is, nats a token."""

@@ -12,10 +12,10 @@ Every finished row is kept in OUT/rows, under a digest of all that decides it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
@@ -26,6 +26,7 @@ from blindtune.evaluation.sweeps import KeptRows, unbeaten
 from blindtune.exchange.transport import InProcessTransport
 from blindtune.models.encoders import load_any
 from blindtune.models.fingerprint import fingerprint
+from blindtune.models.tokenizers import tokenizer_files
 from blindtune.split.bottom import write_bottom
 from blindtune.split.customer import PassConfig
 from blindtune.split.partition import Cut, stack_of
@@ -247,14 +248,15 @@ class _Sweep:
     ) -> None:
         self.model, self.data, self.test, self.public = model, data, test, public
         self.rows, self.config = KeptRows(out), config
-        loaded, _ = load_any(model)
+        loaded, tokenizer = load_any(model)
         self.layers = stack_of(loaded).layer_count
         for cut in config.cut:
             Cut(layers=self.layers, cut=cut)  # refuses what cannot be before anything is tuned
         files = [path for path in (data, test, public) if path is not None]
         configs = (config.passes, config.tuning, config.reading, config.trying)
         plain = [asdict(c) for c in configs]
-        self._decides = [fingerprint(loaded), *map(_digest, files), *plain]
+        words = [sha256(content).hexdigest() for content in tokenizer_files(tokenizer).values()]
+        self._decides = [fingerprint(loaded), words, *map(_digest, files), *plain]
 
     def setting(self, cut: int, privatizer: PrivatizerConfig) -> SplitSetting:
         """Tune, predict, attack; or what an earlier sweep found."""
@@ -296,4 +298,4 @@ class _Sweep:
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(file, "sha256").hexdigest()

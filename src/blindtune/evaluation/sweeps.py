@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, final
 
@@ -20,15 +21,17 @@ Row = dict[str, Any]
 class KeptRows:
     """The rows of a sweep in OUT/rows, each under a digest of all that decides it.
 
+    The version of this package takes part in the digest.
+
     Args:
         out: the sweep's directory.
 
     Attributes:
-        work: OUT/work, for whatever a row makes on its way; empty when a row begins.
+        work: OUT/.sweep, for whatever a row makes on its way; empty when a row begins.
     """
 
     def __init__(self, out: Path) -> None:
-        self._out, self.work = out, out / "work"
+        self._out, self.work = out, out / ".sweep"
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -57,8 +60,7 @@ class KeptRows:
             decides: all that decides the row, as JSON values.
             make: makes it.
         """
-        told = json.dumps(decides, sort_keys=True).encode()
-        path = self._out / "rows" / f"{name}-{hashlib.sha256(told).hexdigest()[:12]}.json"
+        path = self._out / "rows" / f"{name}-{digest_of(decides)}.json"
         if not path.is_file():
             shutil.rmtree(self.work, ignore_errors=True)
             made = make()
@@ -66,6 +68,12 @@ class KeptRows:
                 file.write_text(json.dumps(made) + "\n", encoding="utf-8")
         found: Row = json.loads(path.read_text(encoding="utf-8"))
         return found
+
+
+def digest_of(decides: object) -> str:
+    """A short name for all that decides a result, JSON values, and for this package's version."""
+    told = json.dumps([version("blindtune"), decides], sort_keys=True).encode()
+    return hashlib.sha256(told).hexdigest()[:12]
 
 
 def unbeaten(
