@@ -1,5 +1,7 @@
 """Tables of emulators by every method: lines, from what `competitors.py` and `offsite.py` wrote."""
 
+import statistics
+
 from figures import SEEDS, part, spread
 
 # Rows that `offsite.py` has: name -> (part, prefix, the names of its figures).
@@ -10,15 +12,20 @@ OFFSITE = {
 }
 
 
+# And on ARC-Easy; the other tasks have rows of these names in `competitors.py`.
+ARC = {"ours": "ScaleOT", "uniform": "uniform", "FT": "FT", "Adapter tuned directly": "direct"}
+UNTUNED, TUNED, PLUGGED = KEYS = ("Emulator ZS", "Emulator FT", "Plug-in")
+REFERENCES = ("ZS", "Adapter tuned directly", "FT")
+
+
 def methods_of(rows):
     return dict.fromkeys(name.rpartition("-")[0] for name in rows)
 
 
 def wiki_table(wiki):
     """Plug-in and gap of every method, best plug-in first."""
-    keys = ("Emulator ZS", "Emulator FT", "Plug-in")
     found = {
-        name: [[wiki["rows"][f"{name}-{s}"][k] for k in keys] for s in SEEDS
+        name: [[wiki["rows"][f"{name}-{s}"][k] for k in KEYS] for s in SEEDS
                if f"{name}-{s}" in wiki["rows"]]
         for name in methods_of(wiki["rows"])
     }  # fmt: skip
@@ -34,6 +41,40 @@ def wiki_table(wiki):
         columns = [spread([row[i] for row in seeds], 3) for i in range(3)]
         columns += [spread([row[1] - row[2] for row in seeds], 2), str(len(seeds))]
         lines.append(f"| {name} | " + " | ".join(columns) + " |")
+    return lines
+
+
+def choice_table(report, name, questions=400):
+    """Accuracy of every method on multiple choice, best plug-in first; then the full model's."""
+    rows = report["rows"]
+    if name == "ARC-Easy":
+        theirs = part("arc")["rows"]
+        rows = rows | {"ZS-0": theirs["ZS"]}
+        for ours, other in ARC.items():
+            rows |= {f"{ours}-{s}": theirs[f"{other}-{s}"] for s in SEEDS
+                     if f"{other}-{s}" in theirs}  # fmt: skip
+    seeds = {method: [rows[f"{method}-{s}"] for s in SEEDS if f"{method}-{s}" in rows]
+             for method in methods_of(rows)}  # fmt: skip
+
+    def percent(method, key, kind="acc"):
+        return [100 * row[key][kind] for row in seeds[method]]
+
+    lines = [
+        f"| {name}, {questions} questions, % right | emulator ZS | emulator FT | plug-in | gap | "
+        "plug-in, by characters | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    methods = [m for m in seeds if m not in REFERENCES]
+    for method in sorted(methods, key=lambda m: -statistics.mean(percent(m, PLUGGED))):
+        gaps = [
+            a - b for a, b in zip(percent(method, PLUGGED), percent(method, TUNED), strict=True)
+        ]
+        columns = [spread(percent(method, key), 1) for key in KEYS]
+        columns += [spread(gaps, 1), spread(percent(method, PLUGGED, "acc_norm"), 1)]
+        lines.append(f"| {method} | " + " | ".join(columns) + f" | {len(gaps)} |")
+    for method in (m for m in REFERENCES if m in seeds):
+        found = [spread(percent(method, method, kind), 1) for kind in ("acc", "acc_norm")]
+        lines.append(f"| *{method}* | | | {found[0]} | | {found[1]} | {len(seeds[method])} |")
     return lines
 
 

@@ -41,6 +41,8 @@ BLOCKS = {
     },
     "docs/competitors.md": {
         "wiki": ("competitors-wiki",),
+        "arc": ("competitors-arc",),
+        "openbook": ("competitors-openbook",),
         "cost": ("competitors-cost",),
         "healing": ("competitors-healing",),
     },
@@ -59,6 +61,8 @@ TABLES = {
     "split-smollm2": split_tables.decoder_table,
     "split-wikitext": split_tables.language_table,
     "competitors-wiki": competitor_tables.wiki_table,
+    "competitors-arc": lambda report: competitor_tables.choice_table(report, "ARC-Easy"),
+    "competitors-openbook": lambda report: competitor_tables.choice_table(report, "OpenBookQA"),
     "competitors-cost": competitor_tables.cost_table,
     "competitors-healing": competitor_tables.healing_table,
     "faults-verbs": fault_tables.verb_table,

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from blindtune.attacks.trained_inversion import train_inverter
 from blindtune.cli.main import run
 from blindtune.errors import ConfigError
+from blindtune.evaluation import split_attacks
 from blindtune.evaluation import split_frontier as module
 from blindtune.evaluation.split_frontier import (
     SplitFrontier,
@@ -15,7 +17,7 @@ from blindtune.evaluation.split_frontier import (
     SplitSetting,
     split_frontier,
 )
-from blindtune.evaluation.split_frontier_page import answer_sentence
+from blindtune.evaluation.split_frontier_page import answer_sentence, write_split_frontier
 from tiny_encoders import tiny_encoder
 from tiny_models import tiny_tokenizer
 
@@ -83,9 +85,24 @@ def test_public_text_arms_the_attacker(world, tmp_path):
     assert found.settings[1].ep < found.settings[1].ep_nearest
 
 
+@pytest.mark.parametrize("settled", [True, False])
+def test_an_attack_that_was_ended_is_marked(world, tmp_path, monkeypatch, settled):
+    def ended(*args):
+        inverter, result = train_inverter(*args)
+        return inverter, replace(result, settled=settled)
+
+    monkeypatch.setattr(split_attacks, "train_inverter", ended)
+    config = replace(QUICK, cut=(0,), eta=(20.0,))
+    found = swept(world, tmp_path, config, public=world / "public.txt")
+    assert {s.settled for s in found.settings} == {settled}
+    write_split_frontier(found, tmp_path, config, None)
+    page = (tmp_path / "split-frontier.html").read_text()
+    assert ("ended by --attack-seconds" in page) != settled
+
+
 def setting(eta, ua, ep, cut=0, cti=0.0):
     return SplitSetting(cut=cut, eta=eta, cti_fraction=cti, ua=ua, ep=ep, ep_low=ep - 0.1,
-                        strongest="Bayes", ep_nearest=ep)  # fmt: skip
+                        strongest="Bayes", ep_nearest=ep, settled=True)  # fmt: skip
 
 
 def test_the_largest_eta_is_the_answer():

@@ -70,13 +70,15 @@ def show(facts: Facts, console: Console) -> None:
         (
             s["name"],
             *(f"{s[key]:.3f}" for key in ("ua", "ep_nearest", "ep")),
-            s["strongest"],
+            s["strongest"] + "*" * (not s["settled"]),
             "yes" if s["efficient"] else "",
         )
         for s in facts["settings"]
     ]
     names = ("setting", "UA", "EP, nearest", "EP, strongest", "strongest attack", "frontier")
     print_columns(console, names, rows)
+    if not all(s["settled"] for s in facts["settings"]):
+        console.print("* its training was ended by --attack-seconds: a longer one may read more")
     if facts["sentence"] is not None:
         console.print(facts["sentence"])
     print_pairs(console, "Written", [("page", facts["page"])])

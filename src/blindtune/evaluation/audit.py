@@ -121,6 +121,8 @@ class Audit:
     not_run: tuple[NotRun, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Plain facts about the subject and the data, by name."""
+    settled: bool = True
+    """Whether every attack that is trained ended by itself; False: `attack_seconds` ended one."""
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     """Healing: (public tokens spent, nats a token) by name of the curve."""
 

@@ -108,6 +108,7 @@ def _audit(
         findings=tuple(findings),
         strongest=next(k for k, f in enumerate(findings) if f.attack == best.attack),
         not_run=(*attacks.not_run, *_gradients(seen)),
+        settled=attacks.settled,
         facts=facts,
     )
 

@@ -66,6 +66,10 @@ class SplitAttacks:
         public: token ids [L] of public texts; empty: what needs them is not run.
         config: how hard to try.
         told: called with (attack, done, of all).
+
+    Attributes:
+        attempts, not_run: what was run, and what was not and why.
+        settled: whether every training of an attack ended by itself.
     """
 
     def __init__(
@@ -84,7 +88,7 @@ class SplitAttacks:
             mechanism=subject.mechanism, special_ids=tuple(special), public=self._learned,
         )  # fmt: skip
         self._inverters: dict[bool, Inverter] = {}
-        self._settled = True
+        self.settled = True
 
     def run(self) -> None:
         """Fill `attempts` and `not_run`."""
@@ -141,7 +145,7 @@ class SplitAttacks:
         def read(view: StatesView) -> Candidates:
             return candidates(self._trained(adaptive=True), view.states, KEPT)
 
-        note = "" if self._settled else (
+        note = "" if self.settled else (
             "Its training was ended by --attack-seconds: a longer one may read more."
         )  # fmt: skip
         self._both("trained inverter", knew, read, note)
@@ -249,7 +253,7 @@ class SplitAttacks:
                 InverterConfig(adaptive=adaptive, draws=2, fit=fit),
             )
             self._inverters[adaptive] = inverter
-            self._settled = self._settled and result.settled
+            self.settled = self.settled and result.settled
         return self._inverters[adaptive]
 
     def _add(self, attack: str, knew: str, guess: Guess, note: str = "") -> None:

@@ -60,9 +60,9 @@ def answer_sentence(found: SplitFrontier, answer: SplitSetting | None, ep: float
         )
     return (
         f"The least noise that holds every attack at an EP of {ep:g} is {answer.name}: "
-        f"EP {answer.ep:.3f} under {answer.strongest} (at least {answer.ep_low:.3f} with 95 % "
-        f"confidence), UA {answer.ua:.3f}, {100 * (found.best_ua - answer.ua):.1f} points below "
-        "the best without noise."
+        f"EP {answer.ep:.3f} under {answer.strongest} (at least {answer.ep_low:.3f} under each, "
+        f"with 95 % confidence), UA {answer.ua:.3f}, "
+        f"{100 * (found.best_ua - answer.ua):.1f} points below the best without noise."
     )
 
 
@@ -89,12 +89,16 @@ def _table(found: SplitFrontier, answer: SplitSetting | None) -> Section:
     efficient = found.efficient()
     rows = [
         [s.name, f"{s.ua:.3f}", f"{s.ep_nearest:.3f}", f"{s.ep:.3f}", f"{s.ep_low:.3f}",
-         s.strongest, "yes" if s in efficient else ""]
+         s.strongest + "*" * (not s.settled), "yes" if s in efficient else ""]
         for s in found.settings
     ]  # fmt: skip
     notes = ["One seed and one draw of the noise: small differences mean nothing."]
     if found.public is None:
         notes.append("No public text was given: attacks that learn from text were not run.")
+    if not all(s.settled for s in found.settings):
+        notes.append(
+            "*: an attack's training was ended by --attack-seconds; a longer one may read more."
+        )
     block = Table(
         header=["Setting", "UA", "EP, nearest neighbour", "EP, strongest", "at least",
                 "strongest attack", "Frontier"],
