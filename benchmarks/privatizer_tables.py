@@ -15,18 +15,20 @@ ROWS = {
     "shifted": "shifted and scaled noise, as PrivTune's (no promise)",
 }
 OF_SPLIT = {"d_chi": "token-80", "d_chi-CTI": "CTI-80"}
+TASKS = {"sst2": ("SST-2", "leaks"), "fpb": ("Financial PhraseBank", "leaks-fpb")}
 
 
-def privatizer_table(found):
+def privatizer_table(found, task):
     """Privatizers at equal EP of the nearest neighbour; d_chi's accuracy is `split.py`'s.
 
     An eta is shown where it is a promise about distances between the model's word embeddings.
     """
-    leaks, plain = part("privatizers-leaks")["rows"], part("split-sst2")["rows"]
+    title, leaks = TASKS[task]
+    leaks, plain = part(f"privatizers-{leaks}")["rows"], part(f"split-{task}")["rows"]
     lines = [
-        "| SST-2, MiniLM, cut 0 | eta | tokens changed | EP, strongest attack | of rare words "
-        "| UA | seeds |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| {title}, MiniLM, cut 0 | eta | tokens changed | EP, strongest attack | of rare words "
+        "| UA | tokens/s | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, shown in ROWS.items():
         of, called = (plain, OF_SPLIT[name]) if name in OF_SPLIT else (found["rows"], name)
@@ -46,6 +48,7 @@ def privatizer_table(found):
             f"{read['EP']:.2f}" if read else "",
             f"{read['rare']:.2f}" if read else "",
             spread([r["UA"] for r in rows], 3),
+            f"{leak['tokens a second']:,.0f}" if leak and "tokens a second" in leak else "",
             str(len(rows)),
         ]
         lines.append("| " + " | ".join(cells) + " |")

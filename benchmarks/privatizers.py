@@ -1,16 +1,17 @@
 """Privatizers side by side at equal empirical privacy: does a better one than SAP's exist?
 
-    python benchmarks/privatizers.py --data DIR --work DIR [--smoke] [leaks] [sst2]
+    python benchmarks/privatizers.py --data DIR --work DIR [--smoke] [PART ...]
 
-The task is that of `split.py sst2`: MiniLM, two-part, cut 0, every token replaced by a word. The
-strength of each privatizer is set so that as many tokens of the test texts come out changed as of
-d_chi at eta 80: the EP of the nearest neighbour is equal. The accuracy of d_chi itself, with and
-without CTI, is in split-sst2.json.
+The tasks are those of `split.py sst2` and `fpb`: MiniLM, two-part, cut 0, every token replaced by a
+word. The strength of each privatizer is set so that as many tokens of the test texts come out
+changed as of d_chi at eta 80: the EP of the nearest neighbour is equal. The accuracy of d_chi
+itself, with and without CTI, is in split-sst2.json and split-fpb.json.
 
-sst2: accuracy (UA) of each.
-leaks: what attackers read of 300 test texts. Bayes' rule knows the mechanism and how frequent words
-    are in other film reviews. "rare" are tokens outside the 200 commonest words of public text: a
-    privatizer that changes nothing but function words has an EP too.
+sst2, fpb: accuracy (UA) of each.
+leaks, leaks-fpb: what attackers read of 300 test texts, and what replacing them costs. Bayes' rule
+    knows the mechanism and how frequent words are in other texts of the task. "rare" are tokens
+    outside the 200 commonest words of public text: a privatizer that changes nothing but function
+    words has an EP too.
 
 d_chi, exponential: `Mechanism` in token and exponential mode.
 gaussian: the control: a normal vector as long as d_chi's noise, then the nearest word.
@@ -27,6 +28,7 @@ denoised: what is sent is the posterior mean of the embedding, given the word th
     word frequencies of public text (WikiText, speeches).
 """
 
+import time
 from contextlib import contextmanager
 
 import torch
@@ -56,7 +58,8 @@ from split import (
     tuning,
 )
 
-ETA, SHARE = 80.0, 0.397  # of d_chi, and of the tokens that it changes (split-sst2.json)
+PARTS = ("leaks", "sst2", "leaks-fpb", "fpb")
+ETA, SHARE = 80.0, {"sst2": 0.397, "fpb": 0.372}  # of d_chi; tokens it changes (split-TASK.json)
 DRAWN = ("exponential", "context", "meaning")
 KINDS = ("d_chi", *DRAWN, "gaussian", "shifted")
 LIKELY, DRAWS = 1000, 8  # words that Bayes' rule considers, and draws for each
@@ -161,10 +164,13 @@ class Vocabulary:
 
 
 class Task:
-    """Texts of a seed as ids, and what the attacker counts."""
+    """Texts of a seed as ids."""
 
-    def __init__(self, bench, words, seed):
-        (texts, self.labels), (tested, self.test_labels) = bench.reviews(seed)
+    def __init__(self, bench, words, name, seed):
+        self.name, self.share = name, SHARE[name]
+        read = {"sst2": bench.reviews, "fpb": bench.news}[name]
+        (texts, self.labels), (tested, self.test_labels) = read(seed)
+        self.classes = int(self.labels.max()) + 1
 
         def encoded(some):
             found = words.tokenizer(some, truncation=True, max_length=LENGTH)["input_ids"]
@@ -173,7 +179,12 @@ class Task:
         self.learn, self.test = encoded(texts), encoded(tested)
         self.used, size = [*texts, *tested], len(words.table_VD)
         self.spared = contributing_masks(
-            self.learn, self.labels, words.special.tolist(), CTI, classes=2, vocabulary_size=size
+            self.learn,
+            self.labels,
+            words.special.tolist(),
+            CTI,
+            classes=self.classes,
+            vocabulary_size=size,
         )
 
 
@@ -195,11 +206,11 @@ def strength_of(words, task, kind, spared=None):
     if kind in ("d_chi", "gaussian"):
         return ETA
     if spared is None:
-        return changed_strength(words, kind, words.content(task.test), SHARE)
+        return changed_strength(words, kind, words.content(task.test), task.share)
     ids_N = torch.cat(task.learn)
     content_N = ~torch.isin(ids_N, words.special)
     noised_N = content_N & ~torch.cat(spared)
-    share = SHARE * float(content_N.sum() / noised_N.sum())
+    share = task.share * float(content_N.sum() / noised_N.sum())
     if not share < 0.98:
         return None
     return changed_strength(words, kind, ids_N[noised_N], share)
@@ -235,9 +246,9 @@ def states_of(bottom, words, kind, strength, sent, labels, denoise):
         return privatize(bottom, sent, labels, mechanism=None)
 
 
-def row(bench, words, folder, seed, kind, cti=False, denoise=False):
+def row(bench, words, folder, name, seed, kind, cti=False, denoise=False):
     """UA of one job."""
-    task = Task(bench, words, seed)
+    task = Task(bench, words, name, seed)
     spared = task.spared if cti else None
     strength = strength_of(words, task, kind, spared)
     if strength is None:
@@ -248,7 +259,7 @@ def row(bench, words, folder, seed, kind, cti=False, denoise=False):
     private = states_of(bottom, words, kind, strength, sent, task.labels, denoise)
     unseen = states_of(bottom, words, kind, strength, asked, None, denoise)
     config, passes = tuning(len(task.learn), seed)
-    with job(vendor, bottom, config, task="classification", outputs=2) as transport:
+    with job(vendor, bottom, config, task="classification", outputs=task.classes) as transport:
         losses = train(transport, private, passes)
         logits_NC = predict(transport, unseen, batch_size=32)
     special = words.special.tolist()
@@ -265,20 +276,23 @@ def row(bench, words, folder, seed, kind, cti=False, denoise=False):
     }
 
 
-def leak_row(bench, words, kind):
-    """EP of two attackers, of all tokens and of rare words."""
-    task = Task(bench, words, 0)
+def leak_row(bench, words, name, kind):
+    """EP of two attackers, of all tokens and of rare words, and how fast words are replaced."""
+    task = Task(bench, words, name, 0)
     strength = strength_of(words, task, kind)
     truth = some_of(task.test, min(ATTACKED, len(task.test)))
+    words.replaced(kind, strength, truth[:1])  # whatever is made once
+    start = time.perf_counter()
     sent = words.replaced(kind, strength, truth)
-    counts_V = bench.review_counts(words.tokenizer, task.used, len(words.table_VD)).float()
+    seconds = time.perf_counter() - start
+    counts_V = bench.other_counts(name, words.tokenizer, task.used, len(words.table_VD)).float()
     guesses = {
         "nearest neighbour": sent,
         "Bayes": bayes(words, kind, strength, sent, counts_V),
     }
     frequent = words.public_V.topk(FREQUENT).indices
     masks = [torch.isin(ids, frequent) for ids in truth]
-    found = {"strength": strength}
+    found = {"strength": strength, "tokens a second": len(words.content(truth)) / seconds}
     for attack, guess in guesses.items():
         score = empirical_privacy(
             guess, truth, special_ids=words.special.tolist(), contributing=masks
@@ -293,12 +307,13 @@ def leak_row(bench, words, kind):
 def plan(bench, part):
     """The rows, most wanted first: (name, function)."""
     words = Vocabulary(bench)
-    if part == "leaks":
-        return [(kind, lambda _, kind=kind: leak_row(bench, words, kind)) for kind in KINDS]
+    if part.startswith("leaks"):
+        task = part.partition("-")[2] or "sst2"
+        return [(kind, lambda _, kind=kind: leak_row(bench, words, task, kind)) for kind in KINDS]
     rows = []
 
     def add(name, *args, **options):
-        rows.append((name, lambda folder: row(bench, words, folder, *args, **options)))
+        rows.append((name, lambda folder: row(bench, words, folder, part, *args, **options)))
 
     for seed in SEEDS:
         for kind in KINDS[1:]:
@@ -310,7 +325,7 @@ def plan(bench, part):
 
 
 def main():
-    options = parse_options(__doc__, ("leaks", "sst2"))
+    options = parse_options(__doc__, PARTS)
     bench = Bench(options.data, options.work, options.smoke)
     facts = {"batch": BATCH, "epochs": EPOCHS, "learning_rate": RATE, "max_length": LENGTH}
     for part in options.parts:

@@ -116,11 +116,12 @@ class Bench:
             torch.save((vector_VD, count_V, tokenizer.all_special_ids), path)
         return torch.load(path)
 
-    def review_counts(self, tokenizer, used, size):
-        """Words of other film reviews: the best that an adversary can know of their frequency."""
-        texts = [row["text"] for row in read(self.data / "sst2_train.jsonl")]
+    def other_counts(self, task, tokenizer, used, size):
+        """Words of a task's other texts: the best that an adversary can know of frequencies."""
+        file = {"sst2": "sst2_train.jsonl", "fpb": "fpb_50agree.jsonl"}[task]
+        texts = [row["text"] for row in read(self.data / file)]
         texts = sorted({text for text in texts if len(text.split()) >= 8} - set(used))
-        return count_words(tokenizer, some_of(texts, 10_000), size)
+        return count_words(tokenizer, some_of(texts, min(len(texts), 10_000)), size)
 
 
 def read(path):
@@ -205,7 +206,7 @@ def groups_row(bench, folder, data, seed, config):
     special = tuple(bottom.tokenizer.all_special_ids)
     truth = privatize(bottom, texts, mechanism=None).ids
     size = len(bottom.stack.embedding.weight)
-    counts = bench.review_counts(bottom.tokenizer, [*texts, *data[0][0]], size)
+    counts = bench.other_counts("sst2", bottom.tokenizer, [*texts, *data[0][0]], size)
     guess = groups.best_guesses(counts)
     found = empirical_privacy([guess[ids] for ids in truth], truth, special_ids=special).content
     return row | {
