@@ -262,7 +262,7 @@ BAD = {
     ),
     "label.jsonl": (
         b'{"question": "a", "choices": ["b", "c"], "label": 2}\n',
-        "label.jsonl:1: expected `label` to be an index from 0 to 1 or one of A, B, got 2",
+        "label.jsonl:1: expected `label` to be an index from 0 to 1 or the name of .*, got int",
     ),
     "choices.jsonl": (
         b'{"question": "a", "choices": "b", "label": 0}\n',

@@ -195,7 +195,7 @@ def _encode(
     if not 0 < len(after) < limit:
         raise DataError(
             f"expected a choice of 1 to {limit - 1} tokens, got {len(after)} "
-            f"for {continuation.strip()!r:.60}; shorten or remove it"
+            f"for one of {len(continuation.strip())} characters: shorten or remove it"
         )
     return tuple(before[-(limit + 1 - len(after)) :]), tuple(after)
 

@@ -334,6 +334,12 @@ def unpack(hidden_TD: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]
     return hidden_BLD.masked_scatter(mask_BL[..., None], hidden_TD), mask_BL.long()
 
 
+def named(message: object) -> str:
+    """A message in an error, by kind and number: what it carries may be private."""
+    number = getattr(message, "sequence", None)
+    return type(message).__name__ + ("" if number is None else f" {number}")
+
+
 def equal(first: Message, second: Message) -> bool:
     """Whether two messages say the same, bit by bit."""
 

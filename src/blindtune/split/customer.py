@@ -36,6 +36,7 @@ from blindtune.exchange.messages import (
     Predictions,
     Step,
     Stepped,
+    named,
 )
 from blindtune.exchange.resuming import ResumingTransport, RetryConfig
 from blindtune.exchange.transport import Transport
@@ -194,7 +195,7 @@ def _check_reply(request: Message, reply: Message) -> None:
     else:
         fits = False
     if not fits:
-        raise VerificationError(f"{reply!r} is no answer to {request!r}: ask the vendor")
+        raise VerificationError(f"{named(reply)} is no answer to {named(request)}: ask the vendor")
 
 
 def _requests(
@@ -249,7 +250,9 @@ def predict(
         request = Predict(precision=precision, hidden_TD=hidden_TD, lengths=lengths)
         reply = transport.call(request)
         if not isinstance(reply, Predictions) or len(reply.logits_BC) != len(indices):
-            raise VerificationError(f"expected predictions for {len(indices)} texts, got {reply!r}")
+            raise VerificationError(
+                f"expected predictions for {len(indices)} texts, got {named(reply)}"
+            )
         found.append(reply.logits_BC)
         on_progress(indices[-1] + 1, len(private))
     return torch.cat(found)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import DataError
-from blindtune.training.records import check_unicode
+from blindtune.training.records import check_unicode, kind_of_value
 from blindtune.training.text import DataConfig, read_rows
 
 LabelKind = Literal["class", "target"]
@@ -79,11 +79,13 @@ def read_labelled(
             f"{path}: expected texts of at least two classes, got {len(called)} texts of "
             f"{len(classes)}: check the label column"
         )
-    unknown = sorted(set(called) - set(classes))
+    unknown = [
+        where for name, where in zip(called, found.where, strict=True) if name not in classes
+    ]
     if unknown:
         raise DataError(
-            f"{path}: expected classes {', '.join(classes)[:200]}, got {', '.join(unknown)[:200]}: "
-            "use the classes of the training texts"
+            f"{unknown[0]}: expected one of the {len(classes)} classes of the training texts, got "
+            f"another one ({len(unknown)} such rows)"
         )
     place = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([place[name] for name in called])
@@ -129,8 +131,8 @@ def _pairs(found: _Column) -> Iterator[tuple[Any, str]]:
 def _class(label: Any, where: str, column: str) -> str:
     if isinstance(label, bool | float | dict | list):
         raise DataError(
-            f"{where}: expected a class (text or a whole number) in {column!r}, got {label!r:.40}: "
-            "name another column, or the task regression"
+            f"{where}: expected a class (text or a whole number) in {column!r}, got "
+            f"{kind_of_value(label)}: name another column, or the task regression"
         )
     return str(label)
 
@@ -141,7 +143,7 @@ def _number(label: Any, where: str) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if isinstance(label, bool) or not math.isfinite(value):
-        raise DataError(f"{where}: expected a finite number as target, got {label!r:.40}")
+        raise DataError(f"{where}: expected a finite number as target, got {kind_of_value(label)}")
     return value
 
 

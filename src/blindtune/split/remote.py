@@ -31,6 +31,7 @@ from blindtune.exchange.messages import (
     Predict,
     Step,
     Stepped,
+    named,
     pack,
     unpack,
 )
@@ -71,7 +72,7 @@ class RemoteTrunk:
         """The vendor's optimizer step with the gradients since the last one."""
         reply = self._transport.call(Step(sequence=self.applied + 1))
         if not isinstance(reply, Stepped):
-            raise VerificationError(f"expected a step, got {reply!r}")
+            raise VerificationError(f"expected a step, got {named(reply)}")
         self.applied += 1
         return reply
 
@@ -110,7 +111,7 @@ class RemoteTrunk:
         )
         given = isinstance(reply, Gradients) and reply.gradient_TD is not None
         if not isinstance(reply, Gradients) or given != input_gradient:
-            raise VerificationError(f"expected gradients, got {reply!r}")
+            raise VerificationError(f"expected gradients, got {named(reply)}")
         if reply.gradient_TD is not None and reply.gradient_TD.shape != gradient_TD.shape:
             raise VerificationError("the vendor's gradient has another shape than the states")
         self.applied += 1
@@ -118,7 +119,7 @@ class RemoteTrunk:
 
     def _arrived(self, reply: object, rows_TD: Tensor, lengths: tuple[int, ...]) -> Tensor:
         if not isinstance(reply, Outputs) or reply.hidden_TD.shape != rows_TD.shape:
-            raise VerificationError(f"expected outputs {list(rows_TD.shape)}, got {reply!r}")
+            raise VerificationError(f"expected outputs {list(rows_TD.shape)}, got {named(reply)}")
         return unpack(reply.hidden_TD.to(rows_TD.device, rows_TD.dtype), lengths)[0]
 
 

@@ -60,6 +60,7 @@ from blindtune.exchange.messages import (
     Status,
     Step,
     Welcome,
+    named,
 )
 from blindtune.exchange.transport import Handler
 from blindtune.split.admission import RefusedError, check_labels, check_opening, check_rows
@@ -396,7 +397,7 @@ class _Session:
                     raise RefusedError("out-of-order", "another stream has taken this job over")
                 return vendor.checkpoint(job, message.sequence)
             if not isinstance(message, Numbered):
-                raise VerificationError(f"{message!r} is not a request")
+                raise VerificationError(f"{named(message)} is not a request")
             return deliveries.deliver(message, partial(vendor.apply, job), lease=lease)
 
     def _take(self, message: OpenJob | ResumeJob) -> JobState:

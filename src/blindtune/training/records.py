@@ -80,11 +80,22 @@ def record_shape(columns: Iterable[str], text_column: str, where: str) -> Record
     )
 
 
+def kind_of_value(value: object) -> str:
+    """What a value of a private file is, without saying it: errors may end up in logs."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, str):
+        return f"a string of {len(value)} characters"
+    if isinstance(value, list | tuple | dict):
+        return f"a {type(value).__name__} of {len(value)}"
+    return type(value).__name__
+
+
 def text_of(record: Record, column: str, where: str) -> str:
     """The string in a column; anything else is an error that names the place."""
     value = record.get(column)
     if not isinstance(value, str):
-        found = "nothing" if value is None else type(value).__name__
+        found = kind_of_value(value)
         raise DataError(f"{where}: expected a string in `{column}`, got {found}")
     return value
 
@@ -121,20 +132,24 @@ def read_item(record: Record, where: str) -> Item:
         names, choices = choices.get("label"), choices.get("text")
     if not isinstance(choices, list) or len(choices) < 2:
         raise DataError(
-            f"{where}: expected a list of two or more strings in `choices`, got {choices!r:.60}"
+            f"{where}: expected a list of two or more strings in `choices`, got "
+            f"{kind_of_value(choices)}"
         )
     if not all(isinstance(choice, str) and choice for choice in choices):
         raise DataError(f"{where}: expected choices that are strings and not empty")
     if names is None:
         names = [chr(ord("A") + i) for i in range(len(choices))]
     if not isinstance(names, list) or len(names) != len(choices):
-        raise DataError(f"{where}: expected as many choice labels as choices, got {names!r:.60}")
+        raise DataError(
+            f"{where}: expected as many choice labels as choices, {len(choices)}, got "
+            f"{kind_of_value(names)}"
+        )
     if isinstance(label, str) and label in names:
         label = names.index(label)
     if type(label) is not int or not 0 <= label < len(choices):
         raise DataError(
-            f"{where}: expected `label` to be an index from 0 to {len(choices) - 1} or one of "
-            f"{', '.join(map(str, names))}, got {label!r:.60}"
+            f"{where}: expected `label` to be an index from 0 to {len(choices) - 1} or the name of "
+            f"a choice, got {kind_of_value(label)}"
         )
     return Item(question=question, choices=tuple(choices), label=label)
 
@@ -221,9 +236,11 @@ def encoding() -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        # A panic quotes the text that it met.
+        reason = " ".join(str(error).split())[:200] if isinstance(error, Exception) else "a panic"
         raise ModelError(
             "expected a tokenizer that encodes any text, this one fails at some "
-            f"({' '.join(str(error).split())[:200]}): ask whoever made it"
+            f"({reason}): ask whoever made it"
         ) from error
 
 
@@ -260,7 +277,7 @@ def _check_messages(messages: Any, where: str) -> None:
     if not good or not messages:
         raise DataError(
             f"{where}: expected `messages` to be a list of {{role, content}} with strings, "
-            f"got {messages!r:.80}"
+            f"got {kind_of_value(messages)}"
         )
 
 

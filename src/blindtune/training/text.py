@@ -263,7 +263,7 @@ def _parse(text: str, where: str, kind: type) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: expected JSON, got {text.strip()!r:.60}: {error}") from None
+        raise DataError(f"{where}: expected JSON, got something else ({error})") from None
     if not isinstance(value, kind):
         wanted = "an object" if kind is dict else "an array"
         raise DataError(f"{where}: expected {wanted}, got {type(value).__name__}")
