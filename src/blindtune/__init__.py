@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from blindtune.evaluation.audit_split import audit_split
     from blindtune.evaluation.evaluating import Evaluation, EvaluationConfig, evaluate
     from blindtune.evaluation.frontier import Frontier, FrontierConfig, frontier
+    from blindtune.evaluation.inspection import Inspection, inspect
     from blindtune.evaluation.split_frontier import (
         SplitFrontier,
         SplitFrontierConfig,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from blindtune.offsite.emulation import Emulation, EmulatorConfig, emulate
     from blindtune.offsite.emulator import Emulator, open_emulator
     from blindtune.offsite.importance import DynamicConfig
-    from blindtune.offsite.inspection import Inspection, inspect
     from blindtune.offsite.plugin import PlugIn, plug_in
     from blindtune.offsite.study import Study, StudyConfig, open_study
     from blindtune.offsite.studying import study
@@ -99,7 +99,7 @@ _PLACES = {
     "Frontier": "blindtune.evaluation.frontier",
     "FrontierConfig": "blindtune.evaluation.frontier",
     "GuardConfig": "blindtune.exchange.guard",
-    "Inspection": "blindtune.offsite.inspection",
+    "Inspection": "blindtune.evaluation.inspection",
     "Keyring": "blindtune.exchange.keyring",
     "PassConfig": "blindtune.split.customer",
     "PlugIn": "blindtune.offsite.plugin",
@@ -132,7 +132,7 @@ _PLACES = {
     "emulate": "blindtune.offsite.emulation",
     "evaluate": "blindtune.evaluation.evaluating",
     "frontier": "blindtune.evaluation.frontier",
-    "inspect": "blindtune.offsite.inspection",
+    "inspect": "blindtune.evaluation.inspection",
     "open_emulator": "blindtune.offsite.emulator",
     "open_study": "blindtune.offsite.study",
     "plant": "blindtune.training.canaries",

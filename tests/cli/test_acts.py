@@ -211,7 +211,7 @@ def interrupt(*arguments, **options):
 
 
 def test_talk_of_libraries_does_not_reach_people(made, blindtune, monkeypatch):
-    import blindtune.offsite.inspection as inspection
+    import blindtune.evaluation.inspection as inspection
 
     real = inspection.inspect
 

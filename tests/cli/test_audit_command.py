@@ -1,5 +1,6 @@
 """`blindtune audit` as both owners use it."""
 
+import hashlib
 import json
 
 import pytest
@@ -117,6 +118,17 @@ def test_what_does_not_fit_is_said_in_a_line(
     assert not (tmp_path / "audit").exists()
 
 
+def test_nothing_of_a_strangers_package_is_parsed(made, blindtune, tmp_path):
+    assert blindtune("bottom", made / "llama", "--cut", 0, "--out", tmp_path / "b").code == 0
+    bottom = tmp_path / "b"
+    (bottom / "signature.json").unlink()
+    (bottom / "manifest.json").write_text("{")
+    digest = hashlib.sha256(b"{").hexdigest()
+    (bottom / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
+    done = blindtune("audit", bottom, "--data", made / "public.txt", "--out", tmp_path / "a")
+    assert (done.code, "nobody signed it" in done.err) == (4, True)
+
+
 @pytest.mark.parametrize(
     ("subject", "options", "part"),
     [
@@ -143,7 +155,7 @@ def test_a_dry_run_says_how_long_each_audit_takes(
     monkeypatch.chdir(made)
     if subject == "bottom":
         subject = tmp_path / "bottom"
-        assert blindtune("bottom", "llama", "--cut", 0, "--out", subject, "--unsigned").code == 0
+        assert blindtune("bottom", "llama", "--cut", 0, "--out", subject).code == 0
     out = tmp_path / "audit"
     done = blindtune("audit", subject, *options, "--out", out, "--dry-run", "--json")
     assert done.code == 0, done.err

@@ -216,7 +216,7 @@ def test_too_little_memory(made, blindtune, tune, monkeypatch, error, place):
 
 
 def test_a_file_that_cannot_be_read(made, blindtune, monkeypatch):
-    import blindtune.offsite.inspection as inspection
+    import blindtune.evaluation.inspection as inspection
 
     def forbidden(package, **options):
         raise PermissionError(errno.EACCES, "Permission denied", str(package))
@@ -240,7 +240,7 @@ def fail(*arguments, **options):
 
 
 def test_a_fault_of_ours_is_one_line(made, blindtune, monkeypatch):
-    import blindtune.offsite.inspection as inspection
+    import blindtune.evaluation.inspection as inspection
 
     monkeypatch.setattr(inspection, "inspect", fail)
     done = blindtune("inspect", made / "emulator")

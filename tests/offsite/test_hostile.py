@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from blindtune.errors import OutputError, PackageError, UnsupportedModelError
+from blindtune.evaluation.inspection import inspect
 from blindtune.exchange.package import open_package
 from blindtune.exchange.package_writing import write_package
 from blindtune.models import configs
@@ -29,7 +30,6 @@ from blindtune.models.tokenizers import (
     tokenizer_from_files,
 )
 from blindtune.offsite.emulator import open_emulator, read_config, sketch, write_emulator
-from blindtune.offsite.inspection import inspect
 from blindtune.offsite.plugin import merge, plug_in
 from tiny_models import FAMILY_NAMES, tiny_config, tiny_tokenizer
 

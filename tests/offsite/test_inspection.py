@@ -1,12 +1,12 @@
 """What `inspect` tells, against the opened packages themselves."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
 
 from blindtune.errors import ConfigError, MismatchError, PackageError
+from blindtune.evaluation.inspection import inspect
 from blindtune.exchange.package import open_package
 from blindtune.exchange.package_writing import write_package
 from blindtune.models.decoder import Decoder
@@ -15,7 +15,6 @@ from blindtune.offsite.emulation import EmulatorConfig, emulate
 from blindtune.offsite.emulator import open_emulator, package_tensors
 from blindtune.offsite.inspected_adapter import InspectedAdapter
 from blindtune.offsite.inspected_emulator import InspectedEmulator
-from blindtune.offsite.inspection import inspect
 from blindtune.offsite.package_facts import spans
 from tiny_models import tiny_model
 
@@ -119,12 +118,6 @@ def test_an_adapter_with_a_tensor_of_another_layer_is_refused(world, tmp_path):
         write_package(tmp_path / name, package.manifest, odd, {})
         with pytest.raises(PackageError, match=rf"adapter layers 0, 7 only, got {name}"):
             inspect(tmp_path / name)
-
-
-def test_a_package_of_split_tuning_is_refused():
-    released = Path(__file__).parents[1] / "exchange" / "released" / "v1-bottom"
-    with pytest.raises(MismatchError, match="blindtune-bottom"):
-        inspect(released)
 
 
 def test_dropped_layers_are_told_by_number_only(world, tmp_path):

@@ -7,9 +7,9 @@ import pytest
 from blindtune.cli.main import run
 from blindtune.errors import ConfigError
 from blindtune.evaluation.audit_adapter import audit_adapter
+from blindtune.evaluation.inspection import inspect
 from blindtune.exchange.package import open_package
 from blindtune.offsite.adapter import AdapterConfig
-from blindtune.offsite.inspection import inspect
 from blindtune.offsite.plugin import plug_in
 from blindtune.offsite.tuning import tune
 from blindtune.training.dp_plan import DpConfig

@@ -9,8 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from blindtune.errors import ConfigError, MismatchError, PackageError, UnsupportedModelError
+from blindtune.evaluation.inspection import inspect
 from blindtune.exchange.package import open_package
+from blindtune.models.fingerprint import fingerprint
 from blindtune.split.bottom import open_bottom, write_bottom
+from blindtune.split.inspected_bottom import InspectedBottom
 from blindtune.split.partition import Cut, lm_logits, run_bottom, run_top, run_vendor, stack_of
 from tiny_encoders import ENCODER_NAMES, tiny_encoder
 from tiny_models import FAMILY_NAMES, tiny_config, tiny_model, tiny_tokenizer
@@ -65,6 +68,36 @@ def test_a_two_part_package_holds_nothing_of_the_vendors(tmp_path):
     assert {n for n in names if "layers" not in n} == {"model.embed_tokens.weight"}
     assert not any(p.requires_grad for p in open_bottom(tmp_path / "b").stack.model.parameters())
     assert open_bottom(tmp_path / "b").tokenizer("ab")["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("shape", [("two-part", 0, 0), ("two-part", 2, 0), ("u-shape", 1, 1)])
+def test_what_inspecting_tells(tmp_path, name, shape):
+    model = build(name)
+    partition, cut, last = shape
+    count = stack_of(model).layer_count
+    split = Cut(partition=partition, layers=count, cut=cut, last=last)
+    identity = write_bottom(model, tiny_tokenizer(), tmp_path / "b", split, max_length=64)
+    found = inspect(tmp_path / "b")
+    assert isinstance(found, InspectedBottom)
+    assert (found.id, found.model) == (f"sha256:{identity}", fingerprint(model))
+    assert (found.partition, found.cut, found.last, found.layers) == (*shape, count)
+    opened = open_bottom(tmp_path / "b").stack.model
+    assert found.parameters == sum(p.numel() for p in opened.parameters())
+    assert (found.max_length, found.signature) == (64, None)
+    told = " ".join(found.reveals)
+    assert f"nothing of the {count - cut - last} layers between" in told
+    assert ("the first 2 layers" in told) == (cut == 2)
+    assert ("the last 1 layers" in told) == bool(last)
+
+
+def test_inspecting_refuses_what_cannot_be_opened(package):
+    def wider(plain):
+        plain["config"]["hidden_size"] = 64
+
+    edit(package, wider)
+    with pytest.raises(MismatchError):
+        inspect(package)
 
 
 @pytest.fixture

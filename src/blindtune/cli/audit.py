@@ -62,7 +62,7 @@ def act(settings: Settings) -> Facts:
     """Call the act that fits the subject."""
     from blindtune.evaluation.audit_page import PAGE_NAME, write_audit
 
-    kind = kind_of(settings["subject"])
+    kind = kind_of(settings)
     check_options(kind, settings)
     with stages() as on_stage:
         found = AUDITS[kind](settings, on_stage)

@@ -43,21 +43,23 @@ NOISED = ("bottom", "transcript")
 """Kinds that take the options of the privatizer."""
 
 
-def kind_of(subject: str) -> str:
-    """What a directory or file holds, by its own word; it is verified when it is opened.
+def kind_of(settings: Settings) -> str:
+    """What the subject holds, by its own word.
 
     Raises:
+        PolicyError: a package of somebody who is not trusted; nothing of it was parsed.
         MismatchError: nothing that can be audited.
     """
     from blindtune.errors import MismatchError
     from blindtune.exchange.package import open_package
     from blindtune.split.customer_job import MARK
 
+    subject = settings["subject"]
     if Path(subject).is_file():
         return "transcript"
     if (Path(subject) / MARK).is_file():
         return "job"
-    opened = open_package(subject)
+    opened = open_package(subject, trust=trust_of(settings, remember=False))
     kind = str(opened.manifest.format).removeprefix("blindtune-")
     if kind not in AUDITS:
         raise MismatchError(
@@ -163,7 +165,7 @@ def estimate(settings: Settings) -> Estimate:
     )
     from blindtune.training.text import DataConfig
 
-    kind = kind_of(settings["subject"])
+    kind = kind_of(settings)
     check_options(kind, settings)
     config, reading = settings.of(AuditConfig), settings.of(DataConfig)
     if kind == "emulator":

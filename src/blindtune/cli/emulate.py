@@ -44,9 +44,9 @@ def act(settings: Settings) -> Facts:
     from collections import Counter
     from pathlib import Path
 
+    from blindtune.evaluation.inspection import inspect
     from blindtune.offsite.emulation import EmulatorConfig, emulate
     from blindtune.offsite.inspected_emulator import InspectedEmulator
-    from blindtune.offsite.inspection import inspect
 
     signer = signer_of(settings)
     made = emulate(

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 HELP = """Tell what a package holds and what it reveals.
 
-Run by either party, on an emulator or an adapter: before sending it, and before trusting it. Every
-byte is checked against the package's manifest, and no weight of an emulator is used. It tells who
-signed the package, also if you do not trust them yet.
+Run by either party, on an emulator, an adapter or a bottom (of split tuning): before sending it,
+and before trusting it. Every byte is checked against the package's manifest, and no weight of an
+emulator or a bottom is used. It tells who signed the package, also if you do not trust them yet.
 
 Finishes in one go: interrupted, it leaves nothing behind.
 
 \b
-Needs:   PACKAGE, the directory of an emulator or an adapter.
+Needs:   PACKAGE, the directory of an emulator, an adapter or a bottom.
 Writes:  nothing; with --out what it tells as JSON, as --json prints it, and
          FILE.options.yaml beside it.
 
@@ -41,7 +41,7 @@ def act(settings: Settings) -> Facts:
     """Call the act."""
     from dataclasses import asdict
 
-    from blindtune.offsite.inspection import inspect
+    from blindtune.evaluation.inspection import inspect
 
     trust = keyring().trust(allow_unsigned=True, remember=False)
     inspected = inspect(settings["package"], trust=trust)
@@ -54,11 +54,8 @@ def act(settings: Settings) -> Facts:
 
 
 def show(facts: Facts, console: Console) -> None:
-    """Print an emulator or an adapter."""
-    if facts["kind"] == "emulator":
-        _show_emulator(facts, console)
-    else:
-        _show_adapter(facts, console)
+    """Print what fits the kind of package."""
+    _SHOWN[facts["kind"]](facts, console)
     console.print("[bold]It reveals[/bold]")
     for line in facts["reveals"]:
         console.print(f"  - {line}", markup=False)
@@ -129,6 +126,27 @@ def _show_adapter(facts: Facts, console: Console) -> None:
     ]
     norm = "norm of the update" if facts["training"] == "lora" else "norm"
     print_columns(console, ("layer", "parameters", norm), rows)
+
+
+def _show_bottom(facts: Facts, console: Console) -> None:
+    above = f", and {facts['last']} above it" if facts["last"] else ""
+    pairs = [
+        ("package id", facts["id"]),
+        ("signed by", _signer(facts)),
+        ("model", f"{facts['model_type']}, fingerprint {facts['model'][:16]}..."),
+        ("split", facts["partition"]),
+        ("layers here", f"{facts['cut']} below the vendor's{above}, of {facts['layers']}"),
+        ("weights", facts["dtype"]),
+        ("tokenizer", facts["tokenizer"]),
+        ("max length", f"{facts['max_length']:,} tokens" if facts["max_length"] else "not stated"),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("bytes", size(facts["bytes"])),
+        ("made by", facts["created_by"]),
+    ]
+    print_pairs(console, f"Bottom {facts['package']}", pairs)
+
+
+_SHOWN = {"emulator": _show_emulator, "adapter": _show_adapter, "bottom": _show_bottom}
 
 
 def _privacy(stated: Facts | None) -> str:

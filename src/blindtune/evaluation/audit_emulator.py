@@ -19,12 +19,12 @@ from torch import Tensor
 from blindtune.attacks.emulator_misuse import HealingConfig
 from blindtune.errors import DataError
 from blindtune.evaluation.audit import Audit, AuditConfig, Finding, NotRun
+from blindtune.evaluation.inspection import inspect
 from blindtune.evaluation.misuse import Curve, Misuse, judge_misuse
 from blindtune.evaluation.utility import Perplexity
 from blindtune.exchange.signing import Trust
 from blindtune.models.loading import load_tokenizer
 from blindtune.offsite.inspected_emulator import InspectedEmulator
-from blindtune.offsite.inspection import inspect
 from blindtune.training.text import DataConfig, load_dataset_file
 
 GUARANTEE = (

@@ -12,6 +12,7 @@ anybody.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -92,6 +93,16 @@ class Package(Generic[ManifestT]):
     header: Mapping[str, TensorFacts]
     shards: Mapping[str, tuple[str, ...]]
     signature: Signature | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers its tensors hold."""
+        return sum(math.prod(facts.shape) for facts in self.header.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Of all files that the manifest lists."""
+        return sum(entry.bytes for entry in self.manifest.files.values())
 
     def read_tensors(self, expected: Expected) -> dict[str, Tensor]:
         """Read exactly the expected tensors (shape and dtype by name), all of them finite.

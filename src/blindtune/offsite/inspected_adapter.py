@@ -22,7 +22,6 @@ from blindtune.exchange.signing import Signature
 from blindtune.offsite.emulator import adapter_indices
 from blindtune.offsite.package_facts import (
     LayerFacts,
-    file_bytes,
     numbers,
     of_layer,
     spans,
@@ -101,8 +100,8 @@ def inspect_adapter(package: Package[Any], manifest: AdapterManifest) -> Inspect
         adapter_layers=manifest.adapter_layers,
         emulator_layers=manifest.layers,
         layers=tuple(layers),
-        parameters=numbers(package.header),
-        bytes=file_bytes(manifest),
+        parameters=package.parameters,
+        bytes=package.file_bytes,
         privacy=None if private is msgspec.UNSET else msgspec.to_builtins(private),
         created_by=manifest.created_by,
         signature=package.signature,

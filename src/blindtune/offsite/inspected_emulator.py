@@ -28,7 +28,6 @@ from blindtune.models.tokenizers import FILE_NAMES, TOKENIZER_NAME, tokenizer_fr
 from blindtune.offsite.emulator import sketch
 from blindtune.offsite.package_facts import (
     LayerFacts,
-    file_bytes,
     numbers,
     of_layer,
     spans,
@@ -85,7 +84,7 @@ def inspect_emulator(package: Package[Any], manifest: EmulatorManifest) -> Inspe
         _layer_facts(i, entry, tensors, reduced)
         for i, (entry, tensors) in enumerate(zip(manifest.layers, own, strict=True))
     )
-    parameters = numbers(package.header)
+    parameters = package.parameters
     changed = sum(_changed(facts, tensors) for facts, tensors in zip(layers, own, strict=True))
     feed_forward = any(linear.path in reduced for linear in family.feed_forward)
     return InspectedEmulator(
@@ -99,7 +98,7 @@ def inspect_emulator(package: Package[Any], manifest: EmulatorManifest) -> Inspe
         adapter_layers=manifest.adapter_layers,
         layers=layers,
         parameters=parameters,
-        bytes=file_bytes(manifest),
+        bytes=package.file_bytes,
         full_layers=manifest.full_model.layers,
         full_parameters=manifest.full_model.parameters,
         full_bytes=manifest.full_model.bytes,

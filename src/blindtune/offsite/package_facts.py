@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from blindtune.exchange.manifest import AdapterManifest, EmulatorManifest
 from blindtune.exchange.tensors import TensorFacts
 
 
@@ -43,11 +42,6 @@ def numbers(header: Mapping[str, TensorFacts]) -> int:
 def weight_bytes(header: Mapping[str, TensorFacts]) -> int:
     """Their bytes in the file."""
     return sum(facts.end - facts.begin for facts in header.values())
-
-
-def file_bytes(manifest: EmulatorManifest | AdapterManifest) -> int:
-    """Of all files of a package."""
-    return sum(entry.bytes for entry in manifest.files.values())
 
 
 def spans(indices: Sequence[int]) -> str:

@@ -23,6 +23,7 @@ from blindtune.exchange.manifest import BottomManifest, Dtype
 from blindtune.exchange.package import Package, open_package
 from blindtune.exchange.package_writing import write_package
 from blindtune.exchange.signing import Signature, Signer, Trust
+from blindtune.exchange.tensors import Expected, check_expected
 from blindtune.models.configs import (
     check_buffers,
     check_finite_buffers,
@@ -143,16 +144,11 @@ def open_bottom(
     """
     opened = open_package(package, "bottom", trust=trust)
     manifest = opened.manifest
-    cut = Cut(
-        partition=manifest.partition, layers=manifest.layers, cut=manifest.cut, last=manifest.last
-    )
+    cut = _cut_of(manifest)
     model = _load(opened, cut).to(dtype).requires_grad_(False)
-    names = [name for name in FILE_NAMES if name in manifest.files]
-    tokenizer = tokenizer_from_files({name: opened.read_file(name) for name in names})
-    tokenizer.padding_side = "right"
     return Bottom(
         stack=stack_of(model),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_of(opened),
         cut=cut,
         id=opened.id.removeprefix("sha256:"),
         max_length=manifest.max_length,
@@ -160,34 +156,68 @@ def open_bottom(
     )
 
 
-def _load(package: Package[BottomManifest], cut: Cut) -> PreTrainedModel:
-    manifest, dtype = package.manifest, DTYPES[package.manifest.dtype]
+def tokenizer_of(package: Package[BottomManifest]) -> PreTrainedTokenizerBase:
+    """The tokenizer that the package carries.
+
+    Raises:
+        PackageError: it is malformed.
+    """
+    names = [name for name in FILE_NAMES if name in package.manifest.files]
+    tokenizer = tokenizer_from_files({name: package.read_file(name) for name in names})
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def verified_sketch(package: Package[BottomManifest]) -> PreTrainedModel:
+    """The model on the meta device, after checking that the package's tensors are its own.
+
+    Raises:
+        PackageError: no model can be built of its config.
+        MismatchError: other tensors than the model's.
+    """
+    sketch = _built(package, _cut_of(package.manifest), meta=True)
+    check_buffers(sketch)
+    check_expected(package.header, _expected(sketch), package.path)
+    return sketch
+
+
+def _cut_of(manifest: BottomManifest) -> Cut:
+    return Cut(
+        partition=manifest.partition, layers=manifest.layers, cut=manifest.cut, last=manifest.last
+    )
+
+
+def _expected(sketch: PreTrainedModel) -> Expected:
+    aliases = tied_names(sketch)
+    return {
+        name: (tuple(tensor.shape), tensor.dtype)
+        for name, tensor in sketch.state_dict().items()
+        if name not in aliases
+    }
+
+
+def _built(package: Package[BottomManifest], cut: Cut, *, meta: bool) -> PreTrainedModel:
+    manifest = package.manifest
     config = config_from_values(
         manifest.config,
         model_type=manifest.model_type,
         dtype=manifest.dtype,
         layer_count=max(1, manifest.cut + manifest.last),
     )
+    try:
+        return _vacate(_build(config, DTYPES[manifest.dtype], meta=meta), cut)
+    except Exception as error:  # a stranger's numbers reach code that never expected them
+        raise PackageError(
+            f"{package.path}: no model can be built of its config: "
+            f"{' '.join(str(error).split())[:300]}: ask for the package again"
+        ) from error
 
-    def build(*, meta: bool) -> PreTrainedModel:
-        try:
-            return _vacate(_build(config, dtype, meta=meta), cut)
-        except Exception as error:  # a stranger's numbers reach code that never expected them
-            raise PackageError(
-                f"{package.path}: no model can be built of its config: "
-                f"{' '.join(str(error).split())[:300]}: ask for the package again"
-            ) from error
 
-    sketch = build(meta=True)
-    check_buffers(sketch)
+def _load(package: Package[BottomManifest], cut: Cut) -> PreTrainedModel:
+    sketch = verified_sketch(package)
     aliases = tied_names(sketch)
-    expected = {
-        name: (tuple(tensor.shape), tensor.dtype)
-        for name, tensor in sketch.state_dict().items()
-        if name not in aliases
-    }
-    tensors = package.read_tensors(expected)
-    model = build(meta=False)
+    tensors = package.read_tensors(_expected(sketch))
+    model = _built(package, cut, meta=False)
     check_finite_buffers(model)
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     assert not unexpected, unexpected

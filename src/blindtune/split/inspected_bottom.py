@@ -1,0 +1,93 @@
+"""What a bottom package holds and what it reveals, told from its manifest and headers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blindtune.exchange.manifest import BottomManifest
+from blindtune.exchange.package import Package
+from blindtune.exchange.signing import Signature
+from blindtune.split.bottom import tokenizer_of, verified_sketch
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectedBottom:
+    """What a bottom package says about itself."""
+
+    kind: str
+    """bottom."""
+    path: Path
+    id: str
+    """Package id."""
+    model: str
+    """Fingerprint of the whole model."""
+    model_type: str
+    dtype: str
+    max_length: int | None
+    """Longest sequence in tokens, if it says so."""
+    partition: str
+    """two-part or u-shape."""
+    cut: int
+    """Layers below the vendor's."""
+    last: int
+    """Layers above the vendor's, which the customer tunes in the U-shape."""
+    layers: int
+    """Of the whole model."""
+    parameters: int
+    bytes: int
+    """Of all files."""
+    tokenizer: str
+    """Its kind and number of tokens."""
+    created_by: str
+    signature: Signature | None
+    """Who signed it."""
+    reveals: tuple[str, ...]
+    """Everything that a reader learns about the whole model."""
+
+
+def inspect_bottom(package: Package[Any], manifest: BottomManifest) -> InspectedBottom:
+    """See `evaluation.inspection.inspect`; the model is built on the meta device only."""
+    verified_sketch(package)
+    backend: Any = getattr(tokenizer_of(package), "backend_tokenizer")  # noqa: B009
+    return InspectedBottom(
+        kind="bottom",
+        path=package.path,
+        id=package.id,
+        model=manifest.model,
+        model_type=manifest.model_type,
+        dtype=manifest.dtype,
+        max_length=manifest.max_length,
+        partition=manifest.partition,
+        cut=manifest.cut,
+        last=manifest.last,
+        layers=manifest.layers,
+        parameters=package.parameters,
+        bytes=package.file_bytes,
+        tokenizer=f"{type(backend.model).__name__}, {backend.get_vocab_size():,} tokens",
+        created_by=manifest.created_by,
+        signature=package.signature,
+        reveals=_revealed(manifest),
+    )
+
+
+def _revealed(manifest: BottomManifest) -> tuple[str, ...]:
+    sizes = [f"{key} {manifest.config[key]}" for key in ("hidden_size", "vocab_size")
+             if isinstance(manifest.config.get(key), int)]  # fmt: skip
+    shape = [manifest.model_type, *sizes, f"{manifest.layers} layers"]
+    found = [
+        f"the architecture: {', '.join(shape)}",
+        "the tokenizer and the embedding, unchanged",
+    ]
+    if manifest.cut:
+        found.append(f"the first {manifest.cut} layers, unchanged")
+    if manifest.partition == "u-shape":
+        last = f"the last {manifest.last} layers, the" if manifest.last else "the"
+        found.append(f"{last} final norm and the head, if it has them, unchanged")
+    kept = manifest.layers - manifest.cut - manifest.last
+    return (
+        *found,
+        f"nothing of the {kept} layers between, which stay with the vendor",
+        "the whole model's fingerprint: who holds a copy of the model can recognise it",
+    )
