@@ -17,7 +17,7 @@ from rows import parse_options, run_rows
 from split import BATCH, EPOCHS, LENGTH, RATE, Bench, read, some_of
 
 PARTS = ("sst2",)
-ETAS = {0: (150.0, 120.0), 4: (150.0, 120.0)}
+ETAS = {0: (150.0, 120.0), 4: (150.0, 120.0, 110.0, 100.0)}
 CTI = {0: (0.0, 0.01), 4: (0.0,)}
 ROWS = ((0, 0), (4, 0), (0, 1), (0, 2), (4, 1), (4, 2))  # (cut, seed), most wanted first
 PUBLIC, ATTACKED, ATTACK_SECONDS = 4000, 3000, 40.0

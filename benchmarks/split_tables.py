@@ -106,7 +106,7 @@ def leak_table(leaks):
 def depth_table(depth):
     """EP without noise by depth of the cut: a kind attack beside a trained one."""
     lines = [
-        "| blocks before the cut | EP, nearest neighbour | EP, trained inverter "
+        "| layers before the cut | EP, nearest neighbour | EP, trained inverter "
         "| texts read whole by it |",
         "|---|---:|---:|---:|",
     ]
@@ -133,7 +133,7 @@ def claim_table(claim):
             key = (s["cut"], s["cti_fraction"], -(s["eta"] or 1e9))
             found.setdefault(key, []).append(s | {"lost": 100 * (clean - s["ua"])})
     for (cut, cti, eta), settings in sorted(found.items()):
-        where = "at the embedding" if not cut else f"behind {cut} of 6 blocks"
+        where = "at the embedding" if not cut else f"behind {cut} of 6 layers"
         noise = "no noise" if eta == -1e9 else f"eta {-eta:g}" + (", CTI" if cti else "")
         cells = [
             f"{noise}, {where}",
