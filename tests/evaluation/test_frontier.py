@@ -42,10 +42,20 @@ def test_what_no_other_beats_is_efficient():
         (None, 0.4, STRONG),
         (0.44, 0.35, MIDDLE),
         (0.5, 0.35, None),
+        (0.0, 1.1, None),
     ],
 )
 def test_the_cheapest_that_reaches_both(recovery, gap, answer):
     assert MEASURED.cheapest(recovery, gap) == answer
+
+
+def test_a_plug_in_that_gains_nothing_recovers_nothing():
+    useless = setting(4.0, 4.5)
+    found = Frontier(
+        zs=4.0, ft=2.0, direct={2: 2.5}, settings=(useless,), test_tokens=1, study_text=""
+    )
+    assert found.cheapest(0.0, None) == useless
+    assert found.cheapest(0.01, None) is None
 
 
 def test_answers_are_said_in_words():

@@ -58,6 +58,14 @@ def test_intervals_hold_the_value_and_shrink(share):
     assert narrow.high - narrow.low < (wide.high - wide.low) / 4
 
 
+@pytest.mark.parametrize("share", [0, 1])
+def test_all_or_nothing_counts_texts_and_not_tokens(share):
+    few = scored([(share * 100, 100)] * 20, 0.95)
+    assert few.high - few.low == pytest.approx(0.161, abs=0.001)  # Wilson's interval of 20
+    one = scored([(500, 1000)], 0.95)
+    assert one.high - one.low > 0.5
+
+
 def test_intervals_cover_texts_like_these():
     """Texts differ in how readable they are; the interval is to cover the mean over all texts."""
     draw = torch.Generator().manual_seed(0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import msgspec
 import pytest
 import torch
 
@@ -172,6 +173,21 @@ def test_lora_factors_that_do_not_fit_are_refused(world, tmp_path, change):
     write_package(tmp_path / "odd", lora.manifest, tensors, {})
     with pytest.raises(PackageError, match="ask for the package again"):
         inspect(tmp_path / "odd")
+
+
+@pytest.mark.parametrize("rank", [3, 5, 40_000])
+def test_no_product_of_factors_is_larger_than_they_are(world, tmp_path, rank):
+    """A rank above both sides is legal; what is formed then is the small product."""
+    lora = open_package(world.path / "lora", "adapter")
+    draw = torch.Generator().manual_seed(0)
+    up, down = torch.randn(5, rank, generator=draw), torch.randn(rank, 4, generator=draw)
+    tensors = {"layers.0.x.lora_A.weight": down, "layers.0.x.lora_B.weight": up}
+    stated = msgspec.structs.replace(lora.manifest.lora, rank=rank, alpha=float(rank))
+    write_package(
+        tmp_path / "odd", msgspec.structs.replace(lora.manifest, lora=stated), tensors, {}
+    )
+    expected = float((up.double() @ down.double()).norm())
+    assert inspect(tmp_path / "odd").layers[0].norm == pytest.approx(expected)
 
 
 def test_no_package(tmp_path):

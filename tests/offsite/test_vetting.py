@@ -1,5 +1,6 @@
 """Poisoned adapters: what would ruin the model is refused, and honest ones pass."""
 
+import msgspec
 import pytest
 import torch
 
@@ -102,6 +103,25 @@ def test_an_adapter_of_another_emulator_is_refused(world, tmp_path):
     plug_in(world.path / "model", world.path / "adapter", None, emulator=identity)
     with pytest.raises(MismatchError, match="expected an adapter tuned on sha256:00000"):
         plug_in(world.path / "model", world.path / "adapter", None, emulator="sha256:" + "0" * 64)
+
+
+def test_an_adapter_is_held_to_the_layers_of_the_emulator_that_was_shipped(world, tmp_path):
+    place, shipped = world.path / "model", world.path / "emulator"
+    plugged = plug_in(place, world.path / "adapter", None, emulator=shipped)
+    assert plugged.adapter_layers == 1
+    lora = open_package(world.path / "lora", "adapter")
+    own = lora.read_tensors({n: (f.shape, f.dtype) for n, f in lora.header.items()})
+    first = {n: t for n, t in own.items() if n.startswith("layers.0.")}
+    wider = own | {
+        n.replace("layers.0.", f"layers.{i}."): t for n, t in first.items() for i in (1, 6)
+    }
+    claimed = msgspec.structs.replace(lora.manifest, adapter_layers=2)
+    write_package(tmp_path / "wide", claimed, wider, {})
+    plug_in(place, tmp_path / "wide", None, emulator=lora.manifest.emulator)  # by its own word
+    with pytest.raises(MismatchError, match="expected 1 adapter layers at each end of 8"):
+        plug_in(place, tmp_path / "wide", None, emulator=shipped)
+    with pytest.raises(ConfigError, match="expected a package directory"):
+        plug_in(place, tmp_path / "wide", None, emulator=tmp_path / "none")
 
 
 def test_singular_values_against_a_full_decomposition():

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 HELP = """Put the returned adapter into the full model.
 
 Run by the model owner. The adapter is another party's work, and is believed in nothing: somebody
-whom you trust must have signed it; it must name this very model, hold exactly the adapter layers'
+whom you trust must have signed it; it must name this very model, hold exactly its adapter layers'
 tensors, all finite, and change norms and spectra within bounds, and the loss on public text if some
-is given. The result is an ordinary Hugging Face directory, which opens without this project.
+is given. With --emulator it must also be of the layers that you shipped as adapter layers. The
+result is an ordinary Hugging Face directory, which opens without this project.
 
 Finishes in one go: interrupted, it leaves nothing behind.
 
@@ -32,7 +33,7 @@ Writes:  a model directory; NAME.options.yaml beside it.
 
 \b
 Example:
-  blindtune plug-in smollm2-135m adapter/ --out tuned/
+  blindtune plug-in smollm2-135m adapter/ --emulator emulator/ --out tuned/
 """
 
 
@@ -60,6 +61,7 @@ def act(settings: Settings) -> Facts:
         "adapter": plugged.adapter_id,
         "signed_by": signed_by(plugged.signature),
         "kind": plugged.kind,
+        "adapter_layers": plugged.adapter_layers,
         "parameters": plugged.model.num_parameters(),
         "relative_change": plugged.relative_change,
         "changes": [asdict(change) for change in plugged.changes],
@@ -72,6 +74,7 @@ def show(facts: Facts, console: Console) -> None:
     pairs = [
         ("adapter", f"{facts['adapter']} ({facts['kind']})"),
         ("signed by", facts["signed_by"]),
+        ("adapter layers", f"{facts['adapter_layers']} at each end"),
         ("parameters", f"{facts['parameters']:,}"),
         ("model", facts["path"]),
         ("options", facts["options"]),
@@ -145,8 +148,9 @@ VERB = Verb(
         ),
         click.Option(
             ["--emulator"],
-            metavar="ID",
-            help="Take only an adapter that was tuned on the emulator of this package id.",
+            metavar="DIR",
+            help="Take only an adapter of this emulator, the package that you shipped (or its id, "
+            "and then the adapter is believed about its layers).",
         ),
         click.Option(
             ["--accept-large-change"],

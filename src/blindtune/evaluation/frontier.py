@@ -156,9 +156,13 @@ class Frontier:
             setting
             for setting in self.settings
             if (gap is None or setting.gap >= gap)
-            and (recovery is None or (self.recovery(setting.plug_in) or -1e9) >= recovery)
+            and (recovery is None or self._recovers(setting, recovery))
         ]
         return min(fit_for, key=lambda s: (s.flops_per_token, s.plug_in), default=None)
+
+    def _recovers(self, setting: Setting, wanted: float) -> bool:
+        found = self.recovery(setting.plug_in)
+        return found is not None and found >= wanted
 
     def facts(self) -> dict[str, Any]:
         """Everything as plain JSON values."""

@@ -236,10 +236,13 @@ def scored(counts: Sequence[tuple[int, int]], confidence: float) -> EmpiricalPri
 
 
 def _design_effect(counts: Sequence[tuple[int, int]], share: float, of: int) -> float:
-    """Variance of the share with texts as clusters, over that of independent tokens; at least 1."""
+    """Variance of the share with texts as clusters, over that of independent tokens; at least 1.
+
+    Where all or nothing was right, or of one text, it cannot be seen: every text counts once then.
+    """
     binomial = share * (1 - share) / of
     if len(counts) < 2 or not binomial:
-        return 1.0
+        return of / len(counts)
     residual = sum((right - share * n) ** 2 for right, n in counts)
     clustered = residual * len(counts) / (len(counts) - 1) / of**2
     return max(1.0, clustered / binomial)

@@ -73,7 +73,9 @@ def inspect_adapter(package: Package[Any], manifest: AdapterManifest) -> Inspect
         own = of_layer(package.header, f"layers.{i}.")
         if own:
             values = {name: tensors[f"layers.{i}.{name}"] for name in own}
-            norm = _norm(values, scale, package.path) if manifest.lora else _plain_norm(values)
+            rank = manifest.lora.rank if manifest.lora else None
+            norm = _plain_norm(values) if rank is None else _norm(values, rank, package.path)
+            norm *= scale
             layers.append(
                 LayerFacts(
                     index=i,
@@ -131,8 +133,11 @@ def _plain_norm(values: Mapping[str, Tensor]) -> float:
     return float(sum(float(t.double().pow(2).sum()) for t in values.values()) ** 0.5)
 
 
-def _norm(values: Mapping[str, Tensor], scale: float, path: Path) -> float:
-    """Of the update scale * B A over all targets; |B A|^2 = <B^T B, A A^T>, never formed."""
+def _norm(values: Mapping[str, Tensor], rank: int, path: Path) -> float:
+    """Of B A over all targets, by |B A|^2 = <B^T B, A A^T> unless B A is smaller than these.
+
+    No matrix that is made has more numbers than the factors.
+    """
     total = 0.0
     for name, down_RI in values.items():
         stem, found, _ = name.partition(".lora_A.")
@@ -141,9 +146,12 @@ def _norm(values: Mapping[str, Tensor], scale: float, path: Path) -> float:
             continue
         if not found or up_OR is None or down_RI.ndim != 2 or up_OR.ndim != 2:
             raise PackageError(f"{path}: expected LoRA factors in pairs: ask for the package again")
-        if up_OR.shape[1] != down_RI.shape[0]:
+        if not up_OR.shape[1] == down_RI.shape[0] == rank:
             raise PackageError(f"{path}: the ranks of {stem} differ: ask for the package again")
+        if rank > min(len(up_OR), down_RI.shape[1]):
+            total += float((up_OR.double() @ down_RI.double()).square().sum())
+            continue
         left_RR = up_OR.double().T @ up_OR.double()
         right_RR = down_RI.double() @ down_RI.double().T
         total += float((left_RR * right_RR).sum())
-    return float(scale * max(total, 0.0) ** 0.5)
+    return float(max(total, 0.0) ** 0.5)

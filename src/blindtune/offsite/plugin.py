@@ -1,8 +1,9 @@
 """The model owner's last act: put the returned adapter into the full model.
 
-Nothing of the adapter is believed: it must name this model's fingerprint, and hold exactly the
-adapter layers' tensors, in their shapes, all finite, and change the model within bounds. The result
-is a plain Hugging Face directory.
+Nothing of the adapter is believed: it must name this model's fingerprint, hold exactly its adapter
+layers' tensors, in their shapes, all finite, and change the model within bounds. How many layers
+are adapter layers the adapter itself says; the emulator that was shipped proves it. The result is a
+plain Hugging Face directory.
 
 Source: offsite-tuning (arXiv 2302.04870), section 3.
 """
@@ -39,6 +40,7 @@ from blindtune.offsite.vetting import (
 )
 
 CONFIG_NAME = "config.json"
+_ID = "sha256:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,8 @@ class PlugIn:
     adapter_id: str
     kind: str
     """full or lora."""
+    adapter_layers: int
+    """N_a, as the adapter says."""
     changes: tuple[LayerChange, ...]
     """Norm and spectrum of what the adapter changed, layer by layer."""
     public_loss: tuple[float, float] | None
@@ -74,7 +78,7 @@ def plug_in(
     data: str | Path | None = None,
     bounds: ChangeBounds | None = None,
     accept_large_change: bool = False,
-    emulator: str | None = None,
+    emulator: str | Path | None = None,
     trust: Trust | None = None,
 ) -> PlugIn:
     """Put an adapter package into the full model and write a Hugging Face directory.
@@ -88,8 +92,9 @@ def plug_in(
         data: public text, on which the loss may not rise too much; None: it is not measured.
         bounds: how much the adapter may change; None: as `ChangeBounds` says.
         accept_large_change: measure, but refuse nothing.
-        emulator: package id of the only emulator whose adapter is taken; None: of any.
-        trust: whose adapters are opened; None: anybody's.
+        emulator: the only one whose adapter is taken: the directory of the package that was
+            shipped, whose layers are compared too, or its package id; None: any.
+        trust: whose packages are opened; None: anybody's.
 
     Raises:
         PolicyError: the change is out of bounds, or `trust` refuses the package.
@@ -102,7 +107,7 @@ def plug_in(
     if out is not None:
         check_free(Path(out), overwrite=overwrite, mark=CONFIG_NAME)
     package = open_package(adapter, "adapter", trust=trust)
-    _check_emulator(package, emulator)
+    _check_emulator(package, emulator, trust)
     full = load_model(model)
     tokenizer = load_tokenizer(model) if data is not None or out is not None else None
     public = None if data is None else partial(public_loss, full, tokenizer, data)
@@ -120,6 +125,7 @@ def plug_in(
         model=full,
         adapter_id=package.id,
         kind=package.manifest.kind,
+        adapter_layers=package.manifest.adapter_layers,
         changes=merged[0],
         public_loss=merged[1],
         signature=package.signature,
@@ -151,12 +157,29 @@ def _vetted_merge(
     return tuple(changes), (before, after)
 
 
-def _check_emulator(package: Package[AdapterManifest], emulator: str | None) -> None:
-    if emulator is not None and package.manifest.emulator != emulator:
+def _check_emulator(
+    package: Package[AdapterManifest], emulator: str | Path | None, trust: Trust | None
+) -> None:
+    """Whether the adapter is of this emulator, as it says, and of its layers."""
+    if emulator is None:
+        return
+    found, shipped = package.manifest, None
+    if not str(emulator).startswith(_ID):
+        shipped = open_package(emulator, "emulator", trust=trust)
+    wanted = str(emulator) if shipped is None else shipped.id
+    if found.emulator != wanted:
         raise MismatchError(
-            f"{package.path}: expected an adapter tuned on {emulator[:19]}..., got one tuned on "
-            f"{package.manifest.emulator[:19]}...: ask for the adapter of that emulator"
+            f"{package.path}: expected an adapter tuned on {wanted[:19]}..., got one tuned on "
+            f"{found.emulator[:19]}...: ask for the adapter of that emulator"
         )
+    if shipped is not None:
+        ours = (shipped.manifest.adapter_layers, len(shipped.manifest.layers))
+        if (found.adapter_layers, found.layers) != ours:
+            raise MismatchError(
+                f"{package.path}: expected {ours[0]} adapter layers at each end of {ours[1]}, as "
+                f"in {shipped.path}, got {found.adapter_layers} of {found.layers}: it is not what "
+                "tuning that emulator makes"
+            )
 
 
 def _check_finite(model: PreTrainedModel, dtype: str) -> None:

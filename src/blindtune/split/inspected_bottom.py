@@ -32,7 +32,7 @@ class InspectedBottom:
     cut: int
     """Layers below the vendor's."""
     last: int
-    """Layers above the vendor's, which the customer tunes in the U-shape."""
+    """Layers above the vendor's, which the customer runs in the U-shape."""
     layers: int
     """Of the whole model."""
     parameters: int
