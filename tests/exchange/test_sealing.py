@@ -1,12 +1,14 @@
 """Sealed packages: for one reader, whole, and from nobody else than their signer."""
 
 import io
+import resource
 import tarfile
 
 import pyrage
 import pytest
 
 from blindtune.errors import ConfigError, OutputError, PackageError, PolicyError
+from blindtune.exchange import sealing
 from blindtune.exchange.keys import new_private_key
 from blindtune.exchange.package import open_package
 from blindtune.exchange.package_writing import write_package
@@ -180,3 +182,32 @@ def test_what_is_in_the_way_stays(tmp_path, package):
     seal(package, tmp_path / "mine", [FRIEND.public], overwrite=True)
     with pytest.raises(OutputError):
         unseal(tmp_path / "mine", package, FRIEND)
+
+
+@pytest.fixture
+def small_files():
+    """While it lasts, no file grows beyond 2,000 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_not_the_other_partys_fault(tmp_path, signed, request):
+    seal(signed, tmp_path / "e.age", [FRIEND.public])
+    request.getfixturevalue("small_files")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(OutputError, match="file size limit"):
+        seal(signed, tmp_path / "other.age", [FRIEND.public])
+    with pytest.raises(OutputError, match="file size limit"):
+        unseal(tmp_path / "e.age", tmp_path / "out", FRIEND)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_package_that_changes_while_it_is_sealed(tmp_path, signed, monkeypatch):
+    def cut(handle, count, path):
+        raise PackageError(f"{path}: it is shorter than it was")
+
+    monkeypatch.setattr(sealing, "read_exactly", cut)
+    with pytest.raises(PackageError, match="shorter than it was"):
+        seal(signed, tmp_path / "e.age", [FRIEND.public])

@@ -301,3 +301,11 @@ def test_where_the_keyring_is(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr("sys.platform", "linux")
     assert default_home() == tmp_path / "blindtune"
+
+
+def test_a_key_that_nothing_can_be_sealed_to_is_refused(owner):
+    data = owner.public().encode()
+    receiving = owner.public().receiving_key.encode()
+    damaged = receiving[:-1] + (b"q" if receiving[-1:] != b"q" else b"p")
+    with pytest.raises(PackageError, match="a damaged one"):
+        decode_public_key(data.replace(receiving, damaged))

@@ -140,6 +140,16 @@ def decode_public_key(data: bytes) -> PublicKey:
         raise PackageError(
             "expected a public key as `blindtune keys show` writes it, got other spelling"
         )
+    from pyrage import RecipientError
+    from pyrage.x25519 import Recipient
+
+    try:
+        Recipient.from_str(key.receiving_key)
+    except RecipientError as error:
+        raise PackageError(
+            f"expected a public key that packages can be sealed to, got a damaged one ({error}): "
+            "ask for it again"
+        ) from error
     return key
 
 

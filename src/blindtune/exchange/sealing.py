@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from blindtune.atomic import atomic_directory, atomic_file
 from blindtune.errors import BlindtuneError, ConfigError, OutputError, PackageError, PolicyError
@@ -69,7 +70,12 @@ def seal(
         raise OutputError(f"{large[0]}: more than 8 GiB in one file cannot be sealed: make shards")
     keys = [pyrage.x25519.Recipient.from_str(key.receiving_key) for key in recipients]
     with atomic_file(target) as partial, partial.open("wb") as sealed:
-        pyrage.encrypt_io(_Source(_archive(opened.path, package_files(opened))), sealed, keys)
+        plain = _Kept(_Source(_archive(opened.path, package_files(opened))))
+        cipher = _Kept(sealed)
+        try:
+            pyrage.encrypt_io(plain, cipher, keys)
+        except Exception as error:
+            raise plain.failure or cipher.failure or error from error
     return opened.id
 
 
@@ -107,11 +113,12 @@ def unseal(
     handle, _size = open_regular(path)
     with handle, atomic_directory(out, overwrite=overwrite, mark=MANIFEST_NAME) as partial:
         unpacking = Unpacking(path, partial, max_bytes)
+        cipher, plain = _Kept(handle), _Kept(unpacking)
         try:
-            pyrage.decrypt_io(handle, unpacking, [identity])
+            pyrage.decrypt_io(cipher, plain, [identity])
             unpacking.finish()
-        except Exception as error:  # errors of ours come back wrapped by the library
-            raise unpacking.failure or _translated(path, error) from error
+        except Exception as error:
+            raise cipher.failure or plain.failure or _translated(path, error) from error
         finally:
             unpacking.close()
         opened = open_package(partial, trust=trust)
@@ -147,6 +154,43 @@ def _tar_header(name: str, size: int) -> bytes:
     return header
 
 
+class _Kept:
+    """A stream for the library, which wraps what is raised in it: the error itself is kept.
+
+    Args:
+        stream: reads or writes.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.failure: Exception | None = None
+
+    def read(self, count: int = -1) -> bytes:
+        """As the stream does."""
+        with self._keeping():
+            found: bytes = self._stream.read(count)
+        return found
+
+    def write(self, data: bytes) -> int:
+        """As the stream does."""
+        with self._keeping():
+            written: int = self._stream.write(data)
+        return written
+
+    def flush(self) -> None:
+        """As the stream does."""
+        with self._keeping():
+            self._stream.flush()
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, BlindtuneError) as error:
+            self.failure = self.failure or error  # the library may write on after the first
+            raise
+
+
 class _Source:
     """A file to read from, over chunks."""
 
@@ -179,7 +223,6 @@ class Unpacking:
     """
 
     def __init__(self, source: Path, directory: Path, max_bytes: int) -> None:
-        self.failure: BlindtuneError | None = None
         self._source, self._directory, self._left = source, directory, max_bytes
         self._head = bytearray()
         self._names: set[str] = set()
@@ -190,12 +233,8 @@ class Unpacking:
     def write(self, data: bytes) -> int:
         """Take the next bytes of the archive."""
         view = memoryview(data)
-        try:
-            while view:
-                view = view[self._take(view) :]
-        except BlindtuneError as error:
-            self.failure = error
-            raise
+        while view:
+            view = view[self._take(view) :]
         return len(data)
 
     def flush(self) -> None:
