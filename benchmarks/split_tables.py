@@ -2,11 +2,12 @@
 
 import math
 
-from figures import SEEDS, spread
+from figures import SEEDS, part, spread
 
 SPLIT_ROWS = {
     "centralised": "LoRA in one place",
     "no-noise": "split, no noise",
+    "exponential": "exponential mechanism (the default), eta 15",
     "token-100": "d_chi, token mode, eta 100",
     "token-80": "d_chi, token mode, eta 80",
     "token-65": "d_chi, token mode, eta 65",
@@ -21,8 +22,9 @@ SPLIT_ROWS = {
 def split_table(sst2):
     """Utility and empirical privacy of split tuning; EP of what leaves at cut 0."""
     lines = ["| SST-2, MiniLM, two-part split | EP | UA | seeds |", "|---|---:|---:|---:|"]
+    found = sst2["rows"] | part("privatizers-sst2")["rows"]
     for name, shown in SPLIT_ROWS.items():
-        rows = [r for s in SEEDS if (r := sst2["rows"].get(f"{name}-{s}"))]
+        rows = [r for s in SEEDS if (r := found.get(f"{name}-{s}"))]
         wrong = [r["changed in test"] for r in rows if r.get("changed in test") is not None]
         cells = [shown, spread(wrong, 2), spread([r["UA"] for r in rows], 3), str(len(rows))]
         lines.append("| " + " | ".join(cells) + " |")

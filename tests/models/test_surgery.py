@@ -15,7 +15,6 @@ from blindtune.models.surgery import (
     meta_model,
     replace_layer,
     tied_names,
-    untie,
 )
 from tiny_models import EOS, FAMILY_NAMES, LAYERS, PAD, VOCAB, WINDOW, tiny_config, tiny_model
 
@@ -274,19 +273,9 @@ def test_a_repeated_layer_has_its_own_weights():
     assert torch.equal(layers[1].mlp.up_proj.weight, layers[2].mlp.up_proj.weight)
 
 
-def test_tied_weights_are_named_and_can_be_untied(tmp_path):
+def test_tied_weights_are_named():
     assert tied_names(tiny_model("llama")) == {}
-    model = tiny_model("smollm2")
-    assert tied_names(model) == {"lm_head.weight": "model.embed_tokens.weight"}
-    with torch.no_grad():
-        expected = model(**prompt()).logits
-    untie(model)
-    assert tied_names(model) == {}
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert tied_names(again) == {}
-    with torch.no_grad():
-        torch.testing.assert_close(again(**prompt()).logits, expected)
+    assert tied_names(tiny_model("smollm2")) == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 def test_generation_stops_at_the_end_token():

@@ -163,19 +163,3 @@ def tied_names(model: nn.Module) -> dict[str, str]:
         if original != name:
             tied[name] = original
     return tied
-
-
-def untie(model: PreTrainedModel) -> None:
-    """Give the head its own copy of the weight that it shares with the embedding, in place.
-
-    Afterwards the head can be trained, saved and loaded on its own. Does nothing to a model whose
-    head is its own already.
-    """
-    decoder = Decoder(model)
-    head, embedding = decoder.head, decoder.embedding
-    if head.weight is embedding.weight:
-        assert isinstance(head.weight, nn.Parameter)
-        trains = head.weight.requires_grad
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=trains)
-    decoder.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
