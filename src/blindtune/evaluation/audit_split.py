@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from blindtune.evaluation.audit import Audit, AuditConfig, Finding, NotRun, show
+from blindtune.evaluation.gradient_attacks import labels_of
 from blindtune.evaluation.leakage import (
     EmpiricalPrivacy,
     TokenLeakage,
@@ -91,6 +92,8 @@ def _audit(
     common = common_words(learned, special) if learned else None
     scored = [(attempt, _score(attempt, seen, config, common)) for attempt in attacks.attempts]
     findings = [f for attempt, leak in scored for f in _findings(attempt, leak)]
+    if seen.labels_N is not None and (found := labels_of(seen, seen.labels_N, config.confidence)):
+        findings.append(found)
     best, leak = min(
         (pair for pair in scored if pair[0].real), key=lambda pair: pair[1].content.value
     )
@@ -205,12 +208,12 @@ def _notes(statement: PrivacyStatement) -> list[str]:
 
 
 def _gradients(seen: SplitSubject) -> tuple[NotRun, ...]:
-    """What the U-shape sends besides states."""
-    if seen.bottom.cut.partition != "u-shape":
+    """What the U-shape sends besides states, where it was not recorded."""
+    if seen.bottom.cut.partition != "u-shape" or seen.passes:
         return ()
     needs = (
-        "a recorded step of the tuning (attacks.gradient_matching, attacks.label_inference); in "
-        "language modelling gradients give nearly every token whatever the noise, in "
+        "a transcript with steps of the tuning, and --task and labels of the run; in language "
+        "modelling gradients give nearly every token whatever the noise, in "
         "classification they group texts by label (docs/attacks.md)"
     )
     return (NotRun(attack="gradients", needs=needs),)

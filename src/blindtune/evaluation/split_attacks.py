@@ -29,6 +29,7 @@ from blindtune.attacks.trained_inversion import (
     train_inverter,
 )
 from blindtune.errors import ConfigError
+from blindtune.evaluation import gradient_attacks
 from blindtune.evaluation.audit import AuditConfig, NotRun
 from blindtune.evaluation.split_subject import SplitSubject
 from blindtune.privacy.word_groups import WordGroups
@@ -101,6 +102,8 @@ class SplitAttacks:
             names = ["trained inverter", "trigrams", *(name for name, _ in self._by_mechanism())]
             needs = f"--public, with at least {FEWEST_PUBLIC} texts of the kind that yours are"
             self.not_run += [NotRun(attack=name, needs=needs) for name in names]
+        if self._subject.gives_text_by_gradients:
+            steps.append(("gradients", self._gradients))
         if self._subject.redraw is not None and self._config.fresh_draws > 1:
             steps.append(("fresh draws", self._fresh))
         for done, (name, step) in enumerate(steps):
@@ -178,6 +181,11 @@ class SplitAttacks:
         prior_V = unigram(self._learned, len(self._view.table_VD))
         members = _members(groups, prior_V)
         self._both("word of the group", knew, lambda view: _of_group(members, self._sent(view)))
+
+    def _gradients(self) -> None:
+        self._add(
+            "gradients", gradient_attacks.KNEW_TOKENS, gradient_attacks.tokens_of(self._subject)
+        )
 
     def _guessing(self) -> None:
         prior_V = unigram(self._learned, len(self._view.table_VD))

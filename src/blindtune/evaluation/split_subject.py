@@ -12,13 +12,13 @@ Shapes: L length, D hidden, N texts, M texts that were seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from blindtune.attacks.observation import SeenTexts, seen_texts
+from blindtune.attacks.observation import SeenTexts, seen_gradients, seen_texts
 from blindtune.errors import ConfigError, DataError
 from blindtune.evaluation.leakage import contributing_masks
 from blindtune.exchange.signing import Trust
@@ -48,6 +48,16 @@ CLEAN_TEXTS = 64  # whose states without noise are made at once
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Pass:
+    """A text's first backward pass in a recorded U-shape."""
+
+    output_LD: Tensor
+    """What the vendor's trunk gave."""
+    gradient_LD: Tensor
+    """What the customer sent for it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SplitSubject:
     """Some texts of a customer, as the vendor sees them and as they are."""
 
@@ -68,6 +78,15 @@ class SplitSubject:
     """Noises the same texts anew; nothing of it leaves. None where nothing is drawn."""
     facts: Mapping[str, str]
     """About texts and states, for the reader."""
+    passes: tuple[Pass | None, ...] = ()
+    """Of every text, None where none was recorded; empty where no gradient was."""
+    labels_N: Tensor | None = None
+    """The classes of the texts, where gradients of a classification were recorded."""
+
+    @property
+    def gives_text_by_gradients(self) -> bool:
+        """Whether steps of tuning a language model were recorded."""
+        return bool(self.passes) and self.labels_N is None
 
 
 def open_subject(
@@ -99,7 +118,8 @@ def open_subject(
     made = _Making(package, privatizer, eta, groups, len(texts.names))
     facts = {"texts": f"{len(texts.ids):,} in {Path(_needed(data, 'data')).name}"}
     if transcript is not None:
-        return _recorded(made, transcript, texts, tokens, facts)
+        language_model = reading.task == "language-model"
+        return _recorded(made, transcript, texts, tokens, facts, language_model=language_model)
     return _drawn(made, texts, tokens, facts)
 
 
@@ -241,23 +261,43 @@ def _recorded(
     texts: PrivateTexts,
     tokens: int,
     facts: Mapping[str, str],
+    *,
+    language_model: bool,
 ) -> SplitSubject:
     """What crossed, each text beside the one that it is taken for."""
     seen = seen_texts(transcript)
     width = made.bottom.hidden_size
     if any(state.shape[1] != width for state in seen.states):
         raise DataError(f"expected states of width {width}, got others: name their bottom package")
-    chosen = [seen.states[i] for i in spread_texts(seen.states, tokens)]
-    owners = matched(made, texts.ids, chosen)
-    pairs = [(k, state) for k, state in zip(owners, chosen, strict=True) if k is not None]
+    chosen = spread_texts(seen.states, tokens)
+    owners = matched(made, texts.ids, [seen.states[i] for i in chosen])
+    pairs = [(k, i) for k, i in zip(owners, chosen, strict=True) if k is not None]
     if not pairs:
         raise DataError(
             "expected the texts that crossed, got texts of other lengths: give --data, "
             "--text-column and --max-length of the run"
         )
     found = _facts_of(seen, len(chosen) - len(pairs))
-    some, states = [k for k, _ in pairs], [state for _, state in pairs]
-    return made.subject(texts, some, states, None, {**facts, **found})
+    some, places = [k for k, _ in pairs], [i for _, i in pairs]
+    states = [seen.states[i] for i in places]
+    subject = made.subject(texts, some, states, None, {**facts, **found})
+    passes = _passes(transcript, seen, places)
+    if passes and not language_model and (texts.labels is None or texts.labels.is_floating_point()):
+        passes = ()  # nothing to compare a guess with
+    labels_N = None if language_model or texts.labels is None else texts.labels[some]
+    return replace(subject, passes=passes, labels_N=labels_N if passes else None)
+
+
+def _passes(
+    transcript: Transcript, seen: SeenTexts, places: Sequence[int]
+) -> tuple[Pass | None, ...]:
+    """The first backward pass of each of these texts; empty if there is none at all."""
+    first: dict[int, Pass] = {}
+    for step in seen_gradients(transcript, seen):
+        for i, output_LD, gradient_LD in zip(step.texts, step.outputs, step.gradients, strict=True):
+            first.setdefault(i, Pass(output_LD=output_LD, gradient_LD=gradient_LD))
+    found = tuple(first.get(i) for i in places)
+    return found if any(found) else ()
 
 
 def matched(made: _Making, ids: Sequence[Tensor], states: Sequence[Tensor]) -> list[int | None]:

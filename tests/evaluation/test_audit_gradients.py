@@ -1,0 +1,95 @@
+"""A recorded U-shape: gradients give tokens of a language model, labels of a classification."""
+
+import csv
+
+import pytest
+import torch
+
+from blindtune.evaluation.audit import AuditConfig
+from blindtune.evaluation.audit_split import audit_split
+from blindtune.exchange.transcript import Recorder
+from blindtune.exchange.transport import InProcessTransport
+from blindtune.split.bottom import open_bottom, write_bottom
+from blindtune.split.customer import PassConfig, new_token, open_job
+from blindtune.split.partition import Cut, PooledHead, stack_of
+from blindtune.split.privacy_statement import PrivatizerConfig
+from blindtune.split.private_states import privatize
+from blindtune.split.private_texts import ReadingConfig, read_training
+from blindtune.split.terms import TuningConfig
+from blindtune.split.ushape import Top, train_u_shape
+from blindtune.split.vendor import Vendor
+from tiny_models import tiny_model, tiny_tokenizer
+
+NOISE = PrivatizerConfig(privatizer="vector", eta=40.0)
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw"]
+WORDS += ["some", "fish", "at", "home", "near", "the", "red", "door"]
+
+
+@pytest.fixture(scope="module", params=["language-model", "classification"])
+def run(request, tmp_path_factory):
+    """(task, folder) of a tuning on twelve texts, recorded, its states noised."""
+    place, task = tmp_path_factory.mktemp("run"), request.param
+    model = tiny_model("smollm2")
+    stack = stack_of(model)
+    cut = Cut(partition="u-shape", layers=stack.layer_count, cut=1, last=1)
+    write_bottom(model, tiny_tokenizer(), place / "bottom", cut)
+    bottom, recorder = open_bottom(place / "bottom"), Recorder()
+    with (place / "train.csv").open("w", newline="") as file:
+        rows = [(" ".join(WORDS[i : i + 5]), i % 2) for i in range(12)]
+        csv.writer(file).writerows([("text", "label"), *rows])
+    texts = read_training(bottom, place / "train.csv", ReadingConfig(task=task, max_length=16))
+    private = privatize(bottom, texts.ids, texts.labels, mechanism=NOISE.mechanism(40.0))
+    vendor = Vendor(stack, cut, bottom.id, place / "vendor")
+    head = None if task == "language-model" else PooledHead(stack.hidden_size, 2, "last")
+    torch.manual_seed(0)
+    with vendor.session("anna") as handler:
+        job = open_job(
+            lambda: InProcessTransport(handler, tap=recorder), bottom, new_token(),
+            TuningConfig(lora_rank=2), task="hidden", outputs=0, precision="float32",
+        )  # fmt: skip
+        plan = PassConfig(epochs=2, batch_size=4, precision="float32")
+        train_u_shape(job, Top(bottom, head), private, plan, language_model=head is None)
+        job.close()
+    recorder.transcript().save(place / "run.bin")
+    return task, place
+
+
+def audited(run, **options):
+    task, place = run
+    options.setdefault("reading", ReadingConfig(task=task, max_length=16))
+    return audit_split(
+        place / "run.bin", bottom=place / "bottom", data=place / "train.csv", privatizer=NOISE,
+        config=AuditConfig(fresh_draws=1), **options,
+    )  # fmt: skip
+
+
+def test_what_was_recorded_is_attacked(run):
+    found = audited(run)
+    assert "gradients" not in {skipped.attack for skipped in found.not_run}
+    by = {(f.attack, f.measure): f for f in found.findings}
+    if run[0] == "language-model":
+        read = by["gradients", "EP"]
+        assert read.value < 0.35  # all but the first token of each text
+        assert read.value < by["nearest neighbour", "EP"].value
+        assert found.findings[found.strongest].attack == "gradients"
+        assert ("gradients, grouped", "EP, labels") not in by
+    else:
+        labels = by["gradients, grouped", "EP, labels"]
+        assert labels.value < 0.1
+        assert "50.0%" in labels.meaning
+        assert ("gradients", "EP") not in by
+
+
+def test_without_labels_there_is_nothing_to_compare_with(run):
+    task, place = run
+    if task == "language-model":
+        return
+    bare = place / "bare.csv"
+    with (place / "train.csv").open(newline="") as file:
+        texts = [row["text"] for row in csv.DictReader(file)]
+    bare.write_text("\n".join(["text", *texts]))
+    found = audit_split(
+        place / "run.bin", bottom=place / "bottom", data=bare, privatizer=NOISE,
+        config=AuditConfig(fresh_draws=1), reading=ReadingConfig(max_length=16),
+    )  # fmt: skip
+    assert "labels" in next(s.needs for s in found.not_run if s.attack == "gradients")
