@@ -90,16 +90,15 @@ def plug_in(
         dtype: of the written weights; all of them must be finite in it, in a dry run too.
         overwrite: replace what is in the way.
         data: public text, on which the loss may not rise too much; None: it is not measured.
-        bounds: how much the adapter may change; None: as `ChangeBounds` says.
-        accept_large_change: measure, but refuse nothing.
-        emulator: the only one whose adapter is taken: the directory of the package that was
-            shipped, whose layers are compared too, or its package id; None: any.
+        bounds, accept_large_change: how much the adapter may change; or measure, refuse nothing.
+        emulator: the only one whose adapter is taken: directory of the shipped package, whose
+            layers are compared too, or its package id; None: any.
         trust: whose packages are opened; None: anybody's.
 
     Raises:
         PolicyError: the change is out of bounds, or `trust` refuses the package.
         PackageError: the package is damaged, or a value or a new weight is NaN or infinite.
-        MismatchError: it was tuned for another model, or its tensors are not this model's.
+        MismatchError: it is of another model or emulator, or its tensors are not this model's.
         ModelError, OutputError: see errors.py.
     """
     if dtype not in DTYPES:
@@ -109,14 +108,13 @@ def plug_in(
     package = open_package(adapter, "adapter", trust=trust)
     _check_emulator(package, emulator, trust)
     full = load_model(model)
-    tokenizer = load_tokenizer(model) if data is not None or out is not None else None
+    tokenizer = None if data is None and out is None else load_tokenizer(model)
     public = None if data is None else partial(public_loss, full, tokenizer, data)
     limits = None if accept_large_change else bounds or ChangeBounds()
-    merged = _vetted_merge(full, package, DTYPES[dtype], public, limits)
-    if out is not None:
+    changes, losses = _vetted_merge(full, package, DTYPES[dtype], public, limits)
+    if out is not None and tokenizer is not None:
         full = full.to(DTYPES[dtype])
         _check_finite(full, dtype)
-        assert tokenizer is not None
         with atomic_directory(out, overwrite=overwrite, mark=CONFIG_NAME) as directory:
             full.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
@@ -126,8 +124,8 @@ def plug_in(
         adapter_id=package.id,
         kind=package.manifest.kind,
         adapter_layers=package.manifest.adapter_layers,
-        changes=merged[0],
-        public_loss=merged[1],
+        changes=changes,
+        public_loss=losses,
         signature=package.signature,
     )
 
