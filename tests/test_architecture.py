@@ -9,6 +9,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "blindtune"
 FLOORS = {
     "errors": 0,
+    "version": 0,
     "atomic": 0.5,  # raises errors
     "models": 1,
     "privacy": 1,

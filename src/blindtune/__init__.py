@@ -23,6 +23,7 @@ from blindtune.errors import (
     UnsupportedModelError,
     VerificationError,
 )
+from blindtune.version import __version__
 
 if TYPE_CHECKING:
     from blindtune.evaluation.audit import Audit, AuditConfig
@@ -73,8 +74,6 @@ if TYPE_CHECKING:
     from blindtune.training.config import RunConfig, TrainingConfig
     from blindtune.training.dp_plan import DpConfig
     from blindtune.training.text import DataConfig
-
-__version__ = "0.1.0"
 
 _PLACES = {
     "AccessConfig": "blindtune.split.access",

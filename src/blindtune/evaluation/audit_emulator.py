@@ -13,11 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
 
-import torch
 from torch import Tensor
 
 from blindtune.attacks.emulator_misuse import HealingConfig
-from blindtune.errors import DataError
 from blindtune.evaluation.audit import Audit, AuditConfig, Finding, NotRun
 from blindtune.evaluation.inspection import inspect
 from blindtune.evaluation.misuse import Curve, Misuse, judge_misuse
@@ -25,7 +23,8 @@ from blindtune.evaluation.utility import Perplexity
 from blindtune.exchange.signing import Trust
 from blindtune.models.loading import load_tokenizer
 from blindtune.offsite.inspected_emulator import InspectedEmulator
-from blindtune.training.text import DataConfig, load_dataset_file
+from blindtune.training.text import DataConfig
+from blindtune.training.windows import full_windows
 
 GUARANTEE = (
     "There is no guarantee: an emulator is lossy, and nothing bounds what a better attack or more "
@@ -64,8 +63,9 @@ def audit_emulator(
     config, reading = config or AuditConfig(), reading or DataConfig(max_length=128)
     about = inspect(emulator, trust=trust)
     assert isinstance(about, InspectedEmulator), about.kind
-    public_NL = windows(public, model, reading)
-    test_NL = spread(windows(test, model, reading), config.test_tokens)
+    tokenizer = load_tokenizer(model)
+    public_NL = full_windows(public, tokenizer, reading)
+    test_NL = spread(full_windows(test, tokenizer, reading), config.test_tokens)
     healing = _healing(config)
     window_tokens = healing.batch_size * public_NL.shape[1]
 
@@ -123,22 +123,6 @@ def _not_run(adapter: str | Path | None, config: AuditConfig) -> tuple[NotRun, .
     if not config.healing_steps:
         skipped.append(NotRun(attack="healing", needs="--healing-steps above 0"))
     return tuple(skipped)
-
-
-def windows(source: str | Path, model: str | Path, reading: DataConfig) -> Tensor:
-    """All full windows of a text [N, L], in its order.
-
-    Raises:
-        DataError: there is not one.
-    """
-    dataset = load_dataset_file(source, load_tokenizer(model), reading)
-    full = [ids for ids in dataset.input_ids if len(ids) == reading.max_length]
-    if not full:
-        raise DataError(
-            f"{source}: expected at least {reading.max_length} tokens of text, got "
-            f"{dataset.tokens}: give more text, or a smaller --max-length"
-        )
-    return torch.stack(full)
 
 
 def spread(windows_NL: Tensor, tokens: int) -> Tensor:

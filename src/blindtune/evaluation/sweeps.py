@@ -7,11 +7,11 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, final
 
 from blindtune.atomic import atomic_file, output_error, remove_left_overs, sole_writer
+from blindtune.version import __version__
 
 SettingT = TypeVar("SettingT")
 Row = dict[str, Any]
@@ -72,7 +72,7 @@ class KeptRows:
 
 def digest_of(decides: object) -> str:
     """A short name for all that decides a result, JSON values, and for this package's version."""
-    told = json.dumps([version("blindtune"), decides], sort_keys=True).encode()
+    told = json.dumps([__version__, decides], sort_keys=True).encode()
     return hashlib.sha256(told).hexdigest()[:12]
 
 

@@ -19,9 +19,9 @@ from msgspec import Meta
 
 from blindtune.errors import OutputError, PackageError
 from blindtune.exchange.files import printable
+from blindtune.version import PROGRAM
 
 MANIFEST_NAME = "manifest.json"
-CREATED_BY = "blindtune 0.1.0"
 READABLE_VERSIONS = (1,)
 
 MAX_MANIFEST_BYTES = 1 << 20
@@ -138,7 +138,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """
 
     version: Literal[1] = 1
-    created_by: Creator = CREATED_BY
+    created_by: Creator = PROGRAM
     files: dict[str, FileEntry] = {}
     model: Sha256
     model_type: ModelType
@@ -369,7 +369,7 @@ def _type_of(plain: Any) -> type[Manifest]:
         readable = ", ".join(map(str, READABLE_VERSIONS))
         raise PackageError(
             f"{MANIFEST_NAME}: format version {printable(str(version), limit=20)}; this release "
-            f"({CREATED_BY}) reads version {readable}: upgrade blindtune, or ask for a package "
+            f"({PROGRAM}) reads version {readable}: upgrade blindtune, or ask for a package "
             "of that version"
         )
     return _TYPES[plain["format"]]

@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from blindtune.atomic import check_free
-from blindtune.errors import DataError
 from blindtune.exchange.manifest import MANIFEST_NAME, LayerEntry
 from blindtune.models.decoder import check_context, context_limit
 from blindtune.models.fingerprint import fingerprint
@@ -30,7 +28,8 @@ from blindtune.offsite.emulator import write_emulator
 from blindtune.offsite.fixed_margin import FixedMarginConfig, raise_by_margin
 from blindtune.offsite.gradot import GradotConfig, gradot
 from blindtune.offsite.layer_drop import LayerDropConfig, drop_layers
-from blindtune.training.text import DataConfig, load_dataset_file
+from blindtune.training.text import DataConfig
+from blindtune.training.windows import full_windows, shuffled
 
 CompetitorConfig = LayerDropConfig | CrashConfig | GradotConfig | FixedMarginConfig
 METHODS: dict[type, Callable[..., tuple[list[LayerEntry], int]]] = {
@@ -118,12 +117,4 @@ def public_windows(model: str | Path, data: str | Path, max_length: int) -> Tens
         DataError: there is not one.
     """
     reading = DataConfig(max_length=max_length)
-    dataset = load_dataset_file(data, load_tokenizer(model), reading)
-    full = [ids for ids in dataset.input_ids if len(ids) == max_length]
-    if not full:
-        raise DataError(
-            f"{data}: expected at least {max_length} tokens of public text, got {dataset.tokens}: "
-            "give more text, or a smaller max_length"
-        )
-    order = torch.randperm(len(full), generator=torch.Generator().manual_seed(0))
-    return torch.stack(full)[order]
+    return shuffled(full_windows(data, load_tokenizer(model), reading), 0)

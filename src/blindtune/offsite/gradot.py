@@ -32,7 +32,7 @@ from blindtune.errors import ConfigError
 from blindtune.exchange.manifest import AdapterLayer, CompressedLayer, LayerEntry
 from blindtune.models.blocks import split_parts
 from blindtune.models.decoder import Decoder, Projection
-from blindtune.offsite.compression import saves_space
+from blindtune.offsite.compression import compressed_rank, saves_space
 from blindtune.offsite.layer_drop import middle_layers
 
 ALWAYS_KEPT = 0.05
@@ -219,7 +219,7 @@ def _reduce_ranks(
     for projection in decoder.projections(i):
         sums = known[projection.path]
         ranks = tuple(
-            max(1, int(config.rank_kept * min(size, projection.in_features)))
+            compressed_rank((size, projection.in_features), config.rank_kept, "kept")
             for size in projection.sizes
         )
         module = projection.low_rank(ranks)

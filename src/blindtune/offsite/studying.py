@@ -34,11 +34,14 @@ from blindtune.offsite.study import (
     WorkDirectory,
     save_study,
 )
-from blindtune.training.text import DataConfig, load_dataset_file
+from blindtune.training.text import DataConfig
+from blindtune.training.windows import full_windows, shuffled
 
 OnStage = Callable[[str, int, int], None]
 """Progress: (what is being done, how much is done, how much there is)."""
 
+FEWEST_WINDOWS = 4
+"""Of public text, for calibrating and validating."""
 SAVE_EVERY = 20
 """Alternations of Dynamic LayerReplace between checkpoints."""
 
@@ -78,7 +81,9 @@ def study(
     network_model.requires_grad_(False)
     decoder = Decoder(network_model)
     check_context(config.max_length, context_limit(network_model.config))
-    windows_NL = _windows(model, data, config)
+    reading = DataConfig(max_length=config.max_length)
+    windows_NL = full_windows(data, load_tokenizer(model), reading, least=FEWEST_WINDOWS)
+    windows_NL = shuffled(windows_NL, config.seed)
     partial = _begin(model, decoder, config, dynamic)
     with sole_writer(out):
         work = WorkDirectory(out, partial, windows_NL, fresh=resume == "never")
@@ -115,21 +120,6 @@ def _begin(
         config=config,
         dynamic=dynamic,
     )
-
-
-def _windows(model: str | Path, data: str | Path, config: StudyConfig) -> Tensor:
-    """All full windows of the public text [N, L], shuffled."""
-    dataset = load_dataset_file(
-        data, load_tokenizer(model), DataConfig(max_length=config.max_length)
-    )
-    full = [ids for ids in dataset.input_ids if len(ids) == config.max_length]
-    if len(full) < 4:
-        raise DataError(
-            f"{data}: a study needs at least {4 * config.max_length} tokens of text, got "
-            f"{dataset.tokens}: give more text, or a smaller --max-length"
-        )
-    order = torch.randperm(len(full), generator=torch.Generator().manual_seed(config.seed))
-    return torch.stack(full)[order]
 
 
 @final

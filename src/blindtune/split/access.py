@@ -21,7 +21,7 @@ from blindtune.exchange.messages import ResumeJob
 from blindtune.exchange.network import Connection, parse_address
 from blindtune.exchange.resuming import ResumingTransport, RetryConfig
 from blindtune.exchange.transport import BusyError, Direction, Transport
-from blindtune.split.customer import PROGRAM
+from blindtune.version import PROGRAM
 
 TOKEN_VARIABLE = "BLINDTUNE_TOKEN"  # noqa: S105 (a name)
 _MAX_TOKEN_BYTES = 4096

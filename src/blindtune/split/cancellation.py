@@ -16,8 +16,8 @@ from blindtune.split.access import (
     patiently,
     saying_what_next,
 )
-from blindtune.split.customer import PROGRAM
 from blindtune.split.customer_job import CustomerJob
+from blindtune.version import PROGRAM
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,8 +43,7 @@ from blindtune.exchange.transport import Transport
 from blindtune.split.bottom import Bottom
 from blindtune.split.private_states import PrivateStates
 from blindtune.split.terms import TuningConfig
-
-PROGRAM = "blindtune 0.1.0"
+from blindtune.version import PROGRAM
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from blindtune.exchange.messages import Precision, ResumeJob, unpack
 from blindtune.exchange.resuming import ResumingTransport, RetryConfig
 from blindtune.exchange.transport import Transport
 from blindtune.split.bottom import Bottom
-from blindtune.split.customer import PROGRAM, PassConfig
+from blindtune.split.customer import PassConfig
 from blindtune.split.partition import (
     PooledHead,
     default_pooling,
@@ -38,6 +38,7 @@ from blindtune.split.partition import (
 from blindtune.split.private_states import PrivateStates
 from blindtune.split.remote import RemoteTrunk
 from blindtune.split.terms import TuningConfig
+from blindtune.version import PROGRAM
 
 _KEPT = 2
 _NAME = re.compile(r"top-([0-9]+)\.pt")

@@ -70,12 +70,12 @@ from blindtune.split.partition import Cut, Stack, longest_sequence
 from blindtune.split.store import JobRecord, JobStore
 from blindtune.split.terms import VendorLimits, tuning_of
 from blindtune.split.turns import Turns
+from blindtune.version import PROGRAM
 
 ENDED = {
     "cancelled": "this job was cancelled",
     "closed": "this job has expired: nobody had asked for it in long, and it was removed",
 }
-PROGRAM = "blindtune 0.1.0"
 EXPIRY_GRACE_SECONDS = 3600.0
 
 

@@ -1,4 +1,4 @@
-"""A plain loop over random windows of one text, for small trainings without a data set around them.
+"""Windows of one text, and a plain loop over random ones: small trainings without a data set.
 
 `fit` is the loop for people's data: batches of examples, validation, checkpoints, many processes.
 
@@ -9,11 +9,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from blindtune.errors import DataError
 from blindtune.training.optimizers import ScheduleName, build_optimizer, build_scheduler
+from blindtune.training.text import DataConfig, load_dataset_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def full_windows(
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, reading: DataConfig, *, least: int = 1
+) -> Tensor:
+    """All full windows of a text [N, L], in its order.
+
+    Raises:
+        DataError: there are fewer than `least`.
+    """
+    dataset = load_dataset_file(source, tokenizer, reading)
+    full = [ids for ids in dataset.input_ids if len(ids) == reading.max_length]
+    if len(full) < least:
+        raise DataError(
+            f"{source}: expected at least {least * reading.max_length} tokens of text, got "
+            f"{dataset.tokens}: give more text, or a smaller --max-length"
+        )
+    return torch.stack(full)
+
+
+def shuffled(windows_NL: Tensor, seed: int) -> Tensor:
+    """The same windows in an order that the seed decides."""
+    return windows_NL[
+        torch.randperm(len(windows_NL), generator=torch.Generator().manual_seed(seed))
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
