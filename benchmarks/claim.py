@@ -12,7 +12,11 @@ as it is done.
 import csv
 from dataclasses import asdict
 
-from blindtune.evaluation.split_frontier import SplitFrontierConfig, split_frontier
+from blindtune.evaluation.audit import AuditConfig
+from blindtune.evaluation.split_frontier import SplitFrontierConfig, Trial, split_frontier
+from blindtune.split.customer import PassConfig
+from blindtune.split.private_texts import ReadingConfig
+from blindtune.split.terms import TuningConfig
 from rows import parse_options, run_rows
 from split import BATCH, EPOCHS, LENGTH, RATE, Bench, read, some_of
 
@@ -40,13 +44,19 @@ def claim_row(bench, cut, seed):
     config = SplitFrontierConfig(
         privatizer="token", cut=(cut,), cti_fraction=CTI[cut],
         eta=ETAS[cut][-1:] if bench.smoke else ETAS[cut],
-        epochs=EPOCHS, batch_size=BATCH, learning_rate=RATE, max_length=LENGTH,
-        attacked_tokens=bench.amount(ATTACKED), seed=seed,
-        attack_seconds=2.0 if bench.smoke else ATTACK_SECONDS,
+    )  # fmt: skip
+    trial = Trial(
+        tuning=TuningConfig(learning_rate=RATE, seed=seed),
+        passes=PassConfig(epochs=EPOCHS, batch_size=BATCH, seed=seed),
+        reading=ReadingConfig(max_length=LENGTH),
+        trying=AuditConfig(
+            test_tokens=bench.amount(ATTACKED), seed=seed,
+            attack_seconds=2.0 if bench.smoke else ATTACK_SECONDS,
+        ),
     )  # fmt: skip
     found = split_frontier(
         "minilm", place / "train.csv", place / "test.csv", place / "sweep", config,
-        public=place / "public.txt", on_row=lambda *row: print("  ", *row, flush=True),
+        public=place / "public.txt", trial=trial, on_row=lambda *row: print("  ", *row, flush=True),
     )  # fmt: skip
     return {"settings": [asdict(setting) for setting in found.settings]}
 

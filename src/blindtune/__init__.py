@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from blindtune.evaluation.split_frontier import (
         SplitFrontier,
         SplitFrontierConfig,
+        Trial,
         split_frontier,
     )
     from blindtune.exchange.guard import GuardConfig
@@ -113,6 +114,7 @@ _PLACES = {
     "Signer": "blindtune.exchange.signing",
     "SplitFrontier": "blindtune.evaluation.split_frontier",
     "SplitFrontierConfig": "blindtune.evaluation.split_frontier",
+    "Trial": "blindtune.evaluation.split_frontier",
     "SplitTuning": "blindtune.split.tuning_job",
     "Study": "blindtune.offsite.study",
     "StudyConfig": "blindtune.offsite.study",
@@ -201,6 +203,7 @@ __all__ = [
     "StudyConfig",
     "TrainingConfig",
     "TrainingError",
+    "Trial",
     "Trust",
     "Tuning",
     "TuningConfig",

@@ -11,13 +11,16 @@ from blindtune.cli.main import run
 from blindtune.errors import ConfigError
 from blindtune.evaluation import split_attacks
 from blindtune.evaluation import split_frontier as module
+from blindtune.evaluation.audit import AuditConfig
 from blindtune.evaluation.split_frontier import (
     SplitFrontier,
     SplitFrontierConfig,
     SplitSetting,
+    Trial,
     split_frontier,
 )
 from blindtune.evaluation.split_frontier_page import answer_sentence, write_split_frontier
+from blindtune.split.customer import PassConfig
 from tiny_encoders import tiny_encoder
 from tiny_models import tiny_tokenizer
 
@@ -28,10 +31,9 @@ QUICK = SplitFrontierConfig(
     cut=(0, 1),
     eta=(2.0, 500.0),
     privatizer="token",
-    epochs=1,
-    batch_size=4,
-    attacked_tokens=200,
-    attack_seconds=0.5,
+)
+TRIAL = Trial(
+    passes=PassConfig(batch_size=4), trying=AuditConfig(test_tokens=200, attack_seconds=0.5)
 )
 
 
@@ -53,6 +55,7 @@ def world(tmp_path_factory):
 
 
 def swept(world, out, config, **options):
+    options.setdefault("trial", TRIAL)
     return split_frontier(
         world / "model", world / "train.csv", world / "test.csv", out, config, **options
     )
@@ -75,7 +78,7 @@ def test_what_is_measured_and_kept(world, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "split_tune", None)  # nothing is run again
     assert swept(world, tmp_path, QUICK) == found
     with pytest.raises(TypeError):
-        swept(world, tmp_path, replace(QUICK, epochs=2))
+        swept(world, tmp_path, QUICK, trial=replace(TRIAL, passes=PassConfig(epochs=2)))
 
 
 def test_public_text_arms_the_attacker(world, tmp_path):
@@ -95,7 +98,7 @@ def test_an_attack_that_was_ended_is_marked(world, tmp_path, monkeypatch, settle
     config = replace(QUICK, cut=(0,), eta=(20.0,))
     found = swept(world, tmp_path, config, public=world / "public.txt")
     assert {s.settled for s in found.settings} == {settled}
-    write_split_frontier(found, tmp_path, config, None)
+    write_split_frontier(found, tmp_path)
     page = (tmp_path / "split-frontier.html").read_text()
     assert ("ended by --attack-seconds" in page) != settled
 

@@ -14,6 +14,7 @@ from blindtune.cli.verb import Settings, Verb
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from blindtune.evaluation.split_frontier import Trial
     from blindtune.models.costs import Estimate
 
 HELP = """Try settings (cut, eta, CTI) of split tuning, and draw what each gives and hides.
@@ -49,18 +50,19 @@ def act(settings: Settings) -> Facts:
     from blindtune.evaluation.split_frontier import SplitFrontierConfig, split_frontier
     from blindtune.evaluation.split_frontier_page import PAGE_NAME, write_split_frontier
 
-    config, out = settings.of(SplitFrontierConfig), Path(settings["out"])
+    out = Path(settings["out"])
     with stages() as on_stage:
         found = split_frontier(
             settings["model"],
             settings["data"],
             settings["test"],
             out,
-            config,
+            settings.of(SplitFrontierConfig),
             public=settings["public"],
+            trial=_trial(settings),
             on_row=on_stage,
         )
-    facts = write_split_frontier(found, out, config, settings["ep"])
+    facts = write_split_frontier(found, out, settings["ep"])
     return {"path": str(out), "page": str(out / PAGE_NAME), **facts}
 
 
@@ -95,8 +97,30 @@ def estimate(settings: Settings) -> Estimate:
         settings["test"],
         settings.of(SplitFrontierConfig),
         public=settings["public"],
+        trial=_trial(settings),
     )
 
+
+def _trial(settings: Settings) -> Trial:
+    from blindtune.evaluation.audit import AuditConfig
+    from blindtune.evaluation.split_frontier import Trial
+    from blindtune.split.customer import PassConfig
+    from blindtune.split.private_texts import ReadingConfig
+    from blindtune.split.terms import TuningConfig
+
+    return Trial(
+        tuning=settings.of(TuningConfig),
+        passes=settings.of(PassConfig),
+        reading=settings.of(ReadingConfig),
+        trying=settings.of(AuditConfig),
+    )
+
+
+OTHER_AUDITS = frozenset({
+    "confidence", "fresh_draws", "batch_size", "max_records", "false_positive_rate",
+    "healing_steps", "healing_batch_size", "healing_learning_rate",
+})  # fmt: skip
+"""Fields of what the sweep decides, or of audits of other subjects."""
 
 VERB = Verb(
     name="split-frontier",
@@ -114,6 +138,30 @@ VERB = Verb(
             heading="Sweep",
             module="blindtune.evaluation.split_frontier",
             name="SplitFrontierConfig",
+        ),
+        Group(
+            heading="Texts",
+            module="blindtune.split.private_texts",
+            name="ReadingConfig",
+            defaults={"max_length": 64},
+            left_out=frozenset({"task"}),
+        ),
+        Group(heading="Tuning at the vendor", module="blindtune.split.terms", name="TuningConfig"),
+        Group(
+            heading="Passes over the texts",
+            module="blindtune.split.customer",
+            name="PassConfig",
+            renamed={"seed": "order_seed"},
+            defaults={"epochs": 2},
+            left_out=frozenset({"checkpoint_steps", "head_learning_rate"}),
+        ),
+        Group(
+            heading="Attacks",
+            module="blindtune.evaluation.audit",
+            name="AuditConfig",
+            renamed={"test_tokens": "attacked_tokens", "seed": "attack_seed"},
+            defaults={"test_tokens": 4096, "attack_seconds": 60.0},
+            left_out=OTHER_AUDITS,
         ),
     ),
     act=act,

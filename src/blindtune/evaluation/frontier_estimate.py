@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from blindtune.evaluation.audit_estimate import CHANNEL_WORDS, WRITTEN
 from blindtune.evaluation.frontier import FrontierConfig
-from blindtune.evaluation.split_frontier import SplitFrontierConfig
+from blindtune.evaluation.split_frontier import SplitFrontierConfig, Trial
 from blindtune.models.costs import (
     FLOAT,
     READ_BYTES_PER_SECOND,
@@ -93,21 +93,24 @@ def estimate_split_frontier(
     config: SplitFrontierConfig | None = None,
     *,
     public: str | Path | None = None,
+    trial: Trial | None = None,
 ) -> Estimate:
     """Estimate `split_frontier`.
 
     Raises:
         ModelError, DataError: as for `split_frontier`.
     """
-    config = config or SplitFrontierConfig()
+    config, trial = config or SplitFrontierConfig(), trial or Trial()
+    reading, trying, epochs = trial.reading, trial.trying, trial.passes.epochs
     loaded, tokenizer = load_any(model)
     stack = stack_of(loaded)
     table_VD = stack.embedding.weight
     assert isinstance(table_VD, Tensor)
+    longest = reading.max_length or tokenizer.model_max_length
     trained, asked = (
-        sum(min(len(ids), config.max_length) for ids in tokenizer(list(texts))["input_ids"])
+        sum(min(len(ids), longest) for ids in tokenizer(list(texts))["input_ids"])
         for texts, _, _ in (
-            read_texts(path, text_column=config.text_column, label_column=config.label_column)
+            read_texts(path, text_column=reading.text_column, label_column=reading.label_column)
             for path in (data, test)
         )
     )
@@ -119,23 +122,23 @@ def estimate_split_frontier(
     for cut in sorted(set(config.cut)):
         above = stack.layer_count - cut
         privatized += rows * (trained + asked) * cut * layer
-        tuned += rows * (2 * config.epochs * trained + asked) * above * layer
+        tuned += rows * (2 * epochs * trained + asked) * above * layer
     settings = rows * len(set(config.cut))
     sent = noised * len(set(config.cut)) * (trained + asked)
     parts = {
         "load": settings * weight_bytes(loaded) / READ_BYTES_PER_SECOND,
         "privatize": rate.seconds(privatized + sent * search),
         "tune and predict": rate.seconds(tuned),
-        "nearest neighbour": rate.seconds(settings * config.attacked_tokens * search),
+        "nearest neighbour": rate.seconds(settings * trying.test_tokens * search),
     }
     if public is not None:
-        learned = CHANNEL_WORDS + config.public_tokens
+        learned = CHANNEL_WORDS + trying.public_tokens
         parts["attacks that learn"] = rate.seconds(2 * settings * learned * search)
         deep = sum(cut > 0 for cut in set(config.cut)) * (config.privatizer != "vector") * noised
-        parts["training, at most"] = (settings + deep) * config.attack_seconds
-    states = (trained + asked + 3 * config.public_tokens) * table_VD.shape[1]
+        parts["training, at most"] = (settings + deep) * trying.attack_seconds
+    states = (trained + asked + 3 * trying.public_tokens) * table_VD.shape[1]
     return estimated(
         parts, rate, memory=2 * weight_bytes(loaded) + FLOAT * (states + 12 * table_VD.numel()),
         written=WRITTEN, scratch=weight_bytes(loaded) + FLOAT * states,
-        tokens=int(settings * (config.epochs * trained + asked)),
+        tokens=int(settings * (epochs * trained + asked)),
     )  # fmt: skip

@@ -13,7 +13,7 @@ Every finished row is kept in OUT/rows, under a digest of all that decides it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -45,7 +45,7 @@ NoisedName = Literal["token", "exponential", "vector"]
 
 @dataclass(frozen=True, kw_only=True)
 class SplitFrontierConfig:
-    """Which settings are tried, how each is tuned, and how hard it is attacked."""
+    """Which settings are tried."""
 
     cut: tuple[int, ...] = (0,)
     """Layers at the customer."""
@@ -57,37 +57,15 @@ class SplitFrontierConfig:
     """Where no eta is given: shares of the tokens that shall change, from which eta follows."""
     cti_fraction: tuple[float, ...] = (0.0,)
     """Shares of the vocabulary that CTI spares for each class; 0: no CTI."""
-    epochs: int = 2
-    """Passes over the texts."""
-    batch_size: int = 16
-    """Texts of one optimizer step."""
-    learning_rate: float = 1e-3
-    """Of the vendor's AdamW."""
-    lora_rank: int = 8
-    """Rank of LoRA in the vendor's layers."""
-    max_length: int = 64
-    """Tokens of a text; longer ones are cut."""
-    text_column: str = "text"
-    """Column of the texts."""
-    label_column: str = "label"
-    """Column of the classes."""
-    attacked_tokens: int = 4096
-    """Attack texts that hold about so many tokens."""
-    public_tokens: int = 32768
-    """The attacker learns from texts that hold about so many tokens."""
-    attack_seconds: float = 60.0
-    """No training of an attack goes on for longer."""
-    seed: int = 0
-    """Of first weights, order of texts and the attacker's batches; noise has no seed."""
 
     def __post_init__(self) -> None:
-        """Refuse empty sweeps; what else is out of range, the configs made of it refuse."""
+        """Refuse empty sweeps; what else is out of range, the privatizer's config refuses."""
         if not (self.cut and self.cti_fraction and (self.eta or self.changed_share)):
             raise ConfigError("expected at least one cut, cti_fraction, and eta or changed_share")
         if self.privatizer not in get_args(NoisedName):
             names = ", ".join(get_args(NoisedName))
             raise ConfigError(f"expected privatizer {names}, got {self.privatizer!r}")
-        _ = (self.privatizers, self.tuning, self.passes, self.reading, self.trying)
+        _ = self.privatizers
 
     @property
     def privatizers(self) -> tuple[PrivatizerConfig, ...]:
@@ -106,35 +84,18 @@ class SplitFrontierConfig:
             ),
         )
 
-    @property
-    def tuning(self) -> TuningConfig:
-        """What is asked of the vendor."""
-        return TuningConfig(
-            lora_rank=self.lora_rank, learning_rate=self.learning_rate, seed=self.seed
-        )
 
-    @property
-    def passes(self) -> PassConfig:
-        """How the customer goes through its texts."""
-        return PassConfig(epochs=self.epochs, batch_size=self.batch_size, seed=self.seed)
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """How every setting is tuned, read and attacked: the configs of `split_tune` and `audit`."""
 
-    @property
-    def reading(self) -> ReadingConfig:
-        """Where the texts stand."""
-        return ReadingConfig(
-            text_column=self.text_column,
-            label_column=self.label_column,
-            max_length=self.max_length,
-        )
-
-    @property
-    def trying(self) -> AuditConfig:
-        """How hard the attacker tries."""
-        return AuditConfig(
-            test_tokens=self.attacked_tokens, public_tokens=self.public_tokens,
-            attack_seconds=self.attack_seconds, fresh_draws=1, seed=self.seed,
-            confidence=EACH,
-        )  # fmt: skip
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    passes: PassConfig = field(default_factory=lambda: PassConfig(epochs=2))
+    reading: ReadingConfig = field(default_factory=lambda: ReadingConfig(max_length=64))
+    trying: AuditConfig = field(
+        default_factory=lambda: AuditConfig(test_tokens=4096, attack_seconds=60.0)
+    )
+    """How hard the attacker tries; `confidence` and `fresh_draws` are the sweep's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +136,8 @@ class SplitFrontier:
     settings: tuple[SplitSetting, ...]
     public: str | None
     """What the attacker learned from; None: nothing, and attacks that learn were not run."""
+    config: SplitFrontierConfig = field(default_factory=SplitFrontierConfig)
+    trial: Trial = field(default_factory=Trial)
 
     @property
     def best_ua(self) -> float:
@@ -210,6 +173,7 @@ def split_frontier(
     config: SplitFrontierConfig | None = None,
     *,
     public: str | Path | None = None,
+    trial: Trial | None = None,
     on_row: OnRow = lambda *_: None,
 ) -> SplitFrontier:
     """Sweep settings; rows that are there under the same digest are not run again.
@@ -221,14 +185,15 @@ def split_frontier(
         out: directory of rows and work.
         config: the sweep.
         public: the attacker's own text; None: only attacks that learn nothing are run.
+        trial: how every setting is tuned, read and attacked.
         on_row: called with (setting, done, of all).
 
     Raises:
         ModelError, DataError, ConfigError, OutputError: see errors.py.
     """
-    config, out = config or SplitFrontierConfig(), Path(out)
+    config, trial = config or SplitFrontierConfig(), trial or Trial()
     text = None if public is None else Path(public)
-    sweep = _Sweep(str(model), Path(data), Path(test), text, out, config)
+    sweep = _Sweep(str(model), Path(data), Path(test), text, Path(out), config, trial)
     tried = [(cut, p) for cut in sorted(set(config.cut)) for p in config.privatizers]
     settings = []
     with sweep.rows.alone():
@@ -236,7 +201,10 @@ def split_frontier(
             on_row("settings", done, len(tried))
             settings.append(sweep.setting(cut, privatizer))
         on_row("settings", len(tried), len(tried))
-    return SplitFrontier(settings=tuple(settings), public=None if public is None else str(public))
+    return SplitFrontier(
+        settings=tuple(settings), public=None if text is None else str(text), config=config,
+        trial=trial,
+    )  # fmt: skip
 
 
 @final
@@ -251,18 +219,18 @@ class _Sweep:
         public: Path | None,
         out: Path,
         config: SplitFrontierConfig,
+        trial: Trial,
     ) -> None:
         self.model, self.data, self.test, self.public = model, data, test, public
-        self.rows, self.config = KeptRows(out), config
+        trying = replace(trial.trying, confidence=EACH, fresh_draws=1)
+        self.rows, self.trial = KeptRows(out), replace(trial, trying=trying)
         loaded, tokenizer = load_any(model)
         self.layers = stack_of(loaded).layer_count
         for cut in config.cut:
             Cut(layers=self.layers, cut=cut)  # refuses what cannot be before anything is tuned
         files = [path for path in (data, test, public) if path is not None]
-        configs = (config.passes, config.tuning, config.reading, config.trying)
-        plain = [asdict(c) for c in configs]
         words = [sha256(content).hexdigest() for content in tokenizer_files(tokenizer).values()]
-        self._decides = [fingerprint(loaded), words, *map(_digest, files), *plain]
+        self._decides = [fingerprint(loaded), words, *map(_digest, files), asdict(self.trial)]
 
     def setting(self, cut: int, privatizer: PrivatizerConfig) -> SplitSetting:
         """Tune, predict, attack; or what an earlier sweep found."""
@@ -271,22 +239,23 @@ class _Sweep:
         return SplitSetting(**found)
 
     def _measure(self, cut: int, privatizer: PrivatizerConfig) -> dict[str, Any]:
-        config, place, bottom = self.config, self.rows.work, self.rows.work / "bottom"
+        trial, place, bottom = self.trial, self.rows.work, self.rows.work / "bottom"
         model, tokenizer = load_any(self.model)
         parts = Cut(layers=self.layers, cut=cut)
-        identity = write_bottom(model, tokenizer, bottom, parts, max_length=config.max_length)
+        longest = trial.reading.max_length
+        identity = write_bottom(model, tokenizer, bottom, parts, max_length=longest)
         vendor = Vendor(stack_of(model), parts, identity, place / "vendor")
         with vendor.session("customer") as handler:
             done = split_tune(
                 partial(InProcessTransport, handler), bottom, self.data, place / "job", privatizer,
-                config.tuning, config.passes, reading=config.reading, silent=True,
+                trial.tuning, trial.passes, reading=trial.reading, silent=True,
             )  # fmt: skip
         with vendor.session("customer") as handler:
             asked = predict(partial(InProcessTransport, handler), place / "job", self.test)
         if "accuracy" not in asked.scores:
             raise ConfigError(f"{self.test}: expected texts with labels to score on")
         audit = audit_split(
-            place / "job", public=self.public, reading=config.reading, config=config.trying
+            place / "job", public=self.public, reading=trial.reading, config=trial.trying
         )
         if self.public is not None and any("--public" in skip.needs for skip in audit.not_run):
             raise ConfigError(

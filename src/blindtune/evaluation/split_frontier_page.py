@@ -10,13 +10,13 @@ from typing import Any
 from blindtune.atomic import atomic_file
 from blindtune.evaluation import plots, report
 from blindtune.evaluation.report import Report, Section, Table
-from blindtune.evaluation.split_frontier import SplitFrontier, SplitFrontierConfig, SplitSetting
+from blindtune.evaluation.split_frontier import SplitFrontier, SplitSetting, Trial
 
 JSON_NAME, PAGE_NAME = "split-frontier.json", "split-frontier.html"
 
 
 def write_split_frontier(
-    found: SplitFrontier, out: str | Path, config: SplitFrontierConfig, ep: float | None = None
+    found: SplitFrontier, out: str | Path, ep: float | None = None
 ) -> dict[str, Any]:
     """Write split-frontier.json and split-frontier.html into `out`; returns the facts in the JSON.
 
@@ -34,20 +34,28 @@ def write_split_frontier(
         "asked": None if ep is None else {"ep": ep},
         "answer": None if answer is None else asdict(answer) | {"name": answer.name},
         "sentence": None if ep is None else answer_sentence(found, answer, ep),
-        "config": asdict(config),
+        "config": asdict(found.config),
+        "trial": asdict(found.trial),
     }
     with atomic_file(Path(out) / JSON_NAME) as partial:
         partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     page = Report(
         title="Privacy-utility frontier of split tuning",
-        subtitle=f"{len(found.settings)} settings, privatizer {config.privatizer}",
+        subtitle=f"{len(found.settings)} settings, privatizer {found.config.privatizer}",
         summary=[] if facts["sentence"] is None else [facts["sentence"]],
         numbers=[(f"{found.best_ua:.3f}", "best accuracy without noise")],
         sections=[_drawn(found, answer, ep), _table(found, answer)],
-        facts={"Sweep": asdict(config)},
+        facts={"Sweep": asdict(found.config), **_how(found.trial)},
     )
     report.write(page, Path(out) / PAGE_NAME)
     return facts
+
+
+def _how(trial: Trial) -> dict[str, dict[str, Any]]:
+    return {
+        "Tuning": asdict(trial.tuning), "Passes": asdict(trial.passes),
+        "Texts": asdict(trial.reading), "Attacks": asdict(trial.trying),
+    }  # fmt: skip
 
 
 def answer_sentence(found: SplitFrontier, answer: SplitSetting | None, ep: float) -> str:
