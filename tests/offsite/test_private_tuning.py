@@ -12,6 +12,7 @@ from blindtune.exchange.package import open_package
 from blindtune.offsite.adapter import AdapterConfig
 from blindtune.offsite.plugin import plug_in
 from blindtune.offsite.tuning import tune
+from blindtune.offsite.tuning_estimate import estimate_tune
 from blindtune.training.dp_plan import DpConfig
 from blindtune.training.loop import TrainingConfig
 from blindtune.training.text import DataConfig
@@ -80,6 +81,21 @@ def test_private_validation_data_is_refused(world, tmp_path):
             reading=READING, run=SILENT, validation=world / "records.jsonl",
         )  # fmt: skip
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("cut", [{"max_tokens": 330}, {"max_samples": 20}])
+def test_a_head_of_the_data_is_refused(world, tmp_path, cut):
+    """Where a head ends depends on every record before it, so one more changes many others."""
+    reading = DataConfig(max_length=64, **cut)
+    asked = (world / "emulator", world / "records.jsonl")
+    with pytest.raises(ConfigError, match=f"no {next(iter(cut))} with differential privacy.*file"):
+        tune(
+            *asked, tmp_path / "a", None, TRAINING, STRONG, reading=reading, run=SILENT,
+        )  # fmt: skip
+    with pytest.raises(ConfigError, match=next(iter(cut))):
+        estimate_tune(*asked, None, TRAINING, STRONG, reading=reading)
+    assert not (tmp_path / "a").exists()
+    assert estimate_tune(*asked, None, TRAINING, DpConfig(), reading=reading).tokens
 
 
 def test_the_command_says_what_was_spent(world, tmp_path, capsys):

@@ -149,9 +149,21 @@ def _opened(emulator: str | Path, reading: DataConfig, trust: Trust | None) -> E
 def read_privately(
     reading: DataConfig, privacy: DpConfig, validation: str | Path | None
 ) -> DataConfig:
-    """How data is read under differential privacy: one example a unit, none held out."""
+    """How data is read under differential privacy: one example a unit, all of them, none held out.
+
+    Raises:
+        ConfigError: validation data; a head of the data, whose end moves with any one record: one
+            long record more can push many others out of it, and the account is of one.
+    """
     if privacy.epsilon is None:
         return reading
+    cuts = [name for name in ("max_tokens", "max_samples") if getattr(reading, name) is not None]
+    if cuts:
+        raise ConfigError(
+            f"expected no {' or '.join(cuts)} with differential privacy: one record more would "
+            "change which others are read, which epsilon does not cover; leave it out, and give a "
+            "file of the records that are wanted, chosen without a look at their lengths"
+        )
     if validation is not None:
         raise ConfigError(
             "expected no validation data with differential privacy: choosing the best step by it "
