@@ -56,6 +56,11 @@ def test_the_source_says_what_the_dataclass_is(group):
         assert ours.help, ours.name
 
 
+@pytest.mark.parametrize("verb", VERB_OBJECTS.values(), ids=VERB_OBJECTS)
+def test_no_command_draws_noise_that_can_be_repeated(verb):
+    assert not [name for name in verb.known() if "testing" in name]
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_defaults_build_the_default_config(group):
     cls = getattr(import_module(group.module), group.name)

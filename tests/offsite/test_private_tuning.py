@@ -13,6 +13,7 @@ from blindtune.offsite.adapter import AdapterConfig
 from blindtune.offsite.plugin import plug_in
 from blindtune.offsite.tuning import tune
 from blindtune.offsite.tuning_estimate import estimate_tune
+from blindtune.privacy.entropy import system_uniforms
 from blindtune.training.dp_plan import DpConfig
 from blindtune.training.loop import TrainingConfig
 from blindtune.training.text import DataConfig
@@ -52,6 +53,27 @@ def test_what_is_spent_is_planned_stated_and_shown(world, tmp_path, lora_rank):
     )  # fmt: skip
     assert "epsilon 1.00" in audit.guarantee[0] or "epsilon 0.99" in audit.guarantee[0]
     assert "with a chance above 3%" in audit.guarantee[1]
+
+
+def test_noise_that_could_be_repeated_is_never_stated_as_private(world, tmp_path, monkeypatch):
+    drawn = []
+
+    def noted(*shape):
+        drawn.append(shape)
+        return system_uniforms(*shape)
+
+    monkeypatch.setattr("blindtune.offsite.tuning.system_uniforms", noted)
+    asked = (world / "emulator", world / "records.jsonl")
+    options = {"reading": READING, "run": SILENT}
+    ids = {
+        tune(*asked, tmp_path / name, None, TRAINING, STRONG, **options).adapter_id
+        for name in ("a", "b")
+    }
+    assert len(ids) == 2
+    assert drawn.count((40,)) == 2 * 3  # who is in each step, and noise besides
+    assert len(drawn) > 6
+    with pytest.raises(TypeError, match="testing_seed"):
+        DpConfig(epsilon=1.0, testing_seed=1)
 
 
 def test_without_an_epsilon_nothing_is_stated(world):

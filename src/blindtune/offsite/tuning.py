@@ -26,7 +26,7 @@ from blindtune.exchange.signing import Signer, Trust
 from blindtune.models.decoder import Decoder, check_context, context_limit
 from blindtune.offsite.adapter import AdapterConfig, write_adapter
 from blindtune.offsite.emulator import Emulator, open_emulator
-from blindtune.privacy.entropy import uniforms_from
+from blindtune.privacy.entropy import system_uniforms
 from blindtune.training import checkpoint
 from blindtune.training.dp_plan import DpConfig, DpPlan, plan_noise
 from blindtune.training.loop import RunConfig, TrainingConfig, TrainingResult, fit
@@ -99,7 +99,7 @@ def tune(
     plan = None if privacy.epsilon is None else plan_noise(privacy, training, len(train))
     trained = _trainable(opened, adapter, training.seed)
     work = out.absolute().parent / f"{out.absolute().name}.work"
-    fitting = _fitting(trained, train, held_out, training, plan, privacy.testing_seed, work)
+    fitting = _fitting(trained, train, held_out, training, plan, work)
     write = partial(write_adapter, opened, adapter, out, overwrite=overwrite, signer=signer)
     with sole_writer(out):
         result = fitting(run=run, identity={"emulator": opened.id, **asdict(adapter)})
@@ -117,13 +117,15 @@ def _fitting(
     held_out: TokenDataset | None,
     training: TrainingConfig,
     plan: DpPlan | None,
-    testing_seed: int | None,
     work: Path,
 ) -> Callable[..., TrainingResult]:
-    """The training, plain or by a plan of noise; it takes `run` and `identity` still."""
+    """The training, plain or by a plan of noise; it takes `run` and `identity` still.
+
+    What the package states holds only for noise that nobody can repeat, so none comes from a seed.
+    """
     if plan is None:
         return partial(fit, model, train, held_out, training, work)
-    return partial(fit_private, model, train, training, plan, work, uniforms_from(testing_seed))
+    return partial(fit_private, model, train, training, plan, work, system_uniforms)
 
 
 def _trained_parameters(model: torch.nn.Module) -> int:

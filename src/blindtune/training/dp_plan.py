@@ -24,8 +24,6 @@ class DpConfig:
     unit: Literal["record", "window"] = "record"
     """What is protected. record: one record of the data (texts are not packed). window: a window of
     packed text; a document that spans several is protected less."""
-    testing_seed: int | None = None
-    """Repeatable noise and sampling, for tests only: whoever knows the seed can take it off."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
