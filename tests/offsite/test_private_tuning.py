@@ -7,6 +7,7 @@ import pytest
 from blindtune.cli.main import run
 from blindtune.errors import ConfigError
 from blindtune.evaluation.audit_adapter import audit_adapter
+from blindtune.evaluation.audit_estimate import estimate_audit_adapter
 from blindtune.evaluation.inspection import inspect
 from blindtune.exchange.package import open_package
 from blindtune.offsite.adapter import AdapterConfig
@@ -16,8 +17,9 @@ from blindtune.offsite.tuning_estimate import estimate_tune
 from blindtune.privacy.entropy import system_uniforms
 from blindtune.training.dp_plan import DpConfig
 from blindtune.training.loop import TrainingConfig
-from blindtune.training.text import DataConfig
+from blindtune.training.text import DataConfig, load_dataset_file
 from offsite_world import SILENT, owners_world
+from tiny_models import tiny_tokenizer
 
 TRAINING = TrainingConfig(max_steps=3, learning_rate=1e-3, per_device_train_batch_size=4)
 READING = DataConfig(max_length=64)
@@ -29,6 +31,8 @@ def world(tmp_path_factory):
     place = owners_world(tmp_path_factory.mktemp("owners"), "llama").path
     lines = (json.dumps({"text": f"the cat number {i} eats rice at home"}) for i in range(40))
     (place / "records.jsonl").write_text("\n".join(lines))
+    lines = (json.dumps({"text": f"the fish number {i} sits on some mat"}) for i in range(6))
+    (place / "others.jsonl").write_text("\n".join(lines))
     return place
 
 
@@ -47,10 +51,20 @@ def test_what_is_spent_is_planned_stated_and_shown(world, tmp_path, lora_rank):
     assert shown == {"epsilon": found.privacy.epsilon, "delta": 1e-3, "unit": "record"}
     assert plug_in(world / "model", tmp_path / "adapter", None).model is not None
     assert not (tmp_path / "adapter.work").exists()
-    audit = audit_adapter(
-        tmp_path / "adapter", world / "emulator", world / "records.jsonl",
-        others=world / "private.txt", reading=DataConfig(max_length=64, validation_split=0.0),
-    )  # fmt: skip
+    asked = (tmp_path / "adapter", world / "emulator", world / "records.jsonl")
+    options = {"others": world / "others.jsonl", "reading": READING}
+    assert READING.pack
+    assert READING.validation_split  # and yet all are one record each, and none is a stranger
+    audit = audit_adapter(*asked, **options)
+    assert audit.facts["trained records"] == "40 of 40 in records.jsonl"
+    assert audit.facts["other records"] == "6 of others.jsonl"
+    read = sum(
+        load_dataset_file(
+            world / name, tiny_tokenizer(), DataConfig(max_length=64, pack=False)
+        ).tokens
+        for name in ("records.jsonl", "others.jsonl")
+    )
+    assert estimate_audit_adapter(*asked, **options).tokens == 3 * read
     assert "epsilon 1.00" in audit.guarantee[0] or "epsilon 0.99" in audit.guarantee[0]
     assert "with a chance above 3%" in audit.guarantee[1]
 
@@ -93,6 +107,14 @@ def test_a_text_file_is_one_record_unless_windows_are_the_unit(world, tmp_path):
         reading=READING, run=SILENT,
     )  # fmt: skip
     assert found.privacy.unit == "window"
+    audit = audit_adapter(
+        tmp_path / "a", world / "emulator", text, others=world / "public.txt", reading=READING
+    )
+    packed = load_dataset_file(text, tiny_tokenizer(), READING)
+    assert audit.facts["trained records"] == f"{len(packed)} of {len(packed)} in private.txt"
+    for audit_of in (audit_adapter, estimate_audit_adapter):
+        with pytest.raises(ConfigError, match="expected --others for an adapter tuned with diff"):
+            audit_of(tmp_path / "a", world / "emulator", text, reading=READING)
     assert inspect(tmp_path / "a").privacy["unit"] == "window"
 
 

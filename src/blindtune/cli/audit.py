@@ -123,7 +123,7 @@ VERB = Verb(
             ["--others"],
             metavar="FILE",
             help="Adapter: records of the same kind that were not trained on; default: those that "
-            "tuning set aside for validation.",
+            "tuning set aside for validation (none with differential privacy: give some).",
         ),
         click.Option(
             ["--canaries"], metavar="FILE", help="Adapter: canaries.json, if --data was planted."

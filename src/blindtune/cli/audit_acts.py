@@ -174,7 +174,7 @@ def estimate(settings: Settings) -> Estimate:
         )
     if kind == "adapter":
         return estimate_audit_adapter(
-            settings["model"], settings["data"],
+            settings["subject"], settings["model"], settings["data"],
             others=settings["others"], reading=reading, config=config,
         )  # fmt: skip
     return estimate_audit_split(

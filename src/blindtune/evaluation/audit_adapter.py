@@ -5,7 +5,8 @@ whether they were trained on (`attacks.membership`); the judge is `evaluation.me
 
 The data owner has the emulator, not the full model, and measures on that: the model owner's own
 attack may find more or less. Audited records are read as `tune` reads them, so the records that
-tuning set aside for validation, which were not trained on, serve as the others.
+tuning set aside for validation, which were not trained on, serve as the others. With differential
+privacy it sets none aside, and all records of the data were trained on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blindtune.attacks.membership import AdapterView, loss_drops, tuned_losses
-from blindtune.errors import DataError
+from blindtune.errors import ConfigError, DataError
 from blindtune.evaluation.audit import Audit, AuditConfig, Finding, NotRun, show
 from blindtune.evaluation.canaries import (
     CanaryLeakage,
@@ -33,8 +34,10 @@ from blindtune.exchange.manifest import PrivacyFacts
 from blindtune.exchange.package import open_package
 from blindtune.exchange.signing import Trust
 from blindtune.models.decoder import check_context
+from blindtune.offsite.tuning import read_privately
 from blindtune.training.canaries import read_canaries
 from blindtune.training.dataset import TokenDataset
+from blindtune.training.dp_plan import DpConfig
 from blindtune.training.text import DataConfig, load_dataset_file
 
 NO_GUARANTEE = (
@@ -63,20 +66,23 @@ def audit_adapter(
         model: the emulator that it was tuned on, or, at its owner, the full model.
         data: what it was tuned on.
         others: records of the same kind that were not; None: those of `data` that `tune` set aside
-            for validation.
+            for validation, which it does not with differential privacy.
         canaries: `canaries.json` of the planting that `data` is of; None: none were planted.
-        reading: as at tuning; `validation_split` too, 0 if the validation data was a file.
+        reading: as at tuning; `validation_split` too, 0 if the validation data was a file. What
+            differential privacy changes of it follows from the package.
         config: how many records, and the intervals.
         trust: whose packages are opened; None: anybody's.
         on_progress: called with (stage, done, total).
 
     Raises:
-        DataError: fewer than 2 records of a sort, canaries that cannot be read. PackageError,
-            PolicyError, MismatchError, ModelError: see errors.py.
+        DataError: fewer than 2 records of a sort, canaries that cannot be read. ConfigError: no
+            `others` where the tuning set none aside. PackageError, PolicyError, MismatchError,
+            ModelError: see errors.py.
     """
     config, reading = config or AuditConfig(), reading or DataConfig(max_length=128)
     planted = () if canaries is None else read_canaries(canaries)
     stated = open_package(adapter, "adapter", trust=trust).manifest.privacy
+    reading = reading_of(stated, reading, others)
     untuned, tokenizer, limits = open_any(model, trust=trust)
     check_context(reading.max_length, *limits)
     trained, held_out = both_kinds(tokenizer, data, others, reading)
@@ -118,6 +124,25 @@ def _attacked(
         if on_progress is not None:
             on_progress("attack", done, len(ATTACKS))
     return found
+
+
+def reading_of(
+    stated: PrivacyFacts | msgspec.UnsetType, reading: DataConfig, others: str | Path | None
+) -> DataConfig:
+    """How `tune` read the data of an adapter that states this privacy.
+
+    Raises:
+        ConfigError: no `others` where all records were trained on; a head of the data, which
+            tuning with differential privacy refuses.
+    """
+    if stated is msgspec.UNSET:
+        return reading
+    if others is None:
+        raise ConfigError(
+            "expected --others for an adapter tuned with differential privacy, which trains on all "
+            "records and sets none aside: give records of the same kind that were not in the data"
+        )
+    return read_privately(reading, DpConfig(epsilon=stated.epsilon, unit=stated.unit), None)
 
 
 def both_kinds(

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blindtune.evaluation.audit import AuditConfig
-from blindtune.evaluation.audit_adapter import both_kinds
+from blindtune.evaluation.audit_adapter import both_kinds, reading_of
 from blindtune.evaluation.split_subject import read_audited, spread_texts
+from blindtune.exchange.package import open_package
 from blindtune.models.costs import (
     FLOAT,
     READ_BYTES_PER_SECOND,
@@ -83,6 +84,7 @@ def estimate_audit_emulator(
 
 
 def estimate_audit_adapter(
+    adapter: str | Path,
     model: str | Path,
     data: str | Path,
     *,
@@ -93,9 +95,11 @@ def estimate_audit_adapter(
     """Estimate `audit_adapter` without its canaries; the data is read.
 
     Raises:
-        DataError, ModelError, PackageError: as for `audit_adapter`.
+        DataError, ConfigError, ModelError, PackageError: as for `audit_adapter`.
     """
     config, reading = config or AuditConfig(), reading or DataConfig(max_length=128)
+    stated = open_package(adapter, "adapter").manifest.privacy
+    reading = reading_of(stated, reading, others)
     tokenizer, shape = shape_of(model)
     decoder = Decoder(shape)
     tokens = 0
