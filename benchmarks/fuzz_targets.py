@@ -392,6 +392,7 @@ def _training_files(place: Path) -> list[Target]:
             ("training.jsonl", [texts, pairs, talks]),
             ("training.json", [array]),
             ("training.txt", [b"a cat sat on the mat\n" * 3]),
+            ("training.csv", [b'text,id\n"a cat, sat",1\n\nno cat sat there,2\n']),
         )
     ]
 

@@ -19,7 +19,7 @@ from fuzz_targets import ALLOWED, FORBIDDEN, Target, make_targets  # noqa: E402
 NAMES = [
     "package", "forged package", "manifest", "signature", "safetensors", "frame", "tokenizer",
     "data choices.jsonl", "data labelled.jsonl", "data labelled.csv",
-    "data training.jsonl", "data training.json", "data training.txt",
+    "data training.jsonl", "data training.json", "data training.txt", "data training.csv",
 ]  # fmt: skip
 
 

@@ -217,14 +217,6 @@ def test_csv_parquet_and_json_read_the_same(tmp_path, tokenizer):
     assert len(wanted) == 1
 
 
-def test_private_rows_are_not_left_in_a_cache(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    (tmp_path / "temporary").mkdir()
-    (tmp_path / "a.csv").write_text(f'text\n"{WORDS}"\n')
-    load_dataset_file(tmp_path / "a.csv", tokenizer, DataConfig(max_length=8))
-    assert not list((tmp_path / "temporary").iterdir())
-
-
 def test_a_hub_name_goes_to_the_library(monkeypatch, tokenizer):
     import datasets
 

@@ -1,12 +1,11 @@
 """Labelled texts from a customer's file: .jsonl with an object a line, or .csv with a header.
 
-Both are read here, so that a bad row is named by file and line; .parquet files and data sets of the
-hub go through the `datasets` library (`training.text`).
+Both, .parquet files and data sets of the hub are read as all data is (`training.text`), so that a
+bad row is named by file and number.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from blindtune.errors import DataError
 from blindtune.training.records import check_unicode, kind_of_value
+from blindtune.training.rows import csv_rows
 from blindtune.training.text import DataConfig, read_rows
 
 LabelKind = Literal["class", "target"]
@@ -157,16 +157,16 @@ def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(
             f"{path}: expected a file ending in .jsonl, .csv or .parquet: convert or rename it"
         )
+    if suffix == ".csv":
+        for number, cells in csv_rows(Path(path)):
+            yield f"{path}:{number + 1}", dict(cells)
+        return
     yield from _lines(Path(path))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                for number, row in enumerate(csv.DictReader(file, strict=True), 2):
-                    yield f"{path}:{number}", row
-                return
             for number, line in enumerate(file, 1):
                 if line.strip():
                     value = json.loads(line)
@@ -176,5 +176,5 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"{path}:{number}", value
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from error
-    except (UnicodeDecodeError, ValueError, RecursionError, csv.Error) as error:
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: malformed ({str(error)[:100]}): correct the file") from error

@@ -1,14 +1,13 @@
 """Reading data files into a `TokenDataset`.
 
-Plain text and JSON are read here, so that a bad line is named by file and number; .csv, .parquet
-and data sets of the hub go through the `datasets` library, whose cache of a local file is
-deleted at once: private text stays where its owner put it.
+A file is read where it lies, row by row (`training.rows`), so that a bad row is named by file and
+number, and private text stays where its owner put it; only data sets of the hub go through the
+`datasets` library.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -30,6 +29,7 @@ from blindtune.training.records import (
     text_of,
     token_ids,
 )
+from blindtune.training.rows import csv_rows, parquet_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -229,7 +229,7 @@ def read_rows(source: str, config: DataConfig) -> Iterator[Row]:
         return iter([(source, {config.text_column: _decode(path.read_bytes(), source)})])
     if extension in (".jsonl", ".json"):
         return _json_rows(path)
-    return _table_rows(path, config)
+    return _table_rows(path)
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -271,34 +271,33 @@ def _parse(text: str, where: str, kind: type) -> Any:
     return value
 
 
-def _table_rows(path: Path, config: DataConfig) -> Iterator[Row]:
-    """Rows of a .csv or .parquet file; the library's copy of it is gone before this returns."""
-    kind = path.suffix.lower()[1:]
-    with tempfile.TemporaryDirectory(prefix="blindtune-data-") as cache:
-        table = _load(str(path), kind, data_files=str(path), split="train", cache_dir=cache)
-        records = list(islice(table, config.max_samples))
-        del table  # it maps the files that are about to go
-    return ((f"{path}, row {index + 1}", record) for index, record in enumerate(records))
+def _table_rows(path: Path) -> Iterator[Row]:
+    """Rows of a .csv or .parquet file; an empty cell of .csv holds nothing."""
+    if path.suffix.lower() == ".parquet":
+        for number, record in parquet_rows(path):
+            yield f"{path}, row {number}", record
+        return
+    for number, cells in csv_rows(path):
+        yield f"{path}, row {number}", {name: cell or None for name, cell in cells.items()}
 
 
 def _hub_rows(name: str, config: DataConfig) -> Iterator[Row]:
-    table = _load(name, name, name=config.name, split=config.split)
-    for index, record in enumerate(table):
+    for index, record in enumerate(_load(name, config)):
         yield f"{name}, row {index + 1}", record
 
 
-def _load(source: str, path: str, **options: Any) -> Iterable[Record]:
+def _load(name: str, config: DataConfig) -> Iterable[Record]:
     """`datasets.load_dataset` without its progress bars, its errors translated."""
     import datasets
 
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        table: Iterable[Record] = datasets.load_dataset(path, **options)
+        table: Iterable[Record] = datasets.load_dataset(name, name=config.name, split=config.split)
     except Exception as error:  # the library raises its own, pyarrow's, pandas' and OS errors
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise DataError(
-            f"{source}: expected a data file, or a hub data set that can be reached: {reason[0]}"
+            f"{name}: expected a data file, or a hub data set that can be reached: {reason[0]}"
         ) from error
     finally:
         if not bars:
