@@ -102,23 +102,23 @@ def test_read_items_in_every_shape(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: .*invalid JSON"),
-        ("[1]", "line 2: .*object, got list"),
-        ('{"question": "\\udc00", "choices": ["a", "b"], "label": 0}', "line 2: .*surrogate"),
-        ('{"choices": ["a", "b"], "label": 0}', "line 2: .*`question`"),
-        ('{"question": "q", "choices": ["a"], "label": 0}', "line 2: .*two or more"),
-        ('{"question": "q", "choices": ["a", ""], "label": 0}', "line 2: .*not empty"),
-        ('{"question": "q", "choices": ["a", 3], "label": 0}', "line 2: .*not empty"),
-        ('{"question": "q", "choices": ["a", "b"], "label": 2}', "line 2: .*from 0 to 1"),
-        ('{"question": "q", "choices": ["a", "b"], "label": true}', "line 2: .*got bool"),
+        ("{", "jsonl:2: expected JSON"),
+        ("[1]", "jsonl:2: .*object, got list"),
+        ('{"question": "\\udc00", "choices": ["a", "b"], "label": 0}', "jsonl:2: .*surrogate"),
+        ('{"choices": ["a", "b"], "label": 0}', "jsonl:2: .*`question`"),
+        ('{"question": "q", "choices": ["a"], "label": 0}', "jsonl:2: .*two or more"),
+        ('{"question": "q", "choices": ["a", ""], "label": 0}', "jsonl:2: .*not empty"),
+        ('{"question": "q", "choices": ["a", 3], "label": 0}', "jsonl:2: .*not empty"),
+        ('{"question": "q", "choices": ["a", "b"], "label": 2}', "jsonl:2: .*from 0 to 1"),
+        ('{"question": "q", "choices": ["a", "b"], "label": true}', "jsonl:2: .*got bool"),
         (
             '{"question": "q", "choices": ["a", "b"], "label": "C"}',
-            "line 2: .*got a string of 1",
+            "jsonl:2: .*got a string of 1",
         ),
-        ('{"question": "q", "choices": ["a", "b"]}', "line 2: .*got nothing"),
+        ('{"question": "q", "choices": ["a", "b"]}', "jsonl:2: .*got nothing"),
         (
             '{"question": "q", "choices": {"text": ["a", "b"], "label": ["A"]}, "label": "A"}',
-            "line 2: .*as many",
+            "jsonl:2: .*as many",
         ),
     ],
 )
@@ -140,5 +140,5 @@ def test_bad_files(tmp_path):
         read_items(tmp_path / "binary.jsonl")
     for hostile in ("[" * 200_000, '{"question": ' + "9" * 10_000 + "}"):
         (tmp_path / "hostile.jsonl").write_text(hostile)
-        with pytest.raises(DataError, match="line 1: expected one JSON object"):
+        with pytest.raises(DataError, match="jsonl:1: expected JSON"):
             read_items(tmp_path / "hostile.jsonl")

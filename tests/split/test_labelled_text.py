@@ -1,7 +1,11 @@
 import pytest
+from split_world import World
 
 from blindtune.errors import DataError
-from blindtune.split.labelled_text import read_labelled
+from blindtune.evaluation.split_subject import read_audited
+from blindtune.split import labelled_text
+from blindtune.split.labelled_text import labelled, read_labelled, read_texts
+from blindtune.split.private_texts import ReadingConfig, read_unseen
 
 
 def write(path, text):
@@ -38,9 +42,9 @@ def test_names_and_columns(tmp_path):
         ("a.jsonl", '{"text": 3, "label": 1}', "a.jsonl:1"),
         ("a.jsonl", '{"text": "x", "label": 0.5}', "class"),
         ("a.jsonl", "[1]", "object"),
-        ("a.jsonl", "{", "malformed"),
+        ("a.jsonl", "{", "a.jsonl:1: expected JSON"),
         ("a.jsonl", '{"text": "\\ud800", "label": 1}', "a.jsonl:1: .*surrogate"),
-        ("a.jsonl", "[" * 100_000, "malformed"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl:1: expected JSON"),
     ],
 )
 def test_bad_files(tmp_path, name, text, match):
@@ -54,3 +58,32 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "b.csv").write_bytes(b"text,label\n\xff,1\n")
     with pytest.raises(DataError, match="malformed"):
         read_labelled(tmp_path / "b.csv")
+
+
+def test_texts_to_predict_or_to_audit_are_read_once(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.csv", "text,label\na good film,2.5\na bad one,1\n")
+    opened = []
+
+    def rows(path):
+        opened.append(path)
+        return csv_rows(path)
+
+    csv_rows = labelled_text.csv_rows
+    monkeypatch.setattr(labelled_text, "csv_rows", rows)
+    bottom = World(tmp_path).bottom
+    found = read_unseen(bottom, path, ReadingConfig(), ("1", "2.5", "3"))
+    assert found.labels.tolist() == [1, 0]
+    assert found.names == ("1", "2.5", "3")
+    assert opened == [path]
+    found = read_audited(bottom, path, ReadingConfig(task="regression"))
+    assert found.labels.tolist() == [2.5, 1.0]
+    assert read_audited(bottom, path, ReadingConfig()).names == ("1", "2.5")
+    assert opened == [path] * 3
+
+
+def test_texts_without_labels_have_none(tmp_path):
+    found = read_texts(write(tmp_path / "a.jsonl", '{"text": "x", "label": 1}\n{"text": "y"}'))
+    assert not found.labelled
+    for kind in ("class", "target"):
+        with pytest.raises(DataError, match=r"a\.jsonl:2: expected .* got nothing"):
+            labelled(found, kind=kind)

@@ -7,6 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from blindtune.errors import DataError
+from blindtune.evaluation.choices import read_items
 from blindtune.split.labelled_text import read_labelled
 from blindtune.training.rows import csv_rows, parquet_rows
 from blindtune.training.text import DataConfig, load_dataset_file, read_rows
@@ -56,6 +57,16 @@ def test_cells_are_the_text_that_stands_there(tmp_path):
     assert [row["id"] for _, row in rows] == ["1", "2", "", None, "5"]
     read = [record["id"] for _, record in read_rows(str(path), DataConfig())]
     assert read == ["1", "2", None, None, "5"]
+
+
+def test_a_file_with_a_byte_order_mark_tunes_and_is_scored(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    record = {"question": "who sat?", "choices": ["the dog", "the cat"], "label": 1, "text": "x"}
+    other = record | {"label": 0}
+    path.write_text(f"{json.dumps(record)}\r\n\r\n{json.dumps(other)}\r\n", "utf-8-sig")
+    assert len(load_dataset_file(path, tokenizer, DataConfig())) == 2
+    assert [item.label for item in read_items(path)] == [1, 0]
+    assert read_labelled(path).labels_N.tolist() == [1, 0]
 
 
 def test_batches_leave_nothing_out(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ and no attention mask is needed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,7 +22,8 @@ import torch
 from blindtune.errors import DataError
 from blindtune.evaluation.utility import Progress, scoring, target_log_probs
 from blindtune.models.decoder import context_limit
-from blindtune.training.records import Item, check_unicode, encoding, read_item
+from blindtune.training.records import Item, encoding, read_item
+from blindtune.training.rows import json_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -149,30 +149,10 @@ def read_items(path: str | Path) -> list[Item]:
     Raises:
         DataError: the file cannot be read or is empty, or a line is malformed (named).
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"expected JSON lines in UTF-8 at {path}: {error}") from error
-    items = [
-        _parse_item(line, f"{path}, line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
+    items = [read_item(record, where) for where, record in json_rows(Path(path))]
     if not items:
-        raise DataError(f"expected at least one item, {path} is empty")
+        raise DataError(f"expected at least one item, {path} is empty: give a file with questions")
     return items
-
-
-def _parse_item(line: str, where: str) -> Item:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
-        raise DataError(f"{where}: expected one JSON object, got invalid JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
-    check_unicode(line, record, where)
-    return read_item(record, where)
 
 
 def _answer(item: Item, scores: Sequence[float]) -> Answer:

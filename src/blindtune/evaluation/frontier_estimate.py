@@ -108,8 +108,8 @@ def estimate_split_frontier(
     assert isinstance(table_VD, Tensor)
     longest = reading.max_length or tokenizer.model_max_length
     trained, asked = (
-        sum(min(len(ids), longest) for ids in tokenizer(list(texts))["input_ids"])
-        for texts, _, _ in (
+        sum(min(len(ids), longest) for ids in tokenizer(list(found.texts))["input_ids"])
+        for found in (
             read_texts(path, text_column=reading.text_column, label_column=reading.label_column)
             for path in (data, test)
         )

@@ -27,7 +27,6 @@ from blindtune.privacy.metric_dp import Mechanism
 from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.bottom import Bottom, open_bottom
 from blindtune.split.customer_job import MARK, CustomerJob
-from blindtune.split.labelled_text import read_texts
 from blindtune.split.own_groups import make_groups
 from blindtune.split.privacy_statement import (
     PrivacyStatement,
@@ -40,7 +39,7 @@ from blindtune.split.private_texts import (
     PrivateTexts,
     ReadingConfig,
     encode_texts,
-    read_training,
+    read_unseen,
 )
 from blindtune.training.text import DataConfig, read_rows
 
@@ -127,20 +126,13 @@ def read_audited(bottom: Bottom, path: str | Path, reading: ReadingConfig) -> Pr
     """Texts with their labels if every row has one, or without; of .txt every line is a text.
 
     Raises:
-        DataError, ConfigError: as for `read_training`.
+        DataError, ConfigError: as for `read_unseen`.
     """
-    if reading.task == "language-model":
-        return read_training(bottom, path, reading)
-    if Path(path).suffix.lower() == ".txt":
+    if reading.task != "language-model" and Path(path).suffix.lower() == ".txt":
         rows = [str(row["text"]) for _, row in read_rows(str(path), DataConfig())]
         lines = [line for text in rows for line in text.splitlines() if line.strip()]
         return PrivateTexts(ids=encode_texts(bottom, lines, reading.max_length), labels=None)
-    texts, _, labelled = read_texts(
-        path, text_column=reading.text_column, label_column=reading.label_column
-    )
-    if labelled:
-        return read_training(bottom, path, reading)
-    return PrivateTexts(ids=encode_texts(bottom, texts, reading.max_length), labels=None)
+    return read_unseen(bottom, path, reading)
 
 
 def spread_texts(ids: Sequence[Tensor], tokens: int) -> list[int]:

@@ -6,9 +6,8 @@ bad row is named by file and number.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import DataError
-from blindtune.training.records import check_unicode, kind_of_value
-from blindtune.training.rows import csv_rows
+from blindtune.training.records import kind_of_value
+from blindtune.training.rows import csv_rows, json_rows
 from blindtune.training.text import DataConfig, read_rows
 
 LabelKind = Literal["class", "target"]
@@ -39,13 +38,24 @@ class LabelledTexts:
 
 
 @dataclass(frozen=True)
-class _Column:
+class FoundTexts:
     """Texts with their raw labels, as a file has them."""
 
     texts: tuple[str, ...]
     labels: tuple[Any, ...]
+    """None where a row has no label."""
     rows: tuple[int, ...]
+    """Which row of the file each text is, from 1."""
     where: tuple[str, ...]
+    """The place of each row, named in errors."""
+    source: str
+    """The file."""
+    label_column: str
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every text has a label."""
+        return None not in self.labels
 
 
 def read_labelled(
@@ -69,14 +79,25 @@ def read_labelled(
             label, or fewer than two classes.
     """
     found = _read(path, text_column, label_column, required=True)
+    return labelled(found, names=names, kind=kind)
+
+
+def labelled(
+    found: FoundTexts, *, names: tuple[str, ...] | None = None, kind: LabelKind = "class"
+) -> LabelledTexts:
+    """Texts of a file with their labels as numbers; see `read_labelled`.
+
+    Raises:
+        DataError: a label is missing, unknown, or none of its kind; fewer than two classes.
+    """
     if kind == "target":
         targets = [_number(label, where) for label, where in _pairs(found)]
         return LabelledTexts(found.texts, torch.tensor(targets), (), found.rows)
-    called = [_class(label, where, label_column) for label, where in _pairs(found)]
+    called = [_class(label, where, found.label_column) for label, where in _pairs(found)]
     classes = names or tuple(sorted(set(called)))
     if not called or len(classes) < 2:
         raise DataError(
-            f"{path}: expected texts of at least two classes, got {len(called)} texts of "
+            f"{found.source}: expected texts of at least two classes, got {len(called)} texts of "
             f"{len(classes)}: check the label column"
         )
     unknown = [
@@ -94,17 +115,16 @@ def read_labelled(
 
 def read_texts(
     path: str | Path, *, text_column: str = "text", label_column: str = "label"
-) -> tuple[tuple[str, ...], tuple[int, ...], bool]:
-    """Read texts alone: them, their rows, and whether every one of them has a label too.
+) -> FoundTexts:
+    """Read texts, with whatever labels they have; `labelled` makes numbers of those.
 
     Raises:
         DataError: as for `read_labelled`, but no label is missed.
     """
-    found = _read(path, text_column, label_column, required=False)
-    return found.texts, found.rows, None not in found.labels
+    return _read(path, text_column, label_column, required=False)
 
 
-def _read(path: str | Path, text_column: str, label_column: str, *, required: bool) -> _Column:
+def _read(path: str | Path, text_column: str, label_column: str, *, required: bool) -> FoundTexts:
     texts, labels, numbers, places = [], [], [], []
     for number, (where, row) in enumerate(_rows(path), 1):
         text, label = row.get(text_column), row.get(label_column)
@@ -121,15 +141,17 @@ def _read(path: str | Path, text_column: str, label_column: str, *, required: bo
             places.append(where)
     if not texts:
         raise DataError(f"{path}: expected texts, got none: give a file with data")
-    return _Column(tuple(texts), tuple(labels), tuple(numbers), tuple(places))
+    return FoundTexts(
+        tuple(texts), tuple(labels), tuple(numbers), tuple(places), str(path), label_column
+    )
 
 
-def _pairs(found: _Column) -> Iterator[tuple[Any, str]]:
+def _pairs(found: FoundTexts) -> Iterator[tuple[Any, str]]:
     return zip(found.labels, found.where, strict=True)
 
 
 def _class(label: Any, where: str, column: str) -> str:
-    if isinstance(label, bool | float | dict | list):
+    if label is None or isinstance(label, bool | float | dict | list):
         raise DataError(
             f"{where}: expected a class (text or a whole number) in {column!r}, got "
             f"{kind_of_value(label)}: name another column, or the task regression"
@@ -147,34 +169,16 @@ def _number(label: Any, where: str) -> float:
     return value
 
 
-def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    suffix = Path(path).suffix
+def _rows(path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    suffix = Path(path).suffix.lower()
     if suffix == ".parquet" or (not suffix and not Path(path).exists()):
-        for where, record in read_rows(str(path), DataConfig()):
-            yield where, dict(record)
-        return
-    if suffix not in (".jsonl", ".csv"):
+        yield from read_rows(str(path), DataConfig())
+    elif suffix == ".jsonl":
+        yield from json_rows(Path(path))
+    elif suffix == ".csv":
+        for number, cells in csv_rows(Path(path)):
+            yield f"{path}:{number + 1}", cells
+    else:
         raise DataError(
             f"{path}: expected a file ending in .jsonl, .csv or .parquet: convert or rename it"
         )
-    if suffix == ".csv":
-        for number, cells in csv_rows(Path(path)):
-            yield f"{path}:{number + 1}", dict(cells)
-        return
-    yield from _lines(Path(path))
-
-
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    value = json.loads(line)
-                    if not isinstance(value, dict):
-                        raise DataError(f"{path}:{number}: expected an object on the line")
-                    check_unicode(line, value, f"{path}:{number}")
-                    yield f"{path}:{number}", value
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from error
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: malformed ({str(error)[:100]}): correct the file") from error

@@ -24,7 +24,13 @@ from torch import Tensor
 from blindtune.errors import ConfigError, DataError
 from blindtune.models.decoder import Decoder
 from blindtune.split.bottom import Bottom
-from blindtune.split.labelled_text import LabelledTexts, read_labelled, read_texts
+from blindtune.split.labelled_text import (
+    LabelKind,
+    LabelledTexts,
+    labelled,
+    read_labelled,
+    read_texts,
+)
 from blindtune.split.partition import longest_sequence
 from blindtune.training.records import encoding
 from blindtune.training.text import DataConfig, load_dataset_file
@@ -84,31 +90,34 @@ def read_training(bottom: Bottom, path: str | Path, reading: ReadingConfig) -> P
         path,
         text_column=reading.text_column,
         label_column=reading.label_column,
-        kind="class" if reading.task == "classification" else "target",
+        kind=_kind(reading),
     )
     return _encoded(bottom, found, reading)
 
 
 def read_unseen(
-    bottom: Bottom, path: str | Path, reading: ReadingConfig, names: tuple[str, ...]
+    bottom: Bottom, path: str | Path, reading: ReadingConfig, names: tuple[str, ...] = ()
 ) -> PrivateTexts:
-    """Texts to predict; with labels if every row has one.
+    """Texts to predict or to audit; with labels if every row has one.
 
     Args:
-        names: the classes of the training texts.
+        names: the classes of the training texts; (): those of this file.
 
     Raises:
         DataError: as for `read_training`, or a class that the training texts do not have.
     """
     if reading.task == "language-model":
         return _windows(bottom, path, reading)
-    columns = {"text_column": reading.text_column, "label_column": reading.label_column}
-    texts, rows, labelled = read_texts(path, **columns)
-    if labelled:
-        kind: Literal["class", "target"] = "class" if names else "target"
-        return _encoded(bottom, read_labelled(path, names=names, kind=kind, **columns), reading)
-    ids = encode_texts(bottom, texts, reading.max_length)
-    return PrivateTexts(ids=ids, labels=None, names=names, rows=rows)
+    found = read_texts(path, text_column=reading.text_column, label_column=reading.label_column)
+    if found.labelled:
+        read = labelled(found, names=names, kind=_kind(reading))
+        return _encoded(bottom, read, reading)
+    ids = encode_texts(bottom, found.texts, reading.max_length)
+    return PrivateTexts(ids=ids, labels=None, names=names, rows=found.rows)
+
+
+def _kind(reading: ReadingConfig) -> LabelKind:
+    return "class" if reading.task == "classification" else "target"
 
 
 def encode_texts(

@@ -1,22 +1,81 @@
-"""Rows of tables, read from the file itself: no copy is made that a killed process could leave.
+"""Rows of a data file, read where it lies: no copy is made that a killed process could leave.
 
-A row of .csv, or some hundred of .parquet, are in memory at a time. Errors name the file and the
-row, never a value: these are private files.
+A row of .jsonl or .csv, or some hundred of .parquet, are in memory at a time. Errors name the file
+and the row, never a value: these are private files.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from blindtune.errors import DataError
+from blindtune.training.records import check_unicode
 
 BATCH_ROWS = 256
 """Rows of a .parquet file that are made at once."""
 _LONGEST_CELL = 2**31 - 1
 """Characters; the csv module's own limit, 131,072, is shorter than a text may be."""
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of every line of JSON lines; of a .json file that is one array, too.
+
+    Blank lines are no rows; a byte-order mark at the start is left out.
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8, or a line is no JSON object.
+    """
+    try:
+        if path.suffix.lower() == ".json":
+            text = decoded(path.read_bytes(), str(path))
+            if text.lstrip().startswith("["):
+                yield from _array_rows(text, path)
+                return
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield where, _parse(decoded(line, where), where, dict)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from error
+
+
+def _array_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for index, record in enumerate(_parse(text, str(path), list)):
+        where = f"{path}, record {index + 1}"
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: expected an object, got {type(record).__name__}")
+        yield where, record
+
+
+def decoded(data: bytes, where: str) -> str:
+    """UTF-8 as text, without the byte-order mark at its start.
+
+    Raises:
+        DataError: other bytes.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: expected UTF-8 text, byte {error.start + 1} is not: convert the file"
+        ) from None
+
+
+def _parse(text: str, where: str, kind: type) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: expected JSON, got something else ({error})") from None
+    if not isinstance(value, kind):
+        wanted = "an object" if kind is dict else "an array"
+        raise DataError(f"{where}: expected {wanted}, got {type(value).__name__}")
+    check_unicode(text, value, where)
+    return value
 
 
 def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:

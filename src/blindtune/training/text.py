@@ -7,12 +7,11 @@ number, and private text stays where its owner put it; only data sets of the hub
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,7 +20,6 @@ from blindtune.training.dataset import IGNORED_LABEL, TokenDataset, show_sample
 from blindtune.training.records import (
     Example,
     Record,
-    check_unicode,
     encode_completion,
     encode_messages,
     read_item,
@@ -29,7 +27,7 @@ from blindtune.training.records import (
     text_of,
     token_ids,
 )
-from blindtune.training.rows import csv_rows, parquet_rows
+from blindtune.training.rows import csv_rows, decoded, json_rows, parquet_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -226,49 +224,10 @@ def read_rows(source: str, config: DataConfig) -> Iterator[Row]:
     if path.stat().st_size == 0:
         raise DataError(f"{source}: expected data, the file is empty: give a file with data")
     if extension == ".txt":
-        return iter([(source, {config.text_column: _decode(path.read_bytes(), source)})])
+        return iter([(source, {config.text_column: decoded(path.read_bytes(), source)})])
     if extension in (".jsonl", ".json"):
-        return _json_rows(path)
+        return json_rows(path)
     return _table_rows(path)
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: expected UTF-8 text, byte {error.start + 1} is not: convert the file"
-        ) from None
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    """Records of JSON lines, or of a .json file that is one array."""
-    if path.suffix.lower() == ".json":
-        text = _decode(path.read_bytes(), str(path))
-        if text.lstrip().startswith("["):
-            for index, record in enumerate(_parse(text, str(path), list)):
-                where = f"{path}, record {index + 1}"
-                if not isinstance(record, dict):
-                    raise DataError(f"{where}: expected an object, got {type(record).__name__}")
-                yield where, record
-            return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                where = f"{path}:{number}"
-                yield where, _parse(_decode(line, where), where, dict)
-
-
-def _parse(text: str, where: str, kind: type) -> Any:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: expected JSON, got something else ({error})") from None
-    if not isinstance(value, kind):
-        wanted = "an object" if kind is dict else "an array"
-        raise DataError(f"{where}: expected {wanted}, got {type(value).__name__}")
-    check_unicode(text, value, where)
-    return value
 
 
 def _table_rows(path: Path) -> Iterator[Row]:
