@@ -5,6 +5,9 @@ import json
 
 import pytest
 
+from blindtune.cli.audit import VERB
+from blindtune.cli.audit_acts import AUDITS, OPTIONS, PRIVACY
+
 QUICK = ["--max-length", "32", "--test-tokens", "256", "--healing-steps", "4"]
 
 
@@ -104,6 +107,26 @@ def test_a_customer_audits_a_bottom_before_the_first_run(made, blindtune, tmp_pa
             ["--model", "llama", "--public", "p", "--test", "t", "--canaries", "c"],
             "--canaries does not fit the audit of an emulator",
         ),
+        (
+            "adapter",
+            ["--model", "emulator", "--data", "private.jsonl", "--healing-steps", "3", "--seed", 1],
+            "--healing-steps, --seed do not fit the audit of an adapter",
+        ),
+        (
+            "emulator",
+            ["--model", "llama", "--public", "p", "--test", "t", "--max-records", 9],
+            "--max-records does not fit the audit of an emulator",
+        ),
+        (
+            "emulator",
+            ["--model", "llama", "--public", "p", "--test", "t", "--label-column", "mood"],
+            "--label-column does not fit the audit of an emulator",
+        ),
+        (
+            "public.txt",
+            ["--data", "x", "--bottom", "x", "--validation-split", "0.2", "--no-pack"],
+            "--no-pack, --validation-split do not fit the audit of a transcript",
+        ),
         ("llama", [], "manifest.json"),
     ],
 )
@@ -116,6 +139,20 @@ def test_what_does_not_fit_is_said_in_a_line(
     assert says in done.err
     assert len(done.err.strip().splitlines()) == 1
     assert not (tmp_path / "audit").exists()
+
+
+def test_every_option_has_its_kinds():
+    groups = [group for group in VERB.groups if group is not PRIVACY]
+    assert {name for group in groups for name in group.options()} == set(OPTIONS)
+    assert all(set(kinds) <= set(AUDITS) for kinds in OPTIONS.values())
+
+
+def test_options_that_say_the_default_fit_every_kind(made, blindtune, tmp_path):
+    asked = ["audit", made / "adapter", "--model", made / "emulator", "--data",
+             made / "private.jsonl", "--max-length", 64, "--healing-steps", 64,
+             "--label-column", "label", "--out", tmp_path / "audit", "--dry-run"]  # fmt: skip
+    done = blindtune(*asked)
+    assert done.code == 0, done.err
 
 
 def test_nothing_of_a_strangers_package_is_parsed(made, blindtune, tmp_path):

@@ -41,6 +41,35 @@ TAKES = {
 """Options that this kind takes beside those."""
 NOISED = ("bottom", "transcript")
 """Kinds that take the options of the privatizer."""
+_SPLIT = ("bottom", "job", "transcript")
+_WINDOWED = ("emulator", "adapter")
+OPTIONS = {
+    "confidence": (*_WINDOWED, *_SPLIT),
+    "test_tokens": ("emulator", *_SPLIT),
+    "healing_steps": ("emulator",),
+    "healing_batch_size": ("emulator",),
+    "healing_learning_rate": ("emulator",),
+    "max_records": ("adapter",),
+    "false_positive_rate": ("adapter",),
+    "public_tokens": _SPLIT,
+    "attack_seconds": _SPLIT,
+    "fresh_draws": _SPLIT,
+    "batch_size": _WINDOWED,
+    "seed": ("emulator", *_SPLIT),
+    "text_column": (*_WINDOWED, *_SPLIT),
+    "max_length": (*_WINDOWED, *_SPLIT),
+    "pack": _WINDOWED,
+    "validation_split": ("adapter",),
+    "max_samples": _WINDOWED,
+    "max_tokens": _WINDOWED,
+    "split_seed": ("adapter",),
+    "chat_template": _WINDOWED,
+    "split": _WINDOWED,
+    "name": _WINDOWED,
+    "task": _SPLIT,
+    "label_column": _SPLIT,
+}
+"""Which kinds look at an option of the other configs."""
 
 
 def kind_of(settings: Settings) -> str:
@@ -80,11 +109,24 @@ def check_options(kind: str, settings: Settings) -> None:
     known = {*NEEDS[kind], *TAKES[kind]}
     every = {name for names in (*NEEDS.values(), *TAKES.values()) for name in names}
     stray = sorted(f"--{name}" for name in every - known if settings[name] is not None)
-    if kind not in NOISED:
-        fields = PRIVACY.options()
-        stray += [option_name(n) for n, f in fields.items() if settings[n] != f.default]
+    stray += _ignored(kind, settings)
     if stray:
-        raise ConfigError(f"{', '.join(stray)} does not fit the audit of {this}: leave it out")
+        verb, what = ("does", "it") if len(stray) == 1 else ("do", "them")
+        raise ConfigError(
+            f"{', '.join(stray)} {verb} not fit the audit of {this}: leave {what} out"
+        )
+
+
+def _ignored(kind: str, settings: Settings) -> list[str]:
+    """Options that were given another value than their default and that this kind looks past."""
+    found = []
+    for group in settings.groups:
+        for name, f in group.options().items():
+            kinds = NOISED if group is PRIVACY else OPTIONS[name]
+            given = settings[name]
+            if kind not in kinds and given != group.defaults.get(f.name, f.default):
+                found.append(option_name(f"no_{name}" if given is False else name))
+    return found
 
 
 def _emulator(settings: Settings, on_stage: Callable[[str, int, int], None]) -> Audit:
