@@ -8,7 +8,7 @@ import torch
 from split_world import CONFIG, FAST, LABELS, TEXTS, World, build
 from torch.nn.functional import cross_entropy
 
-from blindtune.errors import VerificationError
+from blindtune.errors import PolicyError, VerificationError
 from blindtune.exchange.messages import (
     Backward,
     Batch,
@@ -251,6 +251,26 @@ def test_u_shape_resumes_both_parties_at_the_same_step(tmp_path, vendor_stored):
     assert losses == expected[-len(losses) :]
     assert (len(losses) < len(expected)) == vendor_stored
     job.close()
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_going_on_with_a_job_that_ended_touches_nothing(tmp_path, restarted):
+    world = World(tmp_path, "bert", "u-shape", cut=1, last=1)
+    token = new_token()
+    job = world.job(token=token)
+    train_u_shape(job, Top(world.bottom, head_of(world), directory=tmp_path), world.private(), PLAN,
+                  language_model=False)  # fmt: skip
+    job.close()
+    (ended,) = world.vendor._jobs.values()
+    world.vendor.cancel(ended)
+    if restarted:
+        world.start()
+    top = Top(world.bottom, head_of(world), directory=tmp_path)
+    kept = top.numbers()
+    assert kept
+    with pytest.raises(PolicyError, match="was cancelled: begin another job"):
+        go_on(world.connect, top, token, retries=FAST)
+    assert top.numbers() == kept
 
 
 def test_models_agree_before_training(tmp_path):

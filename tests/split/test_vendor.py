@@ -308,6 +308,47 @@ def test_cancelled_jobs_are_forgotten(world, tmp_path):
     Stream(world, opened=opening(world))
 
 
+def test_few_ended_jobs_are_remembered_and_none_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(vendor_module, "ENDED_KEPT", 3)
+    clock = {"time": time.time()}
+    monkeypatch.setattr(store.time, "time", lambda: clock["time"])
+    world = World(tmp_path)
+    tokens = [new_token() for _ in range(6)]
+    for token in tokens:
+        clock["time"] += 1
+        stream = Stream(world, opened=opening(world, token=token))
+        assert stream.ask(Cancel()).state == "cancelled"
+    world.vendor.expire()
+    assert len(list((tmp_path / "vendor" / "jobs").iterdir())) == 3
+    assert Stream(world, opened=ResumeJob(token=tokens[0])).opened.code == "unknown-job"
+    assert Stream(world, opened=ResumeJob(token=tokens[-1])).opened.state == "cancelled"
+    world.start()
+    clock["time"] += 31 * 86400
+    world.vendor.expire()
+    assert not list((tmp_path / "vendor" / "jobs").iterdir())
+    Stream(world, opened=opening(world))
+
+
+def test_what_open_forwards_keep_is_let_go_when_the_customer_is_gone(tmp_path, monkeypatch):
+    world = World(tmp_path, partition="u-shape", cut=1, last=1)
+    token, rows = new_token(), torch.randn(3, 32)
+    stream = Stream(world, opened=opening(world, token=token))
+    stream.ask(Forward(sequence=1, hidden_TD=rows, lengths=(3,)))
+    job = next(iter(world.vendor._jobs.values()))
+    world.vendor.expire()
+    assert job.lora.open_tokens == 3
+    later = time.monotonic() + vendor_module.OPEN_FORWARD_SECONDS + 1
+    with monkeypatch.context() as patched:
+        patched.setattr(vendor_module.time, "monotonic", lambda: later)
+        world.vendor.expire()
+    assert job.lora.open_tokens == 0
+    late = Backward(sequence=2, forward=1, gradient_TD=rows)
+    assert stream.ask(late).code == "out-of-order"
+    back = Stream(world, opened=ResumeJob(token=token, at=0))
+    assert back.opened.applied == 0
+    assert back.ask(Forward(sequence=1, hidden_TD=rows, lengths=(3,))).hidden_TD.shape == (3, 32)
+
+
 def test_two_jobs_at_once_do_not_disturb_each_other(tmp_path):
     (tmp_path / "calm").mkdir()
     configs = [CONFIG, TuningConfig(lora_rank=4, learning_rate=3e-3, lora_targets="attention",
@@ -329,7 +370,8 @@ def test_two_jobs_at_once_do_not_disturb_each_other(tmp_path):
 
 
 def test_u_shape_requests_out_of_place(tmp_path):
-    world = World(tmp_path, partition="u-shape", cut=1, last=1)
+    limits = VendorLimits(max_message_tokens=11)
+    world = World(tmp_path, partition="u-shape", cut=1, last=1, limits=limits)
     stream = Stream(world, opened=opening(world))
     rows = torch.randn(3, 32)
     assert stream.ask(batch(1)).code == "mismatch"
@@ -343,10 +385,10 @@ def test_u_shape_requests_out_of_place(tmp_path):
     again = Backward(sequence=3, forward=1, gradient_TD=rows)
     assert stream.ask(again).code == "mismatch"
     assert stream.ask(Step(sequence=3)).steps == 1
-    for number in range(4, 12):
+    for number in (4, 5, 6):
         stream.ask(Forward(sequence=number, hidden_TD=rows, lengths=(3,)))
-    refused = stream.ask(Forward(sequence=12, hidden_TD=rows, lengths=(3,)))
-    assert refused.code == "limit"
+    refused = stream.ask(Forward(sequence=7, hidden_TD=rows, lengths=(3,)))
+    assert (refused.code, "9 are and 3 came" in refused.message) == ("limit", True)
     assert stream.ask(Predict(hidden_TD=rows, lengths=(3,))).sequence is None
 
 

@@ -21,14 +21,11 @@ from blindtune.exchange.messages import ResumeJob
 from blindtune.exchange.network import Connection, parse_address
 from blindtune.exchange.resuming import ResumingTransport, RetryConfig
 from blindtune.exchange.transport import BusyError, Direction, Transport
+from blindtune.split.customer import check_open
 from blindtune.version import PROGRAM
 
 TOKEN_VARIABLE = "BLINDTUNE_TOKEN"  # noqa: S105 (a name)
 _MAX_TOKEN_BYTES = 4096
-_ENDED = {
-    "cancelled": "was cancelled",
-    "closed": "has expired: the vendor removes jobs that nobody asks for in long",
-}
 Connect = Callable[[], Transport]
 """Makes a connection to the vendor."""
 Reached = TypeVar("Reached")
@@ -158,9 +155,7 @@ def resume_job(connect: Connect, token: str, retries: RetryConfig) -> ResumingTr
         ),
         retries,
     )
-    if transport.job.state != "open":
-        transport.close()
-        raise PolicyError(f"this job {_ENDED[transport.job.state]}: begin another job")
+    check_open(transport)
     return transport
 
 

@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from blindtune.errors import ConfigError, DataError, VerificationError
+from blindtune.errors import ConfigError, DataError, PolicyError, VerificationError
 from blindtune.exchange.messages import (
     WINDOW,
     Batch,
@@ -44,6 +44,11 @@ from blindtune.split.bottom import Bottom
 from blindtune.split.private_states import PrivateStates
 from blindtune.split.terms import TuningConfig
 from blindtune.version import PROGRAM
+
+_ENDED = {
+    "cancelled": "was cancelled",
+    "closed": "has expired: the vendor removes jobs that nobody asks for in long",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +137,13 @@ def open_job(
         transport.close()
         raise VerificationError("the vendor serves another bottom: ask for its package")
     return transport
+
+
+def check_open(transport: ResumingTransport) -> None:
+    """Close the transport of a job that has ended at the vendor, and raise PolicyError."""
+    if transport.job.state != "open":
+        transport.close()
+        raise PolicyError(f"this job {_ENDED[transport.job.state]}: begin another job")
 
 
 def train(

@@ -228,9 +228,9 @@ class JobLora:
         return found[-1]
 
     @property
-    def open_forwards(self) -> int:
-        """Forwards whose gradient has not come."""
-        return len(self._open)
+    def open_tokens(self) -> int:
+        """Tokens of the forwards whose gradient has not come: what is kept of each is large."""
+        return sum(len(rows_TD) for rows_TD, _, _ in self._open.values())
 
     def step(self) -> float:
         """The optimizer's step with what was gathered; the norm of the gradient before clipping.

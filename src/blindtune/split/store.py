@@ -17,7 +17,13 @@ from typing import Any, Literal, final
 import msgspec
 import torch
 
-from blindtune.atomic import atomic_file, put_in_order, remove_left_overs, save_torch
+from blindtune.atomic import (
+    atomic_file,
+    put_in_order,
+    remove_directory,
+    remove_left_overs,
+    save_torch,
+)
 from blindtune.errors import OutputError
 from blindtune.exchange.messages import OpenJob
 
@@ -89,7 +95,8 @@ class JobStore:
 
     def touch(self, name: str) -> None:
         """Note that a job was asked for now."""
-        os.utime(self._jobs / name / "job.json")
+        now = time.time()
+        os.utime(self._jobs / name / "job.json", (now, now))
 
     def idle_seconds(self, name: str) -> float:
         """Since when nobody asked for a job, or moved it."""
@@ -122,9 +129,14 @@ class JobStore:
             if later > number:
                 (self._jobs / name / f"at-{later}.pt").unlink()
 
+    def remove(self, name: str) -> None:
+        """Remove all of a job."""
+        remove_directory(self._jobs / name)
+
     def forget(self, record: JobRecord, state: Literal["cancelled", "closed"]) -> None:
         """Remove a job's states; what was agreed stays, with the state that it ended in."""
         self.write(msgspec.structs.replace(record, state=state))
+        self.touch(record.name)
         for number in self.numbers(record.name):
             (self._jobs / record.name / f"at-{number}.pt").unlink()
         remove_left_overs(self._jobs / record.name)

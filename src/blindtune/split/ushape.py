@@ -24,7 +24,7 @@ from blindtune.exchange.messages import Precision, ResumeJob, unpack
 from blindtune.exchange.resuming import ResumingTransport, RetryConfig
 from blindtune.exchange.transport import Transport
 from blindtune.split.bottom import Bottom
-from blindtune.split.customer import PassConfig
+from blindtune.split.customer import PassConfig, check_open
 from blindtune.split.partition import (
     PooledHead,
     default_pooling,
@@ -164,6 +164,7 @@ def go_on(
 
     Raises:
         NetworkError: no such state is left at both, or the vendor cannot be reached.
+        PolicyError: the job has ended; nothing here was touched.
     """
     for number in reversed([0, *top.numbers()]):
         opening = ResumeJob(token=token, at=number)
@@ -171,6 +172,7 @@ def go_on(
             transport = ResumingTransport(connect, opening, program=PROGRAM, retries=retries)
         except MismatchError:  # the vendor does not have this one: it was stored here first
             continue
+        check_open(transport)
         top.load(number)
         return transport, number
     raise NetworkError("the vendor kept none of the states that are kept here: open a new job")

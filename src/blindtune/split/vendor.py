@@ -41,7 +41,6 @@ from blindtune.exchange.events import (
 )
 from blindtune.exchange.messages import (
     PROTOCOL_VERSION,
-    WINDOW,
     Batch,
     Cancel,
     Checkpoint,
@@ -77,6 +76,10 @@ ENDED = {
     "closed": "this job has expired: nobody had asked for it in long, and it was removed",
 }
 EXPIRY_GRACE_SECONDS = 3600.0
+OPEN_FORWARD_SECONDS = 3600.0
+"""Since when nobody has asked for a job, before what its open forwards keep is let go."""
+ENDED_KEPT = 32
+"""Ended jobs of a customer that are remembered, to tell it that they have ended."""
 
 
 @final
@@ -205,13 +208,15 @@ class Vendor:
         return job
 
     def expire(self) -> None:
-        """Forget the open jobs that nobody has asked for in `max_idle_days`.
+        """End the open jobs that nobody has asked for in `max_idle_days`; forget those long ended.
 
+        And let go of what forwards keep of jobs whose customers left between forward and backward.
         Only those that looked so `EXPIRY_GRACE_SECONDS` ago already: a clock that jumps ahead and
         is set right again takes no job away.
         """
         now, limit = time.monotonic(), 86400 * self.limits.max_idle_days
         for name, job in list(self._jobs.items()):
+            self._let_go(job, now)
             if job.record.state != "open" or self._store.idle_seconds(name) <= limit:
                 self._overdue.pop(name, None)
             elif now - self._overdue.setdefault(name, now) >= EXPIRY_GRACE_SECONDS:
@@ -219,6 +224,31 @@ class Vendor:
                     if job.record.state == "open" and now - job.asked > EXPIRY_GRACE_SECONDS:
                         self._end(job, "closed")
                         self._tell(JobExpired(customer=job.record.owner, job=name))
+        self._forget_ended(limit)
+
+    def _let_go(self, job: Job, now: float) -> None:
+        """Take a job with open forwards that rests back to its checkpoint, as a restart would."""
+        resting = now - job.asked > OPEN_FORWARD_SECONDS
+        if not resting or job.lora is None or not job.lora.open_tokens:
+            return
+        with job.lock:
+            if job.lora is not None and job.lora.open_tokens:
+                job.deliveries.take_over()
+                self._go_back(job, self._store.numbers(job.record.name)[-1])
+
+    def _forget_ended(self, limit: float) -> None:
+        """Remove what is left of ended jobs: older than `limit` seconds, or beyond a few each."""
+        ended: dict[str, list[tuple[float, str]]] = {}
+        for name, job in list(self._jobs.items()):
+            if job.record.state != "open":
+                ended.setdefault(job.record.owner, []).append(
+                    (self._store.idle_seconds(name), name)
+                )
+        for found in ended.values():
+            for place, (seconds, name) in enumerate(sorted(found)):
+                if place >= ENDED_KEPT or seconds > limit:
+                    self._store.remove(name)
+                    self._jobs.pop(name, None)
 
     def rewind(self, job: Job, number: int) -> None:
         """Take a job back to its checkpoint after request `number`."""
@@ -340,8 +370,13 @@ class Vendor:
         if isinstance(message, Batch):
             check_labels(message.labels, job.record.task, job.record.outputs)
         assert job.lora is not None
-        if isinstance(message, Forward) and job.lora.open_forwards >= WINDOW:
-            raise RefusedError("limit", f"{WINDOW} forwards are open: send their gradients first")
+        if isinstance(message, Forward):
+            most, waiting = self.limits.max_message_tokens, job.lora.open_tokens
+            if waiting + len(message.hidden_TD) > most:
+                raise RefusedError(
+                    "limit", f"expected forwards of at most {most} tokens to be open, {waiting} "
+                    f"are and {len(message.hidden_TD)} came: send their gradients first",
+                )  # fmt: skip
 
     def _check_rows(self, message: Batch | Forward | Predict) -> None:
         check_rows(
@@ -407,7 +442,7 @@ class _Session:
             job = self._vendor.open(self._customer, message)
         else:
             job = self._vendor.find(self._customer, message.token)
-            if message.at is not None and message.at != job.deliveries.applied:
+            if message.at not in (None, job.deliveries.applied) and job.record.state == "open":
                 self._vendor.rewind(job, message.at)
         self._job = job
         with job.lock:
