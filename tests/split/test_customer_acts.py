@@ -19,6 +19,7 @@ from blindtune.split.customer_job import CustomerJob, LossLog
 from blindtune.split.privacy_statement import PrivatizerConfig
 from blindtune.split.private_states import PrivateStates
 from blindtune.split.private_texts import ReadingConfig
+from blindtune.split.terms import VendorLimits
 
 
 def tune(world, data, out, privatizer=VECTOR, **options):
@@ -61,6 +62,20 @@ def test_tune_predict_cancel(tmp_path, data, partition):
         tune(world, data, tmp_path / "job")
     with pytest.raises(DataError, match="cancelled"):
         ask(world, new)
+
+
+@pytest.mark.parametrize("partition", ["two-part", "u-shape"])
+def test_a_batch_that_the_vendor_would_not_take_is_known_before_anything_is_sent(
+    tmp_path, data, partition
+):
+    limits = VendorLimits(max_message_tokens=12)
+    last = int(partition == "u-shape")
+    world = World(tmp_path, "bert", partition, cut=1, last=last, limits=limits)
+    seen = Recorder()
+    with pytest.raises(ConfigError, match=r"batches of at most 12 tokens.*lower batch_size"):
+        tune(world, data, tmp_path / "job", connect=lambda: world.connect(tap=seen))
+    sent = {type(c.message).__name__ for c in seen.transcript().crossings()}
+    assert sent.isdisjoint({"Batch", "Forward"})
 
 
 def test_a_job_is_its_owners_and_whole(tmp_path, data):

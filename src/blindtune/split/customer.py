@@ -36,6 +36,7 @@ from blindtune.exchange.messages import (
     Predictions,
     Step,
     Stepped,
+    Welcome,
     named,
 )
 from blindtune.exchange.resuming import ResumingTransport, RetryConfig
@@ -144,6 +145,24 @@ def check_open(transport: ResumingTransport) -> None:
     if transport.job.state != "open":
         transport.close()
         raise PolicyError(f"this job {_ENDED[transport.job.state]}: begin another job")
+
+
+def check_batches(welcome: Welcome, private: PrivateStates, config: PassConfig) -> None:
+    """Whether the vendor takes the largest batch of the plan; asked before anything is sent.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    lengths = [len(state_LD) for state_LD in private.states]
+    largest = max(
+        sum(lengths[i] for i in texts) for step in config.steps(len(private)) for texts in step
+    )
+    if largest > welcome.max_tokens:
+        raise ConfigError(
+            f"expected batches of at most {welcome.max_tokens:,} tokens, as the vendor says, the "
+            f"largest would have {largest:,} (nothing was sent): lower batch_size or max_length "
+            "in a new job"
+        )
 
 
 def train(

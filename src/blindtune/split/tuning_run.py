@@ -12,7 +12,7 @@ from blindtune.exchange.messages import WINDOW
 from blindtune.exchange.resuming import ResumingTransport
 from blindtune.split.access import AccessConfig, Connect, Traffic, patiently, resume_job
 from blindtune.split.bottom import Bottom
-from blindtune.split.customer import PassConfig, open_job, train
+from blindtune.split.customer import PassConfig, check_batches, open_job, train
 from blindtune.split.customer_job import CustomerJob, LossLog
 from blindtune.split.private_states import PrivateStates
 from blindtune.split.private_texts import Purpose
@@ -42,6 +42,7 @@ def tune_two_part(work: Work, watch: Watch) -> None:
     """Stream what the vendor has not applied yet."""
     transport = _open_or_resume(work)
     try:
+        check_batches(transport.welcome, work.private, work.passes)
         applied = transport.job.applied
         with work.job.loss_log(applied) as log:
             # What was trained but not noted is asked for again; the vendor remembers its replies.
@@ -72,6 +73,7 @@ def tune_u_shape(work: Work, watch: Watch) -> None:
             lambda: go_on(work.connect, top, work.job.token, retries=retries), retries
         )
     try:
+        check_batches(transport.welcome, work.private, work.passes)
         with work.job.loss_log(applied) as log:
             watch.begin(log, applied=applied, answered=applied)
             train_u_shape(
