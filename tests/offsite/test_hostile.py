@@ -30,7 +30,9 @@ from blindtune.models.tokenizers import (
     tokenizer_from_files,
 )
 from blindtune.offsite.emulator import open_emulator, read_config, sketch, write_emulator
+from blindtune.offsite.package_estimates import shape_of
 from blindtune.offsite.plugin import merge, plug_in
+from blindtune.offsite.tuning_estimate import estimate_tune
 from tiny_models import FAMILY_NAMES, tiny_config, tiny_tokenizer
 
 Q_PROJ = "self_attn.q_proj"
@@ -87,14 +89,22 @@ def test_large_finite_weights_change_by_a_finite_amount(world, tmp_path):
     assert 1e30 < change[7] < float("inf")
 
 
-def altered(world, tmp_path, config=None, replaced=None):
+def altered(world, tmp_path, config=None, replaced=None, layers=None, tokenizer=True):
     """The world's emulator with other values in its config or other files; the hashes are right."""
     package = open_package(world.path / "emulator", "emulator")
     tensors = package.read_tensors({n: (f.shape, f.dtype) for n, f in package.header.items()})
     files = {name: package.read_file(name) for name in FILE_NAMES if name in package.manifest.files}
     config = package.manifest.config | (config or {})
-    manifest = msgspec.structs.replace(package.manifest, config=config)
-    write_package(tmp_path / "odd", manifest, tensors, files | (replaced or {}))
+    entries = package.manifest.layers
+    if layers is not None:
+        more = [entries[len(entries) // 2]] * (layers - len(entries))
+        entries = [*entries[:-1], *more, entries[-1]]
+    facts = msgspec.structs.replace(package.manifest.full_model, layers=len(entries))
+    manifest = msgspec.structs.replace(
+        package.manifest, config=config, layers=entries, full_model=facts
+    )
+    files = files | (replaced or {}) if tokenizer else {}
+    write_package(tmp_path / "odd", manifest, tensors, files)
     return tmp_path / "odd"
 
 
@@ -296,12 +306,30 @@ def test_a_tokenizer_without_rows_for_its_ids_is_not_written(world, tmp_path):
     assert not (tmp_path / "e").exists()
 
 
-def test_inspect_refuses_what_opening_refuses(world, tmp_path):
+def test_inspecting_and_estimating_refuse_what_opening_refuses(world, tmp_path):
     files = tokenizer_files(tiny_tokenizer())
     tokenizer = json.loads(files[TOKENIZER_NAME]) | {"post_processor": template(128)}
     package = altered(world, tmp_path, replaced={TOKENIZER_NAME: json.dumps(tokenizer).encode()})
     with pytest.raises(PackageError, match="ids up to 128"):
         inspect(package)
+    with pytest.raises(PackageError, match="ids up to 128"):
+        estimate_tune(package, tmp_path / "never read")
+    with pytest.raises(PackageError, match="ids up to 128"):
+        shape_of(package)
     shutil.rmtree(package)
     with pytest.raises(PackageError, match="pad_token_id"):
         inspect(altered(world, tmp_path, {"pad_token_id": 10**6}))
+
+
+def test_estimates_build_no_model_of_more_layers_than_the_package_has_weights(world, tmp_path):
+    package = altered(world, tmp_path, {"num_hidden_layers": 2000}, layers=2000)
+    for estimate in (lambda: shape_of(package), lambda: estimate_tune(package, tmp_path / "none")):
+        with pytest.raises(PackageError, match="weights in each of 2000 layers"):
+            estimate()
+
+
+def test_a_package_without_a_tokenizer_is_refused_by_name(world, tmp_path):
+    package = altered(world, tmp_path, tokenizer=False)
+    for read in (open_emulator, shape_of):
+        with pytest.raises(PackageError, match=r"no tokenizer\.json"):
+            read(package)

@@ -7,7 +7,7 @@ files are a fast tokenizer's JSON, a short list of known settings, and a chat te
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,20 +52,37 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     return files
 
 
-def tokenizer_from_files(
-    files: Mapping[str, bytes], *, rows: int | None = None
+def read_tokenizer(
+    names: Container[str], read_file: Callable[[str], bytes], *, rows: int
 ) -> PreTrainedTokenizerBase:
+    """The tokenizer among a package's files: the one way to read another party's.
+
+    Args:
+        names: of the files that there are.
+        read_file: the content of one of them.
+        rows: of the model's word embedding.
+
+    Raises:
+        PackageError: as `tokenizer_from_files`.
+    """
+    return tokenizer_from_files({n: read_file(n) for n in FILE_NAMES if n in names}, rows=rows)
+
+
+def tokenizer_from_files(files: Mapping[str, bytes], *, rows: int) -> PreTrainedTokenizerBase:
     """The tokenizer that another party's files describe. Its chat template is not rendered.
 
     Args:
         files: by name, as from `tokenizer_files`.
-        rows: of the embedding; None: ids are not checked.
+        rows: of the word embedding: an id from there on would have no embedding.
 
     Raises:
         PackageError: a file is malformed or missing, a setting is unknown or of a wrong kind, or
             the tokenizer can return an id that has no row.
     """
     with refuse_malformed():
+        missing = [name for name in (TOKENIZER_NAME, SETTINGS_NAME) if name not in files]
+        if missing:
+            raise ValueError(f"no {' and no '.join(missing)}")
         settings = _settings(files[SETTINGS_NAME])
         backend = read_backend(files[TOKENIZER_NAME])
         tokenizer = PreTrainedTokenizerFast(
@@ -73,8 +90,7 @@ def tokenizer_from_files(
         )
         if TEMPLATE_NAME in files:
             tokenizer.chat_template = files[TEMPLATE_NAME].decode()
-        if rows is not None:
-            _check_ids(tokenizer, rows)
+        _check_ids(tokenizer, rows)
     loaded: PreTrainedTokenizerBase = tokenizer
     return loaded
 

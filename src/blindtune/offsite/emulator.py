@@ -40,7 +40,7 @@ from blindtune.models.configs import (
 )
 from blindtune.models.decoder import Decoder
 from blindtune.models.surgery import empty_model, meta_model, replace_layer, tied_names
-from blindtune.models.tokenizers import FILE_NAMES, tokenizer_files, tokenizer_from_files
+from blindtune.models.tokenizers import read_tokenizer, tokenizer_files, tokenizer_from_files
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -159,16 +159,25 @@ def open_emulator(
     indices = adapter_indices(opened.manifest.adapter_layers, len(opened.manifest.layers))
     for _, parameter in adapter_parameters(model, indices):
         parameter.requires_grad_(True)
-    names = [name for name in FILE_NAMES if name in opened.manifest.files]
-    files = {name: opened.read_file(name) for name in names}
-    tokenizer = tokenizer_from_files(files, rows=model.config.vocab_size)
     return Emulator(
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_of(opened, model),
         id=opened.id,
         manifest=opened.manifest,
         signature=opened.signature,
     )
+
+
+def tokenizer_of(
+    package: Package[EmulatorManifest], model: PreTrainedModel
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that a package carries, for its model or the sketch of it.
+
+    Raises:
+        PackageError: it is malformed, or returns ids that the model has no word for.
+    """
+    rows = model.config.vocab_size
+    return read_tokenizer(package.manifest.files, package.read_file, rows=rows)
 
 
 def sketch(package: Package[EmulatorManifest]) -> PreTrainedModel:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from blindtune.exchange.manifest import (
     AdapterLayer,
     CompressedLayer,
@@ -24,8 +26,8 @@ from blindtune.exchange.signing import Signature
 from blindtune.exchange.tensors import TensorFacts
 from blindtune.models.decoder import Decoder
 from blindtune.models.families import Family
-from blindtune.models.tokenizers import FILE_NAMES, TOKENIZER_NAME, tokenizer_from_files
-from blindtune.offsite.emulator import sketch
+from blindtune.models.tokenizers import TOKENIZER_NAME
+from blindtune.offsite.emulator import sketch, tokenizer_of
 from blindtune.offsite.package_facts import (
     LayerFacts,
     numbers,
@@ -103,7 +105,7 @@ def inspect_emulator(package: Package[Any], manifest: EmulatorManifest) -> Inspe
         full_parameters=manifest.full_model.parameters,
         full_bytes=manifest.full_model.bytes,
         unchanged_parameters=parameters - changed,
-        tokenizer=_tokenizer(package, manifest, shape.config.vocab_size),
+        tokenizer=_tokenizer(package, shape),
         created_by=manifest.created_by,
         signature=package.signature,
         reveals=_revealed(manifest, layers, parameters, changed, feed_forward=feed_forward),
@@ -212,11 +214,10 @@ def _compressed(indices: Sequence[int], *, feed_forward: bool) -> str:
     )
 
 
-def _tokenizer(package: Package[Any], manifest: EmulatorManifest, rows: int) -> str:
-    if TOKENIZER_NAME not in manifest.files:
+def _tokenizer(package: Package[EmulatorManifest], shape: PreTrainedModel) -> str:
+    if TOKENIZER_NAME not in package.manifest.files:
         return "none"
-    files = {name: package.read_file(name) for name in FILE_NAMES if name in manifest.files}
-    backend: Any = getattr(tokenizer_from_files(files, rows=rows), "backend_tokenizer")  # noqa: B009
+    backend: Any = getattr(tokenizer_of(package, shape), "backend_tokenizer")  # noqa: B009
     return f"{type(backend.model).__name__}, {backend.get_vocab_size():,} tokens"
 
 

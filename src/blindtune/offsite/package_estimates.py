@@ -28,11 +28,11 @@ from blindtune.models.costs import (
 )
 from blindtune.models.decoder import Decoder
 from blindtune.models.loading import load_tokenizer
-from blindtune.models.surgery import meta_model
-from blindtune.models.tokenizers import FILE_NAMES, tokenizer_files, tokenizer_from_files
+from blindtune.models.tokenizers import tokenizer_files
 from blindtune.offsite.compression import compressed_rank, saves_space
 from blindtune.offsite.emulation import EmulatorConfig, replaced_layers
-from blindtune.offsite.emulator import DTYPES, assemble, read_config
+from blindtune.offsite.emulator import DTYPES, tokenizer_of
+from blindtune.offsite.emulator import sketch as emulator_sketch
 from blindtune.offsite.study import Study, open_study
 from blindtune.training.records import token_ids
 from blindtune.training.text import DataConfig, load_dataset_file
@@ -175,6 +175,5 @@ def shape_of(model: str | Path) -> tuple[PreTrainedTokenizerBase, PreTrainedMode
     if not (Path(model) / MANIFEST_NAME).is_file():
         return load_tokenizer(model), sketch(model)
     package = open_package(model, "emulator")
-    names = [name for name in FILE_NAMES if name in package.manifest.files]
-    tokenizer = tokenizer_from_files({name: package.read_file(name) for name in names})
-    return tokenizer, assemble(meta_model(read_config(package.manifest)), package.manifest.layers)
+    shape = emulator_sketch(package)
+    return tokenizer_of(package, shape), shape

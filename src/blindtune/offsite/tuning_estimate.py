@@ -22,10 +22,8 @@ from blindtune.models.costs import (
     weight_bytes,
 )
 from blindtune.models.decoder import Decoder
-from blindtune.models.surgery import meta_model
-from blindtune.models.tokenizers import FILE_NAMES, tokenizer_from_files
 from blindtune.offsite.adapter import AdapterConfig
-from blindtune.offsite.emulator import adapter_indices, assemble, read_config
+from blindtune.offsite.emulator import adapter_indices, sketch, tokenizer_of
 from blindtune.offsite.tuning import read_examples, read_privately
 from blindtune.training.config import RunConfig, TrainingConfig
 from blindtune.training.dp_plan import DpConfig
@@ -63,10 +61,8 @@ def estimate_tune(
         reading = read_privately(reading, privacy, validation)
     package = open_package(emulator, "emulator")
     manifest = package.manifest
-    names = [name for name in FILE_NAMES if name in manifest.files]
-    tokenizer = tokenizer_from_files({name: package.read_file(name) for name in names})
-    train, held_out = read_examples(tokenizer, data, validation, reading)
-    model = assemble(meta_model(read_config(manifest)), manifest.layers)
+    model = sketch(package)
+    train, held_out = read_examples(tokenizer_of(package, model), data, validation, reading)
     decoder = Decoder(model)
     length = max(1, train.tokens // len(train))
     cost, rate = decoder_cost(decoder, length), matmul_rate(decoder.hidden_size)

@@ -34,7 +34,7 @@ from blindtune.models.decoder import Decoder
 from blindtune.models.encoders import empty_encoder, is_encoder, meta_encoder
 from blindtune.models.fingerprint import fingerprint
 from blindtune.models.surgery import empty_model, meta_model, tied_names
-from blindtune.models.tokenizers import FILE_NAMES, tokenizer_files, tokenizer_from_files
+from blindtune.models.tokenizers import read_tokenizer, tokenizer_files
 from blindtune.split.partition import Cut, Stack, stack_of
 
 DTYPES: dict[Dtype, torch.dtype] = {
@@ -148,7 +148,7 @@ def open_bottom(
     model = _load(opened, cut).to(dtype).requires_grad_(False)
     return Bottom(
         stack=stack_of(model),
-        tokenizer=tokenizer_of(opened),
+        tokenizer=tokenizer_of(opened, model),
         cut=cut,
         id=opened.id.removeprefix("sha256:"),
         max_length=manifest.max_length,
@@ -156,14 +156,15 @@ def open_bottom(
     )
 
 
-def tokenizer_of(package: Package[BottomManifest]) -> PreTrainedTokenizerBase:
-    """The tokenizer that the package carries.
+def tokenizer_of(
+    package: Package[BottomManifest], model: PreTrainedModel
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that a package carries, for its model or the sketch of it.
 
     Raises:
-        PackageError: it is malformed.
+        PackageError: it is malformed, or returns ids that the model has no word for.
     """
-    names = [name for name in FILE_NAMES if name in package.manifest.files]
-    tokenizer = tokenizer_from_files({name: package.read_file(name) for name in names})
+    tokenizer = read_tokenizer(package.manifest.files, package.read_file, rows=_rows(model))
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -179,6 +180,13 @@ def verified_sketch(package: Package[BottomManifest]) -> PreTrainedModel:
     check_buffers(sketch)
     check_expected(package.header, _expected(sketch), package.path)
     return sketch
+
+
+def _rows(model: PreTrainedModel) -> int:
+    """Words of the embedding."""
+    table_VD = stack_of(model).embedding.weight
+    assert isinstance(table_VD, Tensor)
+    return len(table_VD)
 
 
 def _cut_of(manifest: BottomManifest) -> Cut:

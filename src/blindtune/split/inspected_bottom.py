@@ -49,8 +49,8 @@ class InspectedBottom:
 
 def inspect_bottom(package: Package[Any], manifest: BottomManifest) -> InspectedBottom:
     """See `evaluation.inspection.inspect`; the model is built on the meta device only."""
-    verified_sketch(package)
-    backend: Any = getattr(tokenizer_of(package), "backend_tokenizer")  # noqa: B009
+    shape = verified_sketch(package)
+    backend: Any = getattr(tokenizer_of(package, shape), "backend_tokenizer")  # noqa: B009
     return InspectedBottom(
         kind="bottom",
         path=package.path,
