@@ -8,13 +8,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from blindtune.errors import ConfigError, MismatchError, PackageError, UnsupportedModelError
+from blindtune.errors import (
+    ConfigError,
+    MismatchError,
+    OutputError,
+    PackageError,
+    UnsupportedModelError,
+)
 from blindtune.evaluation.inspection import inspect
 from blindtune.exchange.package import open_package
 from blindtune.models.fingerprint import fingerprint
 from blindtune.split.bottom import open_bottom, write_bottom
 from blindtune.split.inspected_bottom import InspectedBottom
 from blindtune.split.partition import Cut, lm_logits, run_bottom, run_top, run_vendor, stack_of
+from forged_tokenizers import around, forge_tokenizer
 from tiny_encoders import ENCODER_NAMES, tiny_encoder
 from tiny_models import FAMILY_NAMES, tiny_config, tiny_model, tiny_tokenizer
 
@@ -179,3 +186,23 @@ def test_layers_that_know_their_index_stay_where_they_are(tmp_path):
             model, tiny_tokenizer(), tmp_path / "b",
             Cut(partition="u-shape", layers=8, cut=1, last=1),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda t: t["model"]["vocab"].update(q=128), around([("<s>", 128)], [])],
+    ids=["word", "around a text"],
+)
+def test_ids_without_a_row_of_the_embedding_are_refused(package, tmp_path, change):
+    forged = forge_tokenizer(package, tmp_path / "forged", change)
+    for look in (open_bottom, inspect):
+        with pytest.raises(PackageError, match="ids up to 128, the embedding has 128 rows"):
+            look(forged)
+
+
+def test_a_tokenizer_without_rows_for_its_ids_is_not_written(tmp_path):
+    tokenizer, model = tiny_tokenizer(), tiny_model("llama")
+    tokenizer.add_tokens([f"<{i}>" for i in range(29)])
+    with pytest.raises(OutputError, match="129 tokens"):
+        write_bottom(model, tokenizer, tmp_path / "b", two_part(stack_of(model), 2))
+    assert not (tmp_path / "b").exists()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blindtune.errors import ConfigError, PackageError
+from blindtune.errors import ConfigError, OutputError, PackageError
 from blindtune.exchange.manifest import BottomManifest, Dtype
 from blindtune.exchange.package import Package, open_package
 from blindtune.exchange.package_writing import write_package
@@ -34,7 +34,7 @@ from blindtune.models.decoder import Decoder
 from blindtune.models.encoders import empty_encoder, is_encoder, meta_encoder
 from blindtune.models.fingerprint import fingerprint
 from blindtune.models.surgery import empty_model, meta_model, tied_names
-from blindtune.models.tokenizers import read_tokenizer, tokenizer_files
+from blindtune.models.tokenizers import read_tokenizer, tokenizer_files, tokenizer_from_files
 from blindtune.split.partition import Cut, Stack, stack_of
 
 DTYPES: dict[Dtype, torch.dtype] = {
@@ -92,7 +92,7 @@ def write_bottom(
 
     Raises:
         ConfigError: the cut is for another number of layers, or the family cannot move layers.
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or no reader would accept the tokenizer.
     """
     stack = stack_of(model)
     if stack.layer_count != cut.layers:
@@ -120,9 +120,8 @@ def write_bottom(
         layers=cut.layers,
         max_length=max_length,
     )
-    identity = write_package(
-        out, manifest, tensors, tokenizer_files(tokenizer), overwrite=overwrite, signer=signer
-    )
+    files = _readable_files(tokenizer, model)
+    identity = write_package(out, manifest, tensors, files, overwrite=overwrite, signer=signer)
     return identity.removeprefix("sha256:")
 
 
@@ -180,6 +179,16 @@ def verified_sketch(package: Package[BottomManifest]) -> PreTrainedModel:
     check_buffers(sketch)
     check_expected(package.header, _expected(sketch), package.path)
     return sketch
+
+
+def _readable_files(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[str, bytes]:
+    """The tokenizer's files, read once as a customer will; OutputError if that fails."""
+    files = tokenizer_files(tokenizer)
+    try:
+        tokenizer_from_files(files, rows=_rows(model))
+    except PackageError as error:
+        raise OutputError(f"no reader would accept this bottom: {error}") from error
+    return files
 
 
 def _rows(model: PreTrainedModel) -> int:
