@@ -18,6 +18,7 @@ from blindtune.attacks.fitting import FitConfig
 from blindtune.attacks.trained_inversion import InverterConfig, candidates, train_inverter
 from blindtune.evaluation.leakage import empirical_privacy
 from blindtune.models.encoders import load_any
+from blindtune.models.margins import margins_of
 from blindtune.split.partition import stack_of
 from mpnet import mpnet_directory
 from rows import parse_options, run_rows
@@ -53,7 +54,7 @@ class Bench:
             states.append(self.stack.run_layers(inputs.hidden_BLD, inputs.calls, 0, cut)[0])
         return StatesView(
             model=self.stack, cut=cut, states=tuple(states), public=self.public,
-            special_ids=tuple(self.tokenizer.all_special_ids),
+            margins=margins_of(self.tokenizer),
         )  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def row(bench, cut):
     }
     found = {}
     for name, guess in guesses.items():
-        leak = empirical_privacy(guess, bench.private, special_ids=view.special_ids)
+        leak = empirical_privacy(guess, bench.private, margins=view.margins)
         found[name] = {
             "EP": leak.content.value, "low": leak.content.low, "high": leak.content.high,
             "whole texts read": 1 - leak.whole_texts.value,

@@ -35,6 +35,7 @@ import torch
 
 from blindtune.evaluation.leakage import contributing_masks, empirical_privacy
 from blindtune.models.encoders import load_any
+from blindtune.models.margins import margins_of
 from blindtune.privacy.channel import CountingConfig, counted_channel
 from blindtune.privacy.draw_level import DrawSurvey
 from blindtune.privacy.entropy import system_uniforms
@@ -74,7 +75,8 @@ class Vocabulary:
     def __init__(self, bench):
         model, self.tokenizer = load_any("minilm")
         self.table_VD = model.get_input_embeddings().weight.detach().clone()
-        self.special = torch.tensor(self.tokenizer.all_special_ids)
+        self.margins = margins_of(self.tokenizer)
+        self.special = torch.tensor([*self.margins.before, *self.margins.after])
         self.vector_VD, count_V, _ = bench.words()
         self.public_V = count_V.float()
         self.rows = NearestRows(self.table_VD)
@@ -181,7 +183,7 @@ class Task:
         self.spared = contributing_masks(
             self.learn,
             self.labels,
-            words.special.tolist(),
+            words.margins,
             CTI,
             classes=self.classes,
             vocabulary_size=size,
@@ -262,9 +264,8 @@ def row(bench, words, folder, name, seed, kind, cti=False, denoise=False):
     with job(vendor, bottom, config, task="classification", outputs=task.classes) as transport:
         losses = train(transport, private, passes)
         logits_NC = predict(transport, unseen, batch_size=32)
-    special = words.special.tolist()
     changed = [
-        empirical_privacy(read, truth, special_ids=special).content.value
+        empirical_privacy(read, truth, margins=words.margins).content.value
         for read, truth in ((asked, task.test), (sent, task.learn))
     ]
     return {
@@ -294,9 +295,7 @@ def leak_row(bench, words, name, kind):
     masks = [torch.isin(ids, frequent) for ids in truth]
     found = {"strength": strength, "tokens a second": len(words.content(truth)) / seconds}
     for attack, guess in guesses.items():
-        score = empirical_privacy(
-            guess, truth, special_ids=words.special.tolist(), contributing=masks
-        )
+        score = empirical_privacy(guess, truth, margins=words.margins, contributing=masks)
         found[attack] = {
             "EP": score.content.value, "low": score.content.low, "high": score.content.high,
             "rare": score.other.value,

@@ -203,12 +203,11 @@ def groups_row(bench, folder, data, seed, config):
     row = two_part_row(bench, folder, data, seed, grouping=config)
     _, bottom = bench.party(folder / "attack")
     groups, (texts, _) = bench.groups(config), data[1]
-    special = tuple(bottom.tokenizer.all_special_ids)
     truth = privatize(bottom, texts, mechanism=None).ids
     size = len(bottom.stack.embedding.weight)
     counts = bench.other_counts("sst2", bottom.tokenizer, [*texts, *data[0][0]], size)
     guess = groups.best_guesses(counts)
-    found = empirical_privacy([guess[ids] for ids in truth], truth, special_ids=special).content
+    found = empirical_privacy([guess[ids] for ids in truth], truth, margins=bottom.margins).content
     return row | {
         "EP best guess by frequency": found.value,
         "interval": {"low": found.low, "high": found.high},
@@ -222,11 +221,10 @@ def equal_privacy_row(bench, folder, data, seed, eta):
     _, bottom = bench.party(folder / "survey")
     ids = privatize(bottom, learn[0], mechanism=None).ids
     spared = contributing_masks(
-        ids, learn[1], bottom.tokenizer.all_special_ids, CTI,
+        ids, learn[1], bottom.margins, CTI,
         classes=int(learn[1].max()) + 1, vocabulary_size=len(bottom.stack.embedding.weight),
     )  # fmt: skip
-    special = torch.tensor(bottom.tokenizer.all_special_ids)
-    content_T = ~torch.isin(torch.cat(ids), special)
+    content_T = ~torch.cat([bottom.margins.mask(text) for text in ids])
     noised_T = content_T & ~torch.cat(spared)
     share = float(noised_T.sum() / content_T.sum())
     table_VD, ids_T = bottom.stack.embedding.weight, torch.cat(ids)
@@ -300,11 +298,11 @@ def leak_row(bench, folder, seed, mechanism=None, cut=0, texts=100):
     _, (sentences, _) = bench.reviews(seed)
     _, bottom = bench.party(folder, cut=cut)
     sent = privatize(bottom, some_of(sentences, min(texts, len(sentences))), mechanism=mechanism)
-    special = tuple(bottom.tokenizer.all_special_ids)
+    margins = bottom.margins
     view = StatesView(
-        model=bottom.stack, cut=cut, states=sent.states, mechanism=mechanism, special_ids=special
+        model=bottom.stack, cut=cut, states=sent.states, mechanism=mechanism, margins=margins
     )
-    found = empirical_privacy(nearest_tokens(view), sent.ids, special_ids=special).content
+    found = empirical_privacy(nearest_tokens(view), sent.ids, margins=margins).content
     return {
         "EP nearest neighbour": found.value,
         "interval": {"low": found.low, "high": found.high},

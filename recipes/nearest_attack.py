@@ -7,13 +7,12 @@ from blindtune.evaluation.leakage import empirical_privacy
 
 def attacked(bottom, sent, mechanism, texts) -> float:
     """Empirical privacy of the first `texts` texts: the attack sees states, the judge also ids."""
-    special = tuple(bottom.tokenizer.all_special_ids)
     view = StatesView(
         model=bottom.stack,
         cut=bottom.cut.cut,
         states=sent.states[:texts],
         mechanism=mechanism,
-        special_ids=special,
+        margins=bottom.margins,
     )
     guess = nearest_tokens(view)
-    return empirical_privacy(guess, sent.ids[:texts], special_ids=special).content.value
+    return empirical_privacy(guess, sent.ids[:texts], margins=bottom.margins).content.value

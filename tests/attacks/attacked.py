@@ -46,7 +46,7 @@ def observe(bottom, mechanism=None, texts=None, public=0, seed=1):
         cut=bottom.cut.cut,
         states=private.states,
         mechanism=mechanism,
-        special_ids=tuple(bottom.tokenizer.all_special_ids),
+        margins=bottom.margins,
         public=tuple(known),
     )
     return view, private

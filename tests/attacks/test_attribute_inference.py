@@ -24,7 +24,7 @@ def attack(bottom, mechanism):
     public = tuple(privatize(bottom, known, mechanism=None).ids)
     view = StatesView(
         model=view.model, cut=view.cut, states=view.states, mechanism=mechanism,
-        special_ids=view.special_ids, public=public,
+        margins=view.margins, public=public,
     )  # fmt: skip
     config = AttributeConfig(fit=FitConfig(epochs=60, learning_rate=3e-3, patience=10))
     return record_privacy(infer_attribute(view, of_author(known), config), of_author(mine))

@@ -9,6 +9,7 @@ from blindtune.attacks.embedding_inversion import depends_on_place, nearest_toke
 from blindtune.attacks.imitation import Imitation
 from blindtune.errors import ConfigError, DataError
 from blindtune.evaluation.leakage import empirical_privacy
+from blindtune.models.margins import Margins
 from blindtune.privacy.metric_dp import Mechanism
 from tiny_encoders import ENCODER_NAMES
 from tiny_models import FAMILY_NAMES
@@ -18,9 +19,7 @@ from tiny_models import FAMILY_NAMES
 def test_without_noise_every_family_is_read_at_cut_0(tmp_path, name):
     bottom = open_tiny_bottom(tmp_path, name)
     view, private = observe(bottom, texts=["a good film", "bad", "the plot is odd"])
-    score = empirical_privacy(
-        nearest_tokens(view), private.ids, special_ids=bottom.tokenizer.all_special_ids
-    )
+    score = empirical_privacy(nearest_tokens(view), private.ids, margins=bottom.margins)
     assert score.content.value == 0
 
 
@@ -51,9 +50,7 @@ def test_it_finds_the_rows_that_comparing_with_all_finds(tmp_path, monkeypatch, 
 def test_words_are_read_as_they_were_sent(tmp_path, mode, eta):
     bottom = open_tiny_bottom(tmp_path)
     view, private = observe(bottom, Mechanism(eta=eta, mode=mode))
-    score = empirical_privacy(
-        nearest_tokens(view), private.ids, special_ids=bottom.tokenizer.all_special_ids
-    )
+    score = empirical_privacy(nearest_tokens(view), private.ids, margins=bottom.margins)
     assert 0.1 < private.changed < 0.9
     assert score.content.value == pytest.approx(private.changed)
 
@@ -78,13 +75,13 @@ def test_the_imitation_computes_what_the_customer_computes(tmp_path, name):
         torch.testing.assert_close(ours, sent, atol=1e-4, rtol=1e-4)
 
 
-def test_the_imitation_noises_words_and_keeps_special_tokens(tmp_path):
+def test_the_imitation_noises_words_and_keeps_what_stands_around_them(tmp_path):
     bottom = open_tiny_bottom(tmp_path, "smollm2")
-    ids_L = torch.tensor([1, 40, 41, 2])
+    ids_L = torch.tensor([1, 40, 1, 2])  # a text may spell what stands around it
     clean_LD = bottom.stack.embedding(ids_L)
     with pytest.warns(UserWarning, match="repeat"):
         noisy = Imitation(
-            bottom.stack, 0, Mechanism(eta=1.0, mode="vector"), [1, 2], testing_seed=3
+            bottom.stack, 0, Mechanism(eta=1.0, mode="vector"), Margins((1,), (2,)), testing_seed=3
         )
     moved_L = (noisy.states([ids_L])[0] - clean_LD).norm(dim=1) > 0
     assert moved_L.tolist() == [False, True, True, False]

@@ -1,5 +1,7 @@
 """What the mechanism says of each word, and what a language adds to it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attacked import observe, open_tiny_bottom, sentences, share_right
@@ -12,6 +14,7 @@ from blindtune.attacks.likelihoods import ChannelConfig, token_candidates, vecto
 from blindtune.attacks.trained_inversion import InverterConfig, candidates, train_inverter
 from blindtune.errors import ConfigError, DataError
 from blindtune.models.decoder import Decoder
+from blindtune.models.margins import Margins
 from blindtune.privacy.metric_dp import Mechanism
 from tiny_models import tiny_model
 
@@ -37,12 +40,9 @@ def test_bayes_knows_the_exponential_mechanism_exactly(tmp_path):
     found = token_candidates(view, sent, ChannelConfig(words=10**6, candidates=5))
     table_VD = view.table_VD.double()
     channel_VV = (-2.5 * (table_VD[:, None] - table_VD[None]).norm(dim=2)).log_softmax(1)
-    special = list(view.special_ids)
-    channel_VV[special] = -torch.inf
     posterior_VV = channel_VV + unigram(view.public, len(table_VD))[:, None]
-    content = ~torch.isin(torch.cat(sent), torch.tensor(special))
     best = posterior_VV[:, torch.cat(sent)].argmax(0)
-    assert torch.equal(torch.cat(found.first())[content], best[content])
+    assert torch.equal(torch.cat(found.first()), best)
     assert 0.1 < share_right(sent, private.ids) < share_right(found.first(), private.ids) - 0.05
 
 
@@ -153,3 +153,20 @@ def test_a_rehearsal_says_how_far_to_trust_the_prior(misleading, weight):
     assert best_weight(found, [truth], prior, weights=(0.0, 1.0)) == weight
     with pytest.raises(DataError, match="known text"):
         best_weight(found, [truth[:2]], prior)
+
+
+def test_what_stands_around_a_text_is_known_and_no_guess_at_anything_else(tmp_path):
+    bottom = open_tiny_bottom(tmp_path, "smollm2")
+    view, _ = observe(bottom, Mechanism(eta=5.0, mode="exponential"), public=20)
+    around = Margins((1,), (2,))
+    framed = [torch.cat([torch.tensor([1]), text, torch.tensor([2])]) for text in view.public]
+    view = replace(
+        view, margins=around, public=tuple(framed),
+        states=tuple(bottom.stack.embedding(text) for text in framed[:4]),
+    )  # fmt: skip
+    found = token_candidates(view, tuple(framed[:4]))
+    for words_LK, likelihood_LK in zip(found.words, found.log_likelihoods, strict=True):
+        assert (words_LK[0, 0], words_LK[-1, 0]) == (1, 2)
+        assert likelihood_LK[[0, -1], 0].tolist() == [0, 0]
+        assert likelihood_LK[[0, -1], 1:].isinf().all()
+        assert not torch.isin(words_LK[1:-1, 0], torch.tensor([1, 2])).any()

@@ -11,7 +11,10 @@ from blindtune.evaluation.leakage import (
     record_privacy,
     scored,
 )
+from blindtune.models.margins import Margins
 from blindtune.privacy.token_importance import ContributingTokens, ImportanceConfig, count_tokens
+
+AROUND, START = Margins((1,), (2,)), Margins((1,))
 
 
 def ids(*texts):
@@ -22,7 +25,7 @@ def test_kinds_of_tokens_are_counted_apart():
     truth = ids([1, 10, 11, 2], [1, 12, 2])
     guess = ids([1, 10, 99, 2], [0, 12, 2])
     spared = [torch.tensor([False, True, False, False]), torch.tensor([False, False, False])]
-    found = empirical_privacy(guess, truth, special_ids=[1, 2], contributing=spared)
+    found = empirical_privacy(guess, truth, margins=AROUND, contributing=spared)
     assert (found.content.right, found.content.of) == (2, 3)
     assert found.content.value == pytest.approx(1 / 3)
     assert (found.special.right, found.special.of) == (3, 4)
@@ -30,6 +33,13 @@ def test_kinds_of_tokens_are_counted_apart():
     assert (found.other.right, found.other.of) == (1, 2)
     assert (found.whole_texts.right, found.whole_texts.of) == (1, 2)
     assert str(found.content).startswith("EP 0.333 [")
+
+
+def test_what_stands_around_a_text_is_content_inside_it():
+    truth, guess = ids([1, 1, 2, 10, 2]), ids([1, 0, 2, 0, 2])
+    found = empirical_privacy(guess, truth, margins=AROUND)
+    assert (found.content.right, found.content.of) == (1, 3)
+    assert common_words(ids([1, 1, 1, 2, 2], [1, 9, 2]), AROUND).tolist() == [1]
 
 
 def test_without_cti_or_special_tokens_there_is_nothing_to_say_of_them():
@@ -40,11 +50,11 @@ def test_without_cti_or_special_tokens_there_is_nothing_to_say_of_them():
 
 def test_rarer_words_are_those_beside_the_commonest_half():
     public = ids([1, 7, 7, 7, 8, 2], [1, 7, 8, 9, 10, 11, 2])
-    common = common_words(public, special_ids=[1, 2])
+    common = common_words(public, margins=AROUND)
     assert common.tolist() == [7, 8]  # 4 of 9 tokens are not yet half, 6 are
     truth = ids([1, 7, 8, 9, 12, 2], [1, 7, 2])
     guess = ids([1, 0, 0, 9, 13, 2], [1, 0, 2])
-    found = empirical_privacy(guess, truth, special_ids=[1, 2], common=common)
+    found = empirical_privacy(guess, truth, margins=AROUND, common=common)
     assert (found.content.right, found.content.of) == (1, 5)
     assert (found.rare.right, found.rare.of) == (1, 2)
     assert empirical_privacy(guess, truth, common=torch.tensor([1, 2, 7, 8, 9, 12])).rare is None
@@ -82,17 +92,19 @@ def test_intervals_cover_texts_like_these():
 
 
 def test_cti_masks_are_those_of_the_privatizer():
-    texts, labels = ids([1, 10, 11], [1, 12, 13, 12]), torch.tensor([0, 1])
-    config = ImportanceConfig(fraction=0.05)
-    masks = contributing_masks(texts, labels, [1], config, classes=2, vocabulary_size=40)
-    counts = count_tokens(texts, [0, 1], classes=2, vocabulary_size=40)
-    chosen = ContributingTokens(counts, [1], config)
+    texts, labels = ids([1, 10, 11], [1, 12, 13, 12, 1]), torch.tensor([0, 1])
+    config = ImportanceConfig(fraction=0.075)
+    masks = contributing_masks(texts, labels, START, config, classes=2, vocabulary_size=40)
+    counts = count_tokens([text[1:] for text in texts], [0, 1], classes=2, vocabulary_size=40)
+    chosen = ContributingTokens(counts, config)
     assert masks[0].tolist() == [False, True, True]
+    assert masks[1].tolist() == [False, True, True, True, True]
     for mask, text, label in zip(masks, texts, labels, strict=True):
-        factors = chosen.factors(text[None], label[None])[0]
-        assert torch.equal(mask, (factors == 0) & (text != 1))
+        special = torch.arange(len(text)) == 0
+        factors = chosen.factors(text[None], label[None], special[None])[0]
+        assert torch.equal(mask, (factors == 0) & ~special)
     none = contributing_masks(
-        texts, torch.tensor([-1, -1]), [1], config, classes=2, vocabulary_size=40
+        texts, torch.tensor([-1, -1]), START, config, classes=2, vocabulary_size=40
     )
     assert not any(bool(mask.any()) for mask in none)
 
@@ -111,8 +123,8 @@ def test_other_texts_are_refused():
         empirical_privacy(ids([1, 2]), ids([1, 2, 3]))
     with pytest.raises(DataError, match="mask"):
         empirical_privacy(ids([1]), ids([1]), contributing=[])
-    with pytest.raises(DataError, match="special ones only"):
-        empirical_privacy(ids([1]), ids([1]), special_ids=[1])
+    with pytest.raises(DataError, match="special ones"):
+        empirical_privacy(ids([1]), ids([1]), margins=Margins((1,)))
     with pytest.raises(DataError, match="one class"):
         record_privacy(torch.zeros(2), torch.zeros(3))
     with pytest.raises(ConfigError, match="confidence"):

@@ -20,11 +20,13 @@ from torch import Tensor
 from blindtune.errors import ConfigError, DataError
 from blindtune.models.decoder import Decoder
 from blindtune.models.encoders import Encoder
+from blindtune.models.margins import Margins
 from blindtune.privacy.metric_dp import Mechanism
 
 Stack = Decoder | Encoder
 Guess = tuple[Tensor, ...]
 """Token ids [L] of every text, int64, in the order of the view."""
+_NO_MARGINS = Margins()
 UNSEEN = 0.1  # count of a word that the public text lacks
 
 
@@ -40,8 +42,8 @@ class StatesView:
     """[L, D] of every text, as they crossed. Row i belongs to token i."""
     mechanism: Mechanism | None = None
     """The announced noise; None: none."""
-    special_ids: tuple[int, ...] = ()
-    """The tokenizer's special tokens: sent without noise, their places are public."""
+    margins: Margins = _NO_MARGINS
+    """The tokens around every text: sent without noise, their places are public."""
     public: tuple[Tensor, ...] = ()
     """Token ids [L] of public texts, int64: what the adversary learns from."""
 

@@ -18,7 +18,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from blindtune.attacks.adversary import Stack
+from blindtune.models.margins import Margins
 from blindtune.privacy.metric_dp import Mechanism, Privatizer
+
+_NONE = Margins()
 
 
 @final
@@ -29,7 +32,7 @@ class Imitation:
         model: holds embedding and bottom; its parameters are not trained.
         cut: layers of the bottom.
         mechanism: the noise; None: none.
-        special_ids: tokens that get none.
+        margins: the tokens around every text, which get none.
         testing_seed: for tests and repeatable audits: the adversary's noise, which protects nobody.
     """
 
@@ -38,12 +41,12 @@ class Imitation:
         model: Stack,
         cut: int,
         mechanism: Mechanism | None = None,
-        special_ids: Sequence[int] = (),
+        margins: Margins = _NONE,
         *,
         testing_seed: int | None = None,
     ) -> None:
         self.model, self.cut = model, cut
-        self._special = torch.tensor(sorted(set(special_ids)), dtype=torch.int64)
+        self._margins = margins
         self._privatizer = None
         if mechanism is not None:
             table = model.embedding.weight if mechanism.replaces_words else None
@@ -57,17 +60,18 @@ class Imitation:
         for begin in range(0, len(texts), batch_size):
             some = texts[begin : begin + batch_size]
             ids_BL, mask_BL = padded(some)
-            hidden_BLD = self._noised(ids_BL, mask_BL)
+            noised = [~self._margins.mask(text) for text in some]
+            factors_BL = pad_sequence(noised, batch_first=True).float()
+            hidden_BLD = self._noised(ids_BL, mask_BL, factors_BL)
             made += [row[: len(ids)] for row, ids in zip(hidden_BLD, some, strict=True)]
         return made
 
-    def _noised(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    def _noised(self, ids_BL: Tensor, mask_BL: Tensor, factors_BL: Tensor) -> Tensor:
         noise = self._privatizer
         if noise is None:
             return self.through(self.model.embedding(ids_BL), mask_BL)
         if noise.mechanism.mode == "block-output":
             return noise.block_outputs(self.through(self.model.embedding(ids_BL), mask_BL))
-        factors_BL = (~torch.isin(ids_BL, self._special)).float()
         if noise.mechanism.mode == "vector":
             embedding_BLW = noise.embeddings(self.model.embedding(ids_BL), factors_BL)
         else:

@@ -82,23 +82,21 @@ def token_candidates(
     if tuple(map(len, sent)) != view.lengths:
         raise DataError("expected one sent token for every state: take this view's guess")
     table_VD = view.table_VD.cpu()
-    prior_V = unigram(view.public, len(table_VD))
+    prior_V = unigram([view.margins.content(text) for text in view.public], len(table_VD))
     sent_T = torch.cat(list(sent)).cpu()
     sent_U, place_T = sent_T.unique(return_inverse=True)
     frequent = prior_V.topk(min(config.words, len(prior_V))).indices
     word_K = torch.cat([frequent, sent_U]).unique()
     counting = CountingConfig(draws=config.draws, smoothing=config.smoothing)
     log_UK = log_channel(mechanism, table_VD, word_K, sent_U, counting, testing_seed=testing_seed)
-    # Special tokens leave as they are and come from nothing else.
-    special = torch.tensor(view.special_ids, dtype=torch.int64)
-    log_UK[:, torch.isin(word_K, special)] = -torch.inf
-    kept = torch.isin(sent_U, special)
-    log_UK[kept] = torch.where(word_K == sent_U[kept][:, None], 0.0, -torch.inf)
     best_UC = (log_UK + prior_V[word_K]).topk(min(config.candidates, len(word_K)), dim=1).indices
-    likelihood_UC = log_UK.gather(1, best_UC)
+    word_TC, likelihood_TC = word_K[best_UC][place_T], log_UK.gather(1, best_UC)[place_T]
+    # The tokens around a text leave as they are.
+    kept_T = torch.cat([view.margins.mask(text.cpu()) for text in sent])
+    word_TC[kept_T, 0], likelihood_TC[kept_T, 0] = sent_T[kept_T], 0.0
+    likelihood_TC[kept_T, 1:] = -torch.inf
     return Candidates(
-        words=word_K[best_UC][place_T].split(view.lengths),
-        log_likelihoods=likelihood_UC[place_T].split(view.lengths),
+        words=word_TC.split(view.lengths), log_likelihoods=likelihood_TC.split(view.lengths)
     )
 
 

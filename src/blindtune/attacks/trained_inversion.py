@@ -191,7 +191,7 @@ def train_inverter(
         view.model,
         view.cut,
         view.mechanism if config.adaptive else None,
-        view.special_ids,
+        view.margins,
         testing_seed=None,
     )
     learn, held = parted(len(view.public), config.fit)

@@ -88,8 +88,7 @@ def _audit(
     attacks: SplitAttacks,
     config: AuditConfig,
 ) -> Audit:
-    special = seen.bottom.tokenizer.all_special_ids
-    common = common_words(learned, special) if learned else None
+    common = common_words(learned, seen.bottom.margins) if learned else None
     scored = [(attempt, _score(attempt, seen, config, common)) for attempt in attacks.attempts]
     findings = [f for attempt, leak in scored for f in _findings(attempt, leak)]
     if seen.labels_N is not None and (found := labels_of(seen, seen.labels_N, config.confidence)):
@@ -120,7 +119,7 @@ def _score(
     attempt: Attempt, seen: SplitSubject, config: AuditConfig, common: Tensor | None
 ) -> TokenLeakage:
     return empirical_privacy(
-        attempt.guess, seen.ids, special_ids=seen.bottom.tokenizer.all_special_ids,
+        attempt.guess, seen.ids, margins=seen.bottom.margins,
         contributing=seen.contributing, common=common, confidence=config.confidence,
     )  # fmt: skip
 

@@ -23,11 +23,14 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import ConfigError, DataError
+from blindtune.models.margins import Margins
 from blindtune.privacy.token_importance import (
     ContributingTokens,
     ImportanceConfig,
     count_tokens,
 )
+
+_NONE = Margins()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +63,9 @@ class TokenLeakage:
     """What an attack read of texts, by kind of token; None where there are no such tokens."""
 
     content: EmpiricalPrivacy
-    """All tokens but the special ones: the EP to report."""
+    """All tokens but those around a text: the EP to report."""
     special: EmpiricalPrivacy | None = None
-    """Start, separator and the like: sent without noise by default, no secret."""
+    """Start and separator around a text: sent without noise by default, no secret."""
     contributing: EmpiricalPrivacy | None = None
     """Tokens that CTI gave less noise."""
     other: EmpiricalPrivacy | None = None
@@ -77,7 +80,7 @@ def empirical_privacy(
     guess: Sequence[Tensor],
     truth: Sequence[Tensor],
     *,
-    special_ids: Sequence[int] = (),
+    margins: Margins = _NONE,
     contributing: Sequence[Tensor] | None = None,
     common: Tensor | None = None,
     confidence: float = 0.95,
@@ -87,7 +90,7 @@ def empirical_privacy(
     Args:
         guess: ids [L] of every text, from an attack.
         truth: the private ids [L] of the same texts (`PrivateStates.ids`).
-        special_ids: tokens that are no content.
+        margins: the tokens around every text, which are no content.
         contributing: masks [L] of the tokens that CTI spared (`contributing_masks`).
         common: ids of common words (`common_words`), to score the others apart.
         confidence: of the intervals.
@@ -98,9 +101,8 @@ def empirical_privacy(
     _check_same_lengths(guess, truth, "guess")
     if contributing is not None:
         _check_same_lengths(contributing, truth, "mask")
-    special = torch.tensor(sorted(set(special_ids)), dtype=torch.int64)
     right = [g.cpu() == t.cpu() for g, t in zip(guess, truth, strict=True)]
-    content = [~torch.isin(t.cpu(), special) for t in truth]
+    content = [~margins.mask(t.cpu()) for t in truth]
 
     def score(masks: Sequence[Tensor]) -> EmpiricalPrivacy | None:
         counts = [(int(r[m].sum()), int(m.sum())) for r, m in zip(right, masks, strict=True)]
@@ -108,7 +110,7 @@ def empirical_privacy(
 
     all_content = score(content)
     if all_content is None:
-        raise DataError("expected at least one content token, got special ones only")
+        raise DataError("expected at least one content token, got texts of special ones only")
     spared = None if contributing is None else [m.cpu().bool() for m in contributing]
     whole = [bool(r[m].all()) for r, m in zip(right, content, strict=True) if bool(m.any())]
     whole_texts = scored([(int(hit), 1) for hit in whole], confidence)
@@ -129,14 +131,13 @@ def empirical_privacy(
     )
 
 
-def common_words(public: Sequence[Tensor], special_ids: Sequence[int] = ()) -> Tensor:
+def common_words(public: Sequence[Tensor], margins: Margins = _NONE) -> Tensor:
     """Ids of the commonest words, as few as make up half of the tokens of public texts [L].
 
     Function words nearly all. A privatizer that replaces them alone has an EP of up to a half, and
     sends every other word: score the others apart.
     """
-    tokens = torch.cat(list(public))
-    tokens = tokens[~torch.isin(tokens, torch.tensor(list(special_ids), dtype=tokens.dtype))]
+    tokens = torch.cat([margins.content(text) for text in public])
     word_W, count_W = tokens.unique(return_counts=True)
     order = count_W.argsort(descending=True, stable=True)
     before = count_W[order].cumsum(0) - count_W[order]
@@ -147,18 +148,23 @@ def common_words(public: Sequence[Tensor], special_ids: Sequence[int] = ()) -> T
 def contributing_masks(
     ids: Sequence[Tensor],
     labels_N: Tensor,
-    special_ids: Sequence[int],
+    margins: Margins,
     config: ImportanceConfig,
     *,
     classes: int,
     vocabulary_size: int,
 ) -> list[Tensor]:
     """Which tokens of training texts CTI gave less noise, bool [L] of each; as `privatize` does."""
-    counts = count_tokens(ids, labels_N.tolist(), classes=classes, vocabulary_size=vocabulary_size)
-    chosen_CV = ContributingTokens(counts, special_ids, config).chosen_CV
+    content = [margins.content(text) for text in ids]
+    counts = count_tokens(
+        content, labels_N.tolist(), classes=classes, vocabulary_size=vocabulary_size
+    )
+    chosen_CV = ContributingTokens(counts, config).chosen_CV
     assert chosen_CV is not None
     return [
-        chosen_CV[int(label)][text] if label >= 0 else torch.zeros_like(text, dtype=torch.bool)
+        chosen_CV[int(label)][text] & ~margins.mask(text)
+        if label >= 0
+        else torch.zeros_like(text, dtype=torch.bool)
         for text, label in zip(ids, labels_N, strict=True)
     ]
 

@@ -32,6 +32,7 @@ from blindtune.errors import ConfigError
 from blindtune.evaluation import gradient_attacks
 from blindtune.evaluation.audit import AuditConfig, NotRun
 from blindtune.evaluation.split_subject import SplitSubject
+from blindtune.models.margins import Margins
 from blindtune.privacy.word_groups import WordGroups
 
 FEWEST_PUBLIC = 20
@@ -83,10 +84,10 @@ class SplitAttacks:
         enough = len(public) >= FEWEST_PUBLIC
         self._rehearsed = tuple(public[:count]) if enough else ()
         self._learned = tuple(public[count:]) if enough else ()
-        special = subject.bottom.tokenizer.all_special_ids if subject.keeps_special else ()
         self._view = StatesView(
             model=subject.bottom.stack, cut=subject.bottom.cut.cut, states=subject.states,
-            mechanism=subject.mechanism, special_ids=tuple(special), public=self._learned,
+            mechanism=subject.mechanism, public=self._learned,
+            margins=subject.bottom.margins if subject.keeps_special else Margins(),
         )  # fmt: skip
         self._inverters: dict[bool, Inverter] = {}
         self.settled = True
@@ -188,9 +189,8 @@ class SplitAttacks:
         )
 
     def _guessing(self) -> None:
-        prior_V = unigram(self._learned, len(self._view.table_VD))
-        prior_V[torch.tensor(self._subject.bottom.tokenizer.all_special_ids)] = -torch.inf
-        word = int(prior_V.argmax())
+        content = [self._subject.bottom.margins.content(text) for text in self._learned]
+        word = int(unigram(content, len(self._view.table_VD)).argmax())
         self.attempts.append(
             Attempt(
                 attack="guessing, no attack",
@@ -239,8 +239,8 @@ class SplitAttacks:
         """The attacker's own texts as this customer would send them."""
         mine, groups, view = self._rehearsed, self._subject.groups, self._view
         if groups is not None:
-            mine = tuple(groups.apply(ids) for ids in mine)
-        imitation = Imitation(view.model, view.cut, view.mechanism, view.special_ids)
+            mine = tuple(groups.apply(ids, view.margins.mask(ids)) for ids in mine)
+        imitation = Imitation(view.model, view.cut, view.mechanism, view.margins)
         return replace(view, states=tuple(imitation.states(mine)))
 
     def _sent(self, view: StatesView) -> Guess:
@@ -254,7 +254,7 @@ class SplitAttacks:
             groups, config = self._subject.groups, self._config
             learned = self._learned
             if groups is not None and not adaptive:
-                learned = tuple(groups.apply(ids) for ids in learned)
+                learned = tuple(groups.apply(ids, self._view.margins.mask(ids)) for ids in learned)
             fit = FitConfig(limit_seconds=config.attack_seconds, seed=config.seed)
             inverter, result = train_inverter(
                 replace(self._view, public=learned),

@@ -71,7 +71,7 @@ class SplitSubject:
     contributing: tuple[Tensor, ...] | None
     """Masks [L] of the tokens that CTI spares; None without CTI."""
     keeps_special: bool
-    """Whether special tokens are sent without noise."""
+    """Whether the tokens around a text are sent without noise."""
     statement: PrivacyStatement
     redraw: Callable[[], Sequence[Tensor]] | None
     """Noises the same texts anew; nothing of it leaves. None where nothing is drawn."""
@@ -206,8 +206,8 @@ class _Making:
         table = self.bottom.stack.embedding.weight
         assert isinstance(table, Tensor)
         return contributing_masks(
-            texts.ids, texts.labels, self.bottom.tokenizer.all_special_ids,
-            self.privatizer.importance(), classes=self.classes, vocabulary_size=len(table),
+            texts.ids, texts.labels, self.bottom.margins, self.privatizer.importance(),
+            classes=self.classes, vocabulary_size=len(table),
         )  # fmt: skip
 
 

@@ -18,10 +18,11 @@ Guarantee: none of its own. What it takes from the mechanism's (`metric_dp`):
   mechanism's outputs.
 - Texts to predict have no label and full noise: training and prediction see different noise.
 
-Special tokens (start, separator, padding, ...) are no content of a text, and are never counted nor
-contributing. The policy "keep" leaves them without noise: that assumes that their places, hence the
-length of a text, are public, and that private text cannot itself spell a special token. "noise"
-treats them as any other token.
+Special tokens (start, separator, padding) are no content of a text, and never contribute. The
+policy "keep" leaves them without noise: that assumes that their places, hence the length of a text,
+are public. They are told by their places and never by their ids, because whoever made the tokenizer
+chooses which words it calls special, and a text may spell one: `models.margins`. "noise" treats
+them as any other token.
 
 Shapes: B batch, L length, V vocabulary, C classes.
 """
@@ -52,7 +53,8 @@ class ImportanceConfig:
     smoothing: float = 1e-5
     """Added to the counts of the other classes, so that a count of 0 can be divided by."""
     special: SpecialPolicy = "keep"
-    """Special tokens: "keep" without noise, their places are public; "noise" like any token."""
+    """Tokens that the tokenizer puts around every text: "keep" without noise, their places are
+    public; "noise" like any token."""
 
     def __post_init__(self) -> None:
         for name in ("fraction", "factor"):
@@ -109,9 +111,8 @@ class ContributingTokens:
     """The contributing tokens of each class, and the noise factors that follow from them.
 
     Args:
-        count_CV: from `count_tokens`; None without CTI (no labels, or no wish for it): only the
-            policy for special tokens remains.
-        special_ids: ids of special tokens (`tokenizer.all_special_ids`).
+        count_CV: from `count_tokens` of the content alone; None without CTI (no labels, or no wish
+            for it): only the policy for special tokens remains.
         config: how many, and how much less noise.
 
     Attributes:
@@ -121,14 +122,8 @@ class ContributingTokens:
         DataError: fewer than two classes, or counts of another shape.
     """
 
-    def __init__(
-        self,
-        count_CV: Tensor | None,
-        special_ids: Sequence[int],
-        config: ImportanceConfig | None = None,
-    ) -> None:
+    def __init__(self, count_CV: Tensor | None, config: ImportanceConfig | None = None) -> None:
         self.config = config or ImportanceConfig()
-        self.special = torch.tensor(sorted(set(special_ids)), dtype=torch.int64)
         self.chosen_CV: Tensor | None = None
         if count_CV is not None:
             if count_CV.ndim != 2 or len(count_CV) < 2:
@@ -140,7 +135,6 @@ class ContributingTokens:
 
     def _choose(self, count_CV: Tensor) -> Tensor:
         score_CV = utility_importance(count_CV, self.config.smoothing)
-        score_CV[:, self.special[self.special < score_CV.shape[1]]] = -torch.inf
         wanted = round(self.config.fraction * score_CV.shape[1])
         order_CV = score_CV.argsort(dim=1, descending=True, stable=True)
         chosen_CV = torch.zeros_like(score_CV, dtype=torch.bool)
@@ -153,17 +147,16 @@ class ContributingTokens:
             return torch.empty(0, dtype=torch.int64)
         return self.chosen_CV[label].nonzero().squeeze(1)
 
-    def is_special(self, ids_BL: Tensor) -> Tensor:
-        """Where special tokens are, bool [B, L]."""
-        return torch.isin(ids_BL, self.special.to(ids_BL.device))
-
-    def factors(self, ids_BL: Tensor, labels_B: Tensor | None = None) -> Tensor:
+    def factors(
+        self, ids_BL: Tensor, labels_B: Tensor | None = None, special_BL: Tensor | None = None
+    ) -> Tensor:
         """Noise factors in [0, 1] for `Privatizer.tokens` and `.embeddings`, float32 [B, L].
 
         Args:
             ids_BL: token ids, padded.
             labels_B: classes of training texts, `NO_LABEL` where there is none. None: no text has
                 one, as in prediction.
+            special_BL: bool, where special tokens and padding are. None: nowhere.
 
         Raises:
             DataError: labels out of range or of another number than texts, ids out of range.
@@ -171,8 +164,8 @@ class ContributingTokens:
         factor_BL = torch.ones(ids_BL.shape, device=ids_BL.device)
         if self.chosen_CV is not None and labels_B is not None:
             factor_BL[self._contributing(ids_BL, labels_B)] = self.config.factor
-        if self.config.special == "keep":
-            factor_BL[self.is_special(ids_BL)] = 0.0
+        if special_BL is not None:
+            factor_BL[special_BL] = 0.0 if self.config.special == "keep" else 1.0
         return factor_BL
 
     def _contributing(self, ids_BL: Tensor, labels_B: Tensor) -> Tensor:

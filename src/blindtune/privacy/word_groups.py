@@ -13,7 +13,7 @@ between their representatives, which is 0 inside a group.
 
 Not covered: which group a token is of, hence topics, and sentences told by many words; a guess of
 the word from its group, its frequency and its context (`best_guess_share` counts the frequency
-alone); words that are a group of their own, special tokens above all. Groups must be made of public
+alone); words that are a group of their own. Groups must be made of public
 data: made from private texts, they would tell about them.
 
 How groups are made: words that mean the same and words that matter little are joined first. The
@@ -101,15 +101,20 @@ class WordGroups:
         words_G: Tensor = self.representative_V.unique()
         return words_G
 
-    def apply(self, ids: Tensor) -> Tensor:
-        """The representatives of tokens, same shape; DataError for ids of another vocabulary."""
+    def apply(self, ids: Tensor, kept: Tensor | None = None) -> Tensor:
+        """The representatives of tokens, same shape; DataError for ids of another vocabulary.
+
+        Args:
+            ids: token ids.
+            kept: bool, tokens that stay as they are; None: none does.
+        """
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.representative_V):
             raise DataError(
                 f"expected ids below {len(self.representative_V)}: groups and tokenizer do not "
                 "belong together"
             )
         representative: Tensor = self.representative_V.to(ids.device)[ids]
-        return representative
+        return representative if kept is None else torch.where(kept, ids, representative)
 
     def best_guesses(self, count_V: Tensor) -> Tensor:
         """int64 [V]: for every word the most frequent of its group by an adversary's counts [V].
@@ -151,7 +156,8 @@ def group_words(
         vector_VD: what a word means, near where words mean the same (`split.word_vectors`, or the
             embedding table).
         count_V: how often each word occurs in public text of the kind that the private texts are.
-        special_ids: tokens that stay alone.
+        special_ids: tokens that stay alone, and are sent as they are wherever they occur: never
+            those that another party's tokenizer calls special (`models.margins`).
         config: how coarse.
 
     Raises:

@@ -33,6 +33,7 @@ from blindtune.models.configs import (
 from blindtune.models.decoder import Decoder
 from blindtune.models.encoders import empty_encoder, is_encoder, meta_encoder
 from blindtune.models.fingerprint import fingerprint
+from blindtune.models.margins import Margins, margins_of
 from blindtune.models.surgery import empty_model, meta_model, tied_names
 from blindtune.models.tokenizers import read_tokenizer, tokenizer_files, tokenizer_from_files
 from blindtune.split.partition import Cut, Stack, stack_of
@@ -52,6 +53,8 @@ class Bottom:
     stack: Stack
     """The customer's layers: `cut` of the bottom, then `last` of the top."""
     tokenizer: PreTrainedTokenizerBase
+    margins: Margins
+    """The tokens that it puts around every text; all others are the text."""
     cut: Cut
     id: str
     """The package id's 64 hex digits, which the vendor names in its welcome."""
@@ -137,7 +140,8 @@ def open_bottom(
 
     Raises:
         PolicyError: `trust` refuses the package.
-        PackageError: the package is damaged or malformed (docs/package-format.md).
+        PackageError: the package is damaged or malformed (docs/package-format.md), or its
+            tokenizer repeats a text or changes what stands around it.
         MismatchError: its tensors are not those that its manifest describes.
         UnsupportedModelError: its model family is not known here.
     """
@@ -145,9 +149,11 @@ def open_bottom(
     manifest = opened.manifest
     cut = _cut_of(manifest)
     model = _load(opened, cut).to(dtype).requires_grad_(False)
+    tokenizer = tokenizer_of(opened, model)
     return Bottom(
         stack=stack_of(model),
-        tokenizer=tokenizer_of(opened, model),
+        tokenizer=tokenizer,
+        margins=margins_of(tokenizer),
         cut=cut,
         id=opened.id.removeprefix("sha256:"),
         max_length=manifest.max_length,
@@ -185,7 +191,7 @@ def _readable_files(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
     """The tokenizer's files, read once as a customer will; OutputError if that fails."""
     files = tokenizer_files(tokenizer)
     try:
-        tokenizer_from_files(files, rows=_rows(model))
+        margins_of(tokenizer_from_files(files, rows=_rows(model)))
     except PackageError as error:
         raise OutputError(f"no reader would accept this bottom: {error}") from error
     return files

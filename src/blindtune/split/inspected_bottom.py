@@ -9,6 +9,7 @@ from typing import Any
 from blindtune.exchange.manifest import BottomManifest
 from blindtune.exchange.package import Package
 from blindtune.exchange.signing import Signature
+from blindtune.models.margins import margins_of, shown_tokens
 from blindtune.split.bottom import tokenizer_of, verified_sketch
 
 
@@ -40,6 +41,12 @@ class InspectedBottom:
     """Of all files."""
     tokenizer: str
     """Its kind and number of tokens."""
+    before: tuple[str, ...]
+    """Tokens that it puts before every text, quoted; by default they are sent without noise."""
+    after: tuple[str, ...]
+    """The same, behind every text."""
+    special_tokens: tuple[str, ...]
+    """What its settings call special, quoted: wherever a text has one, it is a word."""
     created_by: str
     signature: Signature | None
     """Who signed it."""
@@ -50,7 +57,9 @@ class InspectedBottom:
 def inspect_bottom(package: Package[Any], manifest: BottomManifest) -> InspectedBottom:
     """See `evaluation.inspection.inspect`; the model is built on the meta device only."""
     shape = verified_sketch(package)
-    backend: Any = getattr(tokenizer_of(package, shape), "backend_tokenizer")  # noqa: B009
+    tokenizer = tokenizer_of(package, shape)
+    margins = margins_of(tokenizer)
+    backend: Any = getattr(tokenizer, "backend_tokenizer")  # noqa: B009
     return InspectedBottom(
         kind="bottom",
         path=package.path,
@@ -66,6 +75,9 @@ def inspect_bottom(package: Package[Any], manifest: BottomManifest) -> Inspected
         parameters=package.parameters,
         bytes=package.file_bytes,
         tokenizer=f"{type(backend.model).__name__}, {backend.get_vocab_size():,} tokens",
+        before=shown_tokens(tokenizer, margins.before),
+        after=shown_tokens(tokenizer, margins.after),
+        special_tokens=shown_tokens(tokenizer, tokenizer.all_special_ids),
         created_by=manifest.created_by,
         signature=package.signature,
         reveals=_revealed(manifest),

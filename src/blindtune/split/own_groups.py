@@ -1,7 +1,8 @@
 """The word groups of a customer's job: made once, from the bottom and public text alone.
 
 Guarantee: `privacy.word_groups`'s. The customer makes the groups itself, so a vendor cannot hand
-out groups that hide nothing. They say what the public text says, and may be shown to anybody.
+out groups that hide nothing, and no word stays alone because the tokenizer calls it special. They
+say what the public text says, and may be shown to anybody.
 """
 
 from __future__ import annotations
@@ -61,6 +62,6 @@ def make_groups(
     )  # fmt: skip
     count_V = torch.bincount(words_T, minlength=len(vector_VD))
     on_part("grouping words", 0, 1)
-    groups = group_words(vector_VD, count_V, bottom.tokenizer.all_special_ids, config)
+    groups = group_words(vector_VD, count_V, config=config)
     on_part("grouping words", 1, 1)
     return groups

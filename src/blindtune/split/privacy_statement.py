@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import ConfigError
+from blindtune.models.margins import shown_tokens
 from blindtune.privacy.accounting import Releases, Spending, account
 from blindtune.privacy.draw_level import DrawSurvey
 from blindtune.privacy.metric_dp import Mechanism
@@ -58,7 +59,8 @@ class PrivatizerConfig:
     wrong_guesses: float = 0.6
     """Groups only: share of frequent words' tokens that a guess by frequency shall get wrong."""
     special: SpecialPolicy = "keep"
-    """Special tokens: keep (not noised, their places are public) or noise (as any other)."""
+    """Tokens that the tokenizer puts around every text: keep (not noised, their places are public)
+    or noise (as any other)."""
     unprotected: bool = False
     """Says that you mean it: without a privatizer the vendor can read nearly all of the texts."""
 
@@ -271,9 +273,10 @@ def _account(
             )
         distance = 2 * mechanism.clip_norm
     labels, importance = private.labels, config.importance()
-    contributing = contributing_tokens(bottom, private.ids, labels, importance, classes)
-    factors = noise_factors(contributing, private.ids, labels)
-    if mechanism.mode == "block-output":  # every position is noised, special tokens too
+    content = [bottom.margins.content(text_L) for text_L in private.ids]
+    contributing = contributing_tokens(bottom, content, labels, importance, classes)
+    factors = noise_factors(contributing, bottom.margins, private.ids, labels)
+    if mechanism.mode == "block-output":  # every position is noised, those around a text too
         factors = map(torch.ones, map(len, private.ids))
     found = account(mechanism, factors, distance, Releases(epochs=epochs))
     return found, str(found)
@@ -282,17 +285,16 @@ def _account(
 def _survey(
     bottom: Bottom, ids: Sequence[Tensor], privatizer: PrivatizerName
 ) -> NoiseSurvey | DrawSurvey:
-    """What noise does to these tokens, special ones left out unless there are no others."""
+    """What noise does to these texts; the tokens around them count if there are no others."""
     embedding = bottom.stack.embedding
     with torch.no_grad():  # a module may scale its rows, and vector mode noises what it gives
         table_VD = embedding.weight
         assert isinstance(table_VD, Tensor)
         if privatizer == "vector":
             table_VD = embedding(torch.arange(len(table_VD), device=table_VD.device))
-    pool = torch.cat(list(ids))
-    content = pool[~torch.isin(pool, torch.tensor(bottom.tokenizer.all_special_ids))]
+    content = torch.cat([bottom.margins.content(text_L) for text_L in ids])
     survey = DrawSurvey if privatizer == "exponential" else NoiseSurvey
-    return survey(table_VD, content if len(content) else pool)
+    return survey(table_VD, content if len(content) else torch.cat(list(ids)))
 
 
 def _notes(
@@ -301,6 +303,7 @@ def _notes(
     notes = ["sent besides the states: number of tokens of every text, their order, times"]
     if config.privatizer == "none":
         notes.insert(0, "WARNING: the vendor can read nearly all of the texts")
+    notes += _around(bottom, config)
     if config.privatizer == "groups":
         notes.append(
             "the vendor sees the representative of every word's group; words that are a group of "
@@ -327,3 +330,12 @@ def _notes(
     again = "in every epoch" if training else "when these texts are predicted again for this job"
     notes.append(f"drawn once, and sent again {again}: that spends nothing more")
     return tuple(notes)
+
+
+def _around(bottom: Bottom, config: PrivatizerConfig) -> list[str]:
+    """Which tokens have no noise because of their place."""
+    if config.special == "noise" or config.privatizer in ("block-output", "none"):
+        return []
+    sides = ((bottom.margins.before, "before"), (bottom.margins.after, "behind"))
+    said = [f"{', '.join(shown_tokens(bottom.tokenizer, ids))} {w} it" for ids, w in sides if ids]
+    return [f"not noised are the tokens around every text: {'; '.join(said)}"] if said else []

@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from blindtune.atomic import atomic_file
 from blindtune.errors import DataError
@@ -55,8 +56,8 @@ class PrivateStates:
     ids: tuple[Tensor, ...]
     """[L] of every text, without noise: never sent; the targets of causal language modelling."""
     changed: float | None = None
-    """Where words are replaced: the share of tokens (special ones apart) that came out as another
-    token. Who inverts the bottom perfectly and guesses no further gets 1 - changed right."""
+    """Where words are replaced: the share of tokens (those around a text apart) that came out as
+    another. Who inverts the bottom perfectly and guesses no further gets 1 - changed right."""
 
     def __len__(self) -> int:
         return len(self.states)
@@ -123,8 +124,8 @@ def privatize(
             without tokens.
         labels: one a text; None for texts to predict, or for language modelling.
         mechanism: the noise; None: no noise and no promise at all, for comparisons.
-        importance: CTI for training texts with classes; None: every token gets full noise, special
-            tokens are kept as they are.
+        importance: CTI for training texts with classes; None: every token gets full noise but those
+            that the tokenizer puts around a text.
         groups: public; every token is its group's representative from the start, so CTI counts
             representatives, and noise replaces them by one another. None: every word is its own.
         classes: number of classes; needed with CTI.
@@ -142,24 +143,24 @@ def privatize(
             f"expected texts and as many labels, got {len(ids)} and "
             f"{'none' if labels is None else len(labels)}"
         )
-    coarse = ids if groups is None else [groups.apply(text) for text in ids]
-    contributing = contributing_tokens(bottom, coarse, labels, importance, classes)
+    content = _content(bottom, groups, ids)
+    contributing = contributing_tokens(bottom, content, labels, importance, classes)
     privatizer = _privatizer(bottom, mechanism, groups, testing_seed)
     states: list[Tensor] = []
-    changed, content = 0, 0
+    changed, counted = 0, 0
     for begin in range(0, len(ids), batch_size):
         some = slice(begin, begin + batch_size)
         labels_B = None if labels is None else labels[some]
         made, differ, of = _batch(bottom, privatizer, groups, contributing, ids[some], labels_B)
         states += made
-        changed, content = changed + differ, content + of
+        changed, counted = changed + differ, counted + of
         on_progress(len(states), len(ids))
     replaces = groups is not None or (mechanism is not None and mechanism.replaces_words)
     return PrivateStates(
         states=tuple(states),
         labels=labels,
         ids=ids,
-        changed=changed / content if content and replaces else None,
+        changed=changed / counted if counted and replaces else None,
     )
 
 
@@ -173,14 +174,26 @@ def _batch(
 ) -> tuple[list[Tensor], int, int]:
     """States [L, D] of some texts; how many of their content tokens changed, and of how many."""
     true_BL, mask_BL = _padded(bottom, ids)
-    ids_BL = true_BL if groups is None else groups.apply(true_BL)
-    factors_BL = factors_of(contributing, ids_BL, labels_B)
+    special_BL = pad_sequence(
+        [bottom.margins.mask(text) for text in ids], batch_first=True, padding_value=True
+    )
+    ids_BL = true_BL
+    if groups is not None:
+        keeps = contributing.config.special == "keep"
+        ids_BL = groups.apply(true_BL, special_BL if keeps else None)
+    factors_BL = factors_of(contributing, ids_BL, labels_B, special_BL)
     sent_BL = _tokens_sent(privatizer, groups, ids_BL, factors_BL)
-    content_BL = mask_BL.bool() & ~contributing.is_special(true_BL)
+    content_BL = mask_BL.bool() & ~special_BL
     hidden_BLD = _noised(bottom, privatizer, sent_BL, mask_BL, factors_BL)
     packed_TD, lengths = pack(hidden_BLD, mask_BL)
     states = [state.clone() for state in packed_TD.float().cpu().split(lengths)]
     return states, int((content_BL & (sent_BL != true_BL)).sum()), int(content_BL.sum())
+
+
+def _content(bottom: Bottom, groups: WordGroups | None, ids: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What texts say, without the tokens around it; as representatives where words have groups."""
+    content = [bottom.margins.content(text) for text in ids]
+    return content if groups is None else [groups.apply(text) for text in content]
 
 
 def _ids_of(bottom: Bottom, texts: Sequence[str] | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -215,7 +228,7 @@ def _privatizer(
 def _padded(bottom: Bottom, some: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Ids [B, L] padded at the right, and their mask."""
     padding = bottom.tokenizer.pad_token_id
-    ids_BL = torch.nn.utils.rnn.pad_sequence(
+    ids_BL = pad_sequence(
         list(some), batch_first=True, padding_value=0 if padding is None else padding
     )
     lengths_B1 = torch.tensor([len(text) for text in some])[:, None]
@@ -231,7 +244,10 @@ def _tokens_sent(
     if groups is None:
         return privatizer.tokens(ids_BL, factors_BL)
     words_G = groups.representatives
-    return words_G[privatizer.tokens(torch.searchsorted(words_G, ids_BL), factors_BL)]
+    # What has no noise may be no representative: it stays as it is.
+    place_BL = torch.searchsorted(words_G, ids_BL).clamp_max(len(words_G) - 1)
+    drawn_BL = words_G[privatizer.tokens(place_BL, factors_BL)]
+    return torch.where(factors_BL == 0, ids_BL, drawn_BL)
 
 
 def _noised(

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from blindtune.errors import ConfigError
+from blindtune.models.margins import Margins
 from blindtune.privacy.token_importance import (
     ContributingTokens,
     ImportanceConfig,
@@ -22,12 +23,12 @@ from blindtune.split.bottom import Bottom
 
 def contributing_tokens(
     bottom: Bottom,
-    ids: Sequence[Tensor],
+    content: Sequence[Tensor],
     labels: Tensor | None,
     importance: ImportanceConfig | None,
     classes: int,
 ) -> ContributingTokens:
-    """The tokens that get less noise, counted in these texts; special tokens at the least.
+    """The tokens that get less noise, counted in what these texts say, without what is around it.
 
     Raises:
         ConfigError: CTI for labels that are no classes.
@@ -40,24 +41,30 @@ def contributing_tokens(
         table_VD = bottom.stack.embedding.weight
         assert isinstance(table_VD, Tensor)
         size = int(table_VD.shape[0])
-        counts = count_tokens(ids, labels.tolist(), classes=classes, vocabulary_size=size)
-    return ContributingTokens(counts, bottom.tokenizer.all_special_ids, spared)
+        counts = count_tokens(content, labels.tolist(), classes=classes, vocabulary_size=size)
+    return ContributingTokens(counts, spared)
 
 
 def noise_factors(
-    contributing: ContributingTokens, ids: Sequence[Tensor], labels: Tensor | None
+    contributing: ContributingTokens,
+    margins: Margins,
+    ids: Sequence[Tensor],
+    labels: Tensor | None,
 ) -> Iterator[Tensor]:
     """For every text the noise factors [L] of the tokens that count, for `accounting.account`.
 
-    Special tokens count only where they are noised.
+    The tokens around a text count only where they are noised.
     """
     for i, text_L in enumerate(ids):
         label = None if labels is None else labels[i : i + 1]
-        factors_L = factors_of(contributing, text_L[None], label)[0]
-        keeps = contributing.config.special == "keep"
-        yield factors_L[~contributing.is_special(text_L)] if keeps else factors_L
+        special_L = margins.mask(text_L)
+        factors_L = factors_of(contributing, text_L[None], label, special_L[None])[0]
+        yield factors_L[~special_L] if contributing.config.special == "keep" else factors_L
 
 
-def factors_of(contributing: ContributingTokens, ids_BL: Tensor, labels_B: Tensor | None) -> Tensor:
+def factors_of(
+    contributing: ContributingTokens, ids_BL: Tensor, labels_B: Tensor | None, special_BL: Tensor
+) -> Tensor:
     """Noise factors [B, L]; without CTI labels change nothing, and need not be classes."""
-    return contributing.factors(ids_BL, None if contributing.chosen_CV is None else labels_B)
+    labels_B = None if contributing.chosen_CV is None else labels_B
+    return contributing.factors(ids_BL, labels_B, special_BL)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from blindtune.models.margins import margins_of
 from blindtune.split.partition import Stack
 
 
@@ -43,11 +44,8 @@ def word_vectors(
     if layers == 0:
         return torch.nn.functional.normalize(weight.float(), dim=1)
     depth = stack.layer_count if layers is None else layers
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    before = whole[: whole.index(bare[0])]
-    after = whole[len(before) + len(bare) :]
-    found = []
+    margins, found = margins_of(tokenizer), []
+    before, after = margins.before, margins.after
     for word_B in torch.arange(len(weight)).split(batch_size):
         ids_BL = torch.tensor([*before, 0, *after]).repeat(len(word_B), 1)
         ids_BL[:, len(before)] = word_B
