@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attacked import observe, open_tiny_bottom, share_right
+from attacked import observe, open_tiny_bottom, sentences, share_right
 
 from blindtune.attacks.adversary import StatesView
 from blindtune.attacks.embedding_inversion import depends_on_place, nearest_tokens
@@ -11,6 +11,8 @@ from blindtune.errors import ConfigError, DataError
 from blindtune.evaluation.leakage import empirical_privacy
 from blindtune.models.margins import Margins
 from blindtune.privacy.metric_dp import Mechanism
+from blindtune.privacy.word_groups import WordGroups
+from blindtune.split.private_states import privatize
 from tiny_encoders import ENCODER_NAMES
 from tiny_models import FAMILY_NAMES
 
@@ -86,6 +88,37 @@ def test_the_imitation_noises_words_and_keeps_what_stands_around_them(tmp_path):
     moved_L = (noisy.states([ids_L])[0] - clean_LD).norm(dim=1) > 0
     assert moved_L.tolist() == [False, True, True, False]
     assert not torch.equal(noisy.states([ids_L])[0], noisy.states([ids_L])[0])
+
+
+@pytest.mark.parametrize("mechanism", [None, Mechanism(eta=9.0), Mechanism(eta=9.0, mode="vector")])
+def test_the_imitation_replaces_words_by_their_groups_as_the_customer_does(tmp_path, mechanism):
+    bottom = open_tiny_bottom(tmp_path, "smollm2")
+    groups = WordGroups(torch.arange(128) // 2 * 2)
+    ids = privatize(bottom, sentences(200, seed=3), mechanism=None).ids
+    sent = torch.cat(privatize(bottom, ids, mechanism=mechanism, groups=groups).states)
+    imitation = Imitation(bottom.stack, 0, mechanism, groups=groups)
+    made = torch.cat(imitation.states(ids))
+    if mechanism is None:
+        assert torch.equal(made, sent)
+        return
+    table_VD = bottom.stack.embedding.weight
+    counts = []
+    for state_TD in (made, sent):
+        word_T = torch.cdist(state_TD, table_VD).argmin(1)
+        if mechanism.replaces_words:
+            assert (word_T % 2 == 0).all()
+        truth_T = groups.apply(torch.cat(ids))
+        counts.append(float((word_T == truth_T).float().mean()))
+    assert 0.05 < counts[1] < 0.95
+    assert counts[0] == pytest.approx(counts[1], abs=0.03)
+
+
+def test_the_imitation_keeps_what_is_around_a_text_from_its_group(tmp_path):
+    bottom = open_tiny_bottom(tmp_path, "smollm2")
+    groups = WordGroups(torch.arange(128) // 2 * 2)
+    imitation = Imitation(bottom.stack, 0, Mechanism(eta=1e5), Margins((1,), (3,)), groups)
+    made_LD = imitation.states([torch.tensor([1, 1, 41, 3])])[0]
+    assert torch.equal(made_LD, bottom.stack.embedding(torch.tensor([1, 0, 40, 3])))
 
 
 def test_views_refuse_what_is_not_of_the_model(tmp_path):

@@ -16,6 +16,8 @@ from blindtune.errors import ConfigError, DataError
 from blindtune.models.decoder import Decoder
 from blindtune.models.margins import Margins
 from blindtune.privacy.metric_dp import Mechanism
+from blindtune.privacy.word_groups import WordGroups
+from blindtune.split.private_states import privatize
 from tiny_models import tiny_model
 
 
@@ -170,3 +172,25 @@ def test_what_stands_around_a_text_is_known_and_no_guess_at_anything_else(tmp_pa
         assert likelihood_LK[[0, -1], 0].tolist() == [0, 0]
         assert likelihood_LK[[0, -1], 1:].isinf().all()
         assert not torch.isin(words_LK[1:-1, 0], torch.tensor([1, 2])).any()
+
+
+@pytest.mark.parametrize("mode", ["token", "exponential"])
+def test_bayes_knows_that_representatives_are_drawn_among_themselves(tmp_path, mode):
+    bottom = open_tiny_bottom(tmp_path, "smollm2")
+    groups = WordGroups(torch.arange(128) // 2 * 2)
+    mechanism = Mechanism(eta={"token": 9.0, "exponential": 5.0}[mode], mode=mode)
+    view, _ = observe(bottom, mechanism, public=150)
+    private = privatize(bottom, sentences(60, seed=1), mechanism=mechanism, groups=groups)
+    right = {}
+    for known in (groups, None):
+        seen = replace(view, states=private.states, groups=known)
+        found = token_candidates(seen, nearest_tokens(seen))
+        right[known] = share_right(found.first(), private.ids)
+        if known is not None:
+            words_TK = torch.cat(found.words)
+            likelihood_TK = torch.cat(found.log_likelihoods)
+            same_TK = groups.apply(words_TK) == groups.apply(words_TK[:, :1])
+            spread_TK = (likelihood_TK - likelihood_TK[:, :1]).abs()
+            assert (same_TK.sum(1) > 1).any()
+            assert spread_TK[same_TK].max() == 0  # nothing tells words of a group apart
+    assert right[groups] > right[None] + 0.02

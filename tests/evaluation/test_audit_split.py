@@ -159,6 +159,17 @@ def test_words_of_a_group_are_told_by_their_frequency(world):
     assert 0 < every["word of the group"].value < 0.9
 
 
+def test_noise_among_groups_is_attacked_with_its_own_channel(world):
+    public = world / "many.txt"
+    public.write_text("\n".join(sentences(4000, 3)))
+    noise = PrivatizerConfig(
+        privatizer="groups", public_text=str(public), wrong_guesses=0.3, eta=9.0
+    )
+    every = eps(audited(world, privatizer=noise, public=world / "public.txt"))
+    assert every["Bayes"].value <= every["word of the group"].value <= 1
+    assert {"word of the group, trigrams", "Bayes, trigrams"} <= set(every)
+
+
 def job_of(world, place, privatizer, eta):
     """A customer's job as far as its drawn states."""
     bottom = open_bottom(world / "bottom0")

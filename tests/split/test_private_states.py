@@ -12,6 +12,7 @@ from blindtune.privacy.metric_dp import Mechanism
 from blindtune.privacy.token_importance import ImportanceConfig
 from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.customer import PassConfig, predict, train
+from blindtune.split.privacy_statement import PrivatizerConfig, state_privacy
 from blindtune.split.private_states import PrivateStates, privatize
 from blindtune.split.ushape import Top, train_u_shape
 
@@ -191,3 +192,33 @@ def test_long_texts_are_cut_to_what_the_model_takes(tmp_path, name, longest):
     long = privatize(world.bottom, ["a" * 500], mechanism=None)
     assert len(long.states[0]) == longest
     assert predict(world.job(), long).shape == (1, 2)
+
+
+@pytest.mark.parametrize("eta", [6.0, 9.0, 14.0])
+def test_the_statement_knows_that_representatives_are_drawn_among_themselves(tmp_path, eta):
+    world = World(tmp_path, "smollm2", cut=0)
+    groups, public = pairs_of_words(world), str(tmp_path / "unread")
+    config = PrivatizerConfig(privatizer="groups", eta=eta, public_text=public)
+    texts = TEXTS * 30
+    made = privatize(world.bottom, texts, mechanism=config.mechanism(eta), groups=groups)
+    told = state_privacy(world.bottom, made, config, eta, groups=groups, training=False)
+    assert told.changed == made.changed
+    assert told.expected_change == pytest.approx(made.changed, abs=0.08)
+    table_VD = world.bottom.stack.embedding.weight[groups.representatives]
+    distance_GG = torch.cdist(table_VD, table_VD).fill_diagonal_(torch.inf)
+    place_T = torch.searchsorted(groups.representatives, groups.apply(torch.cat(made.ids)))
+    typical = distance_GG.min(1).values[place_T].median().item()
+    assert told.typical_norm == pytest.approx(typical, rel=0.1)
+    assert told.spending["distance"] == told.typical_norm
+    assert "representatives" in str(told).splitlines()[1]
+
+
+def test_words_that_stand_for_no_group_always_change(tmp_path):
+    world = World(tmp_path, "smollm2", cut=0)
+    groups = pairs_of_words(world)
+    odd = [torch.arange(9, 99, 2)]
+    assert (groups.apply(odd[0]) != odd[0]).all()
+    config = PrivatizerConfig(privatizer="groups", eta=1e5, public_text="unread")
+    made = privatize(world.bottom, odd, mechanism=config.mechanism(1e5), groups=groups)
+    told = state_privacy(world.bottom, made, config, 1e5, groups=groups, training=False)
+    assert (told.expected_change, told.changed) == (1.0, 1.0)

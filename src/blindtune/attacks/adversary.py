@@ -22,6 +22,7 @@ from blindtune.models.decoder import Decoder
 from blindtune.models.encoders import Encoder
 from blindtune.models.margins import Margins
 from blindtune.privacy.metric_dp import Mechanism
+from blindtune.privacy.word_groups import WordGroups
 
 Stack = Decoder | Encoder
 Guess = tuple[Tensor, ...]
@@ -42,6 +43,8 @@ class StatesView:
     """[L, D] of every text, as they crossed. Row i belongs to token i."""
     mechanism: Mechanism | None = None
     """The announced noise; None: none."""
+    groups: WordGroups | None = None
+    """Which word stands for which before any noise; public. None: every word for itself."""
     margins: Margins = _NO_MARGINS
     """The tokens around every text: sent without noise, their places are public."""
     public: tuple[Tensor, ...] = ()

@@ -19,7 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from blindtune.attacks.adversary import Stack
 from blindtune.models.margins import Margins
-from blindtune.privacy.metric_dp import Mechanism, Privatizer
+from blindtune.privacy.metric_dp import Mechanism
+from blindtune.privacy.replacing import privatizer_of, replaced
+from blindtune.privacy.word_groups import WordGroups
 
 _NONE = Margins()
 
@@ -33,6 +35,7 @@ class Imitation:
         cut: layers of the bottom.
         mechanism: the noise; None: none.
         margins: the tokens around every text, which get none.
+        groups: of words, where each becomes its group's before any noise.
         testing_seed: for tests and repeatable audits: the adversary's noise, which protects nobody.
     """
 
@@ -42,16 +45,15 @@ class Imitation:
         cut: int,
         mechanism: Mechanism | None = None,
         margins: Margins = _NONE,
+        groups: WordGroups | None = None,
         *,
         testing_seed: int | None = None,
     ) -> None:
         self.model, self.cut = model, cut
-        self._margins = margins
-        self._privatizer = None
-        if mechanism is not None:
-            table = model.embedding.weight if mechanism.replaces_words else None
-            assert table is None or isinstance(table, Tensor), type(table)
-            self._privatizer = Privatizer(mechanism, table, testing_seed=testing_seed)
+        self._margins, self._groups = margins, groups
+        table_VD = model.embedding.weight
+        assert isinstance(table_VD, Tensor), type(table_VD)
+        self._privatizer = privatizer_of(mechanism, table_VD, groups, testing_seed=testing_seed)
 
     @torch.no_grad()
     def states(self, texts: Sequence[Tensor], batch_size: int = 32) -> list[Tensor]:
@@ -60,23 +62,22 @@ class Imitation:
         for begin in range(0, len(texts), batch_size):
             some = texts[begin : begin + batch_size]
             ids_BL, mask_BL = padded(some)
-            noised = [~self._margins.mask(text) for text in some]
-            factors_BL = pad_sequence(noised, batch_first=True).float()
-            hidden_BLD = self._noised(ids_BL, mask_BL, factors_BL)
+            kept = [self._margins.mask(text) for text in some]
+            kept_BL = pad_sequence(kept, batch_first=True, padding_value=True)
+            hidden_BLD = self._noised(ids_BL, mask_BL, kept_BL)
             made += [row[: len(ids)] for row, ids in zip(hidden_BLD, some, strict=True)]
         return made
 
-    def _noised(self, ids_BL: Tensor, mask_BL: Tensor, factors_BL: Tensor) -> Tensor:
-        noise = self._privatizer
-        if noise is None:
-            return self.through(self.model.embedding(ids_BL), mask_BL)
-        if noise.mechanism.mode == "block-output":
-            return noise.block_outputs(self.through(self.model.embedding(ids_BL), mask_BL))
-        if noise.mechanism.mode == "vector":
-            embedding_BLW = noise.embeddings(self.model.embedding(ids_BL), factors_BL)
-        else:
-            embedding_BLW = self.model.embedding(noise.tokens(ids_BL, factors_BL))
-        return self.through(embedding_BLW, mask_BL)
+    def _noised(self, ids_BL: Tensor, mask_BL: Tensor, kept_BL: Tensor) -> Tensor:
+        noise, factors_BL = self._privatizer, (~kept_BL).float()
+        sent_BL = replaced(noise, self._groups, ids_BL, factors_BL, kept_BL)
+        embedding_BLW = self.model.embedding(sent_BL)
+        if noise is not None and noise.mechanism.mode == "vector":
+            embedding_BLW = noise.embeddings(embedding_BLW, factors_BL)
+        hidden_BLD = self.through(embedding_BLW, mask_BL)
+        if noise is not None and noise.mechanism.mode == "block-output":
+            return noise.block_outputs(hidden_BLD)
+        return hidden_BLD
 
     def through(self, embedding_BLW: Tensor, mask_BL: Tensor, cut: int | None = None) -> Tensor:
         """States [B, L, D] after the bottom, from what the embedding module would give [B, L, W].

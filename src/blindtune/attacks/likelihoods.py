@@ -3,7 +3,8 @@
 Token and exponential mode (Bayes-optimal reconstruction, arXiv 2410.17052): argmax over x of
 P(x) P(y | x) for a sent token y, x among the words that public text holds most often and the sent
 tokens. P(y | x) is computed in exponential mode and a Monte-Carlo estimate in token mode
-(`privacy.channel`). Words outside that list are not considered.
+(`privacy.channel`). Words outside that list are not considered. With word groups x and y stand for
+their representatives, among which the mechanism draws.
 
 Vector mode at cut 0 (as BeamClean, arXiv 2505.13758): P(z | w) is exactly proportional to
 exp(-eta ||z - e_w||). Only for models whose embedding leaves as it is, or scaled: behind norms and
@@ -27,6 +28,8 @@ from blindtune.attacks.embedding_inversion import depends_on_place, made_at
 from blindtune.attacks.imitation import Imitation
 from blindtune.errors import ConfigError, DataError
 from blindtune.privacy.channel import CountingConfig, log_channel
+from blindtune.privacy.metric_dp import Mechanism
+from blindtune.privacy.replacing import places_of, words_to_draw
 
 PORTION_TOKENS = 256  # whose distances to the vocabulary are held at once
 
@@ -81,14 +84,14 @@ def token_candidates(
         )
     if tuple(map(len, sent)) != view.lengths:
         raise DataError("expected one sent token for every state: take this view's guess")
-    table_VD = view.table_VD.cpu()
-    prior_V = unigram([view.margins.content(text) for text in view.public], len(table_VD))
+    content = [view.margins.content(text) for text in view.public]
+    prior_V = unigram(content, len(view.table_VD))
     sent_T = torch.cat(list(sent)).cpu()
     sent_U, place_T = sent_T.unique(return_inverse=True)
     frequent = prior_V.topk(min(config.words, len(prior_V))).indices
     word_K = torch.cat([frequent, sent_U]).unique()
     counting = CountingConfig(draws=config.draws, smoothing=config.smoothing)
-    log_UK = log_channel(mechanism, table_VD, word_K, sent_U, counting, testing_seed=testing_seed)
+    log_UK = _log_channel(view, mechanism, word_K, sent_U, counting, testing_seed)
     best_UC = (log_UK + prior_V[word_K]).topk(min(config.candidates, len(word_K)), dim=1).indices
     word_TC, likelihood_TC = word_K[best_UC][place_T], log_UK.gather(1, best_UC)[place_T]
     # The tokens around a text leave as they are.
@@ -98,6 +101,22 @@ def token_candidates(
     return Candidates(
         words=word_TC.split(view.lengths), log_likelihoods=likelihood_TC.split(view.lengths)
     )
+
+
+def _log_channel(
+    view: StatesView,
+    mechanism: Mechanism,
+    word_K: Tensor,
+    sent_U: Tensor,
+    counting: CountingConfig,
+    testing_seed: int | None,
+) -> Tensor:
+    """log P(y | x) [U, K]; with groups that of their representatives, equal inside a group."""
+    rows_GD = words_to_draw(view.table_VD.cpu(), view.groups)
+    word_M, column_K = places_of(word_K, view.groups).unique(return_inverse=True)
+    sent_N, row_U = places_of(sent_U, view.groups).unique(return_inverse=True)
+    log_NM = log_channel(mechanism, rows_GD, word_M, sent_N, counting, testing_seed=testing_seed)
+    return log_NM[row_U][:, column_K]
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ class InverterConfig:
     context: int = 2
     """Neighbours at each side that the mlp sees."""
     adaptive: bool = True
-    """Train under the announced noise; False: on clean states."""
+    """Train under the announced noise and word groups; False: on clean states."""
     draws: int = 4
     """Fresh draws of noise of every public text; more epochs go through them again."""
     other_words: int = 1024
@@ -192,6 +192,7 @@ def train_inverter(
         view.cut,
         view.mechanism if config.adaptive else None,
         view.margins,
+        view.groups if config.adaptive else None,
         testing_seed=None,
     )
     learn, held = parted(len(view.public), config.fit)

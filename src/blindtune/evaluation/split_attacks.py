@@ -86,7 +86,7 @@ class SplitAttacks:
         self._learned = tuple(public[count:]) if enough else ()
         self._view = StatesView(
             model=subject.bottom.stack, cut=subject.bottom.cut.cut, states=subject.states,
-            mechanism=subject.mechanism, public=self._learned,
+            mechanism=subject.mechanism, groups=subject.groups, public=self._learned,
             margins=subject.bottom.margins if subject.keeps_special else Margins(),
         )  # fmt: skip
         self._inverters: dict[bool, Inverter] = {}
@@ -121,7 +121,8 @@ class SplitAttacks:
 
     def _by_mechanism(self) -> list[tuple[str, Callable[[], None]]]:
         if self._subject.groups is not None:
-            return [("word of the group", self._group)]
+            bayes = [] if self._subject.mechanism is None else [("Bayes", self._bayes)]
+            return [("word of the group", self._group), *bayes]
         if self._subject.mechanism is None or self._subject.mechanism.mode == "block-output":
             return []
         if self._subject.mechanism.replaces_words:
@@ -237,11 +238,9 @@ class SplitAttacks:
 
     def _rehearsal(self) -> StatesView:
         """The attacker's own texts as this customer would send them."""
-        mine, groups, view = self._rehearsed, self._subject.groups, self._view
-        if groups is not None:
-            mine = tuple(groups.apply(ids, view.margins.mask(ids)) for ids in mine)
-        imitation = Imitation(view.model, view.cut, view.mechanism, view.margins)
-        return replace(view, states=tuple(imitation.states(mine)))
+        view = self._view
+        imitation = Imitation(view.model, view.cut, view.mechanism, view.margins, view.groups)
+        return replace(view, states=tuple(imitation.states(self._rehearsed)))
 
     def _sent(self, view: StatesView) -> Guess:
         """The tokens that went into the bottom, after noise or grouping."""

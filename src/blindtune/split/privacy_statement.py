@@ -23,6 +23,7 @@ from blindtune.privacy.accounting import Releases, Spending, account
 from blindtune.privacy.draw_level import DrawSurvey
 from blindtune.privacy.metric_dp import Mechanism
 from blindtune.privacy.noise_level import NoiseSurvey
+from blindtune.privacy.replacing import places_of, words_to_draw
 from blindtune.privacy.token_importance import ImportanceConfig, SpecialPolicy
 from blindtune.privacy.word_groups import GroupingConfig, WordGroups
 from blindtune.split.bottom import Bottom
@@ -148,7 +149,7 @@ class PrivacyStatement:
     """Expected norm of the noise, D / eta; exponential: distance of the word that comes out."""
     typical_norm: float | None
     """What to compare it with: the median distance of one of these tokens to its nearest other
-    word; in block-output mode the median norm of a state."""
+    word (with groups: between representatives); in block-output mode the median norm of a state."""
     expected_change: float | None
     """Share of tokens expected to change (vector mode: that the nearest word is another)."""
     changed: float | None
@@ -164,9 +165,10 @@ class PrivacyStatement:
         """Some lines for people."""
         lines = [f"Privacy of what will be sent (privatizer {self.privatizer})"]
         if self.eta is not None and self.noise_norm is not None and self.typical_norm is not None:
-            beside = "norm of a state" if self.privatizer == "block-output" else (
-                "distance of your words to their nearest other word"
-            )  # fmt: skip
+            beside = {
+                "block-output": "norm of a state",
+                "groups": "distance of your words' representatives to their nearest other one",
+            }.get(self.privatizer, "distance of your words to their nearest other word")
             drawn = self.privatizer == "exponential"
             what = "words drawn at a mean distance of" if drawn else "noise of mean norm"
             lines.append(
@@ -188,7 +190,7 @@ def choose_eta(bottom: Bottom, ids: Sequence[Tensor], config: PrivatizerConfig) 
     """The eta that is asked for, or the one at which the wanted share of these tokens changes."""
     if config.changed_share is None:
         return config.eta
-    return _survey(bottom, ids, config.privatizer).eta_for(config.changed_share)
+    return _survey(bottom, _words(bottom, ids), config.privatizer).eta_for(config.changed_share)
 
 
 def state_privacy(
@@ -226,9 +228,12 @@ def state_privacy(
         states = clean_states(bottom, private.ids[:_STATES])
         typical = torch.cat(states).norm(dim=1).median().item()
     else:
-        level = _survey(bottom, private.ids, config.privatizer).at(mechanism.eta)
-        norm, change = level.mean_norm, level.changed_share
-        typical = level.neighbour_distance
+        words = _words(bottom, private.ids)
+        level = _survey(bottom, words, config.privatizer, groups).at(mechanism.eta)
+        norm, typical = level.mean_norm, level.neighbour_distance
+        change = level.changed_share
+        if groups is not None:
+            change = _change_with_groups(bottom, words, groups, mechanism.eta)
     spending, text = _account(bottom, private, config, mechanism, typical, classes, epochs)
     return PrivacyStatement(
         privatizer=config.privatizer,
@@ -282,19 +287,39 @@ def _account(
     return found, str(found)
 
 
+def _words(bottom: Bottom, ids: Sequence[Tensor]) -> Tensor:
+    """What texts say; if they say nothing, the tokens around them."""
+    content = torch.cat([bottom.margins.content(text_L) for text_L in ids])
+    return content if len(content) else torch.cat(list(ids))
+
+
 def _survey(
-    bottom: Bottom, ids: Sequence[Tensor], privatizer: PrivatizerName
+    bottom: Bottom,
+    words: Tensor,
+    privatizer: PrivatizerName,
+    groups: WordGroups | None = None,
 ) -> NoiseSurvey | DrawSurvey:
-    """What noise does to these texts; the tokens around them count if there are no others."""
+    """What noise does to these words; to their representatives, among those of all groups."""
     embedding = bottom.stack.embedding
     with torch.no_grad():  # a module may scale its rows, and vector mode noises what it gives
         table_VD = embedding.weight
         assert isinstance(table_VD, Tensor)
         if privatizer == "vector":
             table_VD = embedding(torch.arange(len(table_VD), device=table_VD.device))
-    content = torch.cat([bottom.margins.content(text_L) for text_L in ids])
     survey = DrawSurvey if privatizer == "exponential" else NoiseSurvey
-    return survey(table_VD, content if len(content) else torch.cat(list(ids)))
+    return survey(words_to_draw(table_VD, groups), places_of(words, groups))
+
+
+def _change_with_groups(bottom: Bottom, words: Tensor, groups: WordGroups, eta: float) -> float:
+    """Expected share of tokens that leave as others: all but representatives that are drawn again.
+
+    A word that stands not even for itself never comes out.
+    """
+    own = words[groups.apply(words) == words]
+    if not len(own):
+        return 1.0
+    same = 1 - _survey(bottom, own, "groups", groups).at(eta).changed_share
+    return 1 - len(own) / len(words) * same
 
 
 def _notes(

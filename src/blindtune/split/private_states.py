@@ -36,6 +36,7 @@ from blindtune.atomic import atomic_file
 from blindtune.errors import DataError
 from blindtune.exchange.messages import pack
 from blindtune.privacy.metric_dp import Mechanism, Privatizer
+from blindtune.privacy.replacing import privatizer_of, replaced
 from blindtune.privacy.token_importance import ContributingTokens, ImportanceConfig
 from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.bottom import Bottom
@@ -145,7 +146,8 @@ def privatize(
         )
     content = _content(bottom, groups, ids)
     contributing = contributing_tokens(bottom, content, labels, importance, classes)
-    privatizer = _privatizer(bottom, mechanism, groups, testing_seed)
+    table_VD: Any = bottom.stack.embedding.weight
+    privatizer = privatizer_of(mechanism, table_VD, groups, testing_seed=testing_seed)
     states: list[Tensor] = []
     changed, counted = 0, 0
     for begin in range(0, len(ids), batch_size):
@@ -177,12 +179,10 @@ def _batch(
     special_BL = pad_sequence(
         [bottom.margins.mask(text) for text in ids], batch_first=True, padding_value=True
     )
-    ids_BL = true_BL
-    if groups is not None:
-        keeps = contributing.config.special == "keep"
-        ids_BL = groups.apply(true_BL, special_BL if keeps else None)
-    factors_BL = factors_of(contributing, ids_BL, labels_B, special_BL)
-    sent_BL = _tokens_sent(privatizer, groups, ids_BL, factors_BL)
+    kept_BL = special_BL if contributing.config.special == "keep" else None
+    coarse_BL = true_BL if groups is None else groups.apply(true_BL)
+    factors_BL = factors_of(contributing, coarse_BL, labels_B, special_BL)
+    sent_BL = replaced(privatizer, groups, true_BL, factors_BL, kept_BL)
     content_BL = mask_BL.bool() & ~special_BL
     hidden_BLD = _noised(bottom, privatizer, sent_BL, mask_BL, factors_BL)
     packed_TD, lengths = pack(hidden_BLD, mask_BL)
@@ -210,21 +210,6 @@ def clean_states(bottom: Bottom, ids: Sequence[Tensor]) -> list[Tensor]:
     return list(packed_TD.float().split(lengths))
 
 
-def _privatizer(
-    bottom: Bottom,
-    mechanism: Mechanism | None,
-    groups: WordGroups | None,
-    testing_seed: int | None,
-) -> Privatizer | None:
-    if mechanism is None:
-        return None
-    table_VD = bottom.stack.embedding.weight
-    assert isinstance(table_VD, Tensor)
-    rows_GD = table_VD if groups is None else table_VD[groups.representatives]
-    table = rows_GD if mechanism.replaces_words else None
-    return Privatizer(mechanism, table, testing_seed=testing_seed)
-
-
 def _padded(bottom: Bottom, some: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Ids [B, L] padded at the right, and their mask."""
     padding = bottom.tokenizer.pad_token_id
@@ -233,21 +218,6 @@ def _padded(bottom: Bottom, some: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     )
     lengths_B1 = torch.tensor([len(text) for text in some])[:, None]
     return ids_BL, (torch.arange(ids_BL.shape[1]) < lengths_B1).long()
-
-
-def _tokens_sent(
-    privatizer: Privatizer | None, groups: WordGroups | None, ids_BL: Tensor, factors_BL: Tensor
-) -> Tensor:
-    """The tokens that enter the bottom: what comes out is of the words that are left."""
-    if privatizer is None or not privatizer.mechanism.replaces_words:
-        return ids_BL
-    if groups is None:
-        return privatizer.tokens(ids_BL, factors_BL)
-    words_G = groups.representatives
-    # What has no noise may be no representative: it stays as it is.
-    place_BL = torch.searchsorted(words_G, ids_BL).clamp_max(len(words_G) - 1)
-    drawn_BL = words_G[privatizer.tokens(place_BL, factors_BL)]
-    return torch.where(factors_BL == 0, ids_BL, drawn_BL)
 
 
 def _noised(
