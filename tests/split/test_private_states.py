@@ -15,6 +15,7 @@ from blindtune.split.customer import PassConfig, predict, train
 from blindtune.split.privacy_statement import PrivatizerConfig, state_privacy
 from blindtune.split.private_states import PrivateStates, privatize
 from blindtune.split.ushape import Top, train_u_shape
+from tiny_encoders import ENCODER_NAMES
 
 PLAN = PassConfig(epochs=2, batch_size=4, precision="float32")
 
@@ -222,3 +223,21 @@ def test_words_that_stand_for_no_group_always_change(tmp_path):
     made = privatize(world.bottom, odd, mechanism=config.mechanism(1e5), groups=groups)
     told = state_privacy(world.bottom, made, config, 1e5, groups=groups, training=False)
     assert (told.expected_change, told.changed) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", [*ENCODER_NAMES, "smollm2", "opt", "gpt2"])
+def test_noised_embeddings_do_not_show_which_words_are_the_models_padding(tmp_path, name):
+    """Such a word would move the positions of all behind it; which it is, a config says."""
+    world = World(tmp_path, name, cut=0)
+    padding = world.bottom.stack.config.pad_token_id
+    texts = [torch.tensor([40, word, 41, 42]) for word in (padding, 43)]
+    weight = world.bottom.stack.embedding.weight
+    assert not weight.requires_grad
+    weight[padding] = weight[43]  # equal words: under equal noise all that is sent is equal
+    one, two = (noised_texts(world, [text], Mechanism(eta=5.0, mode="vector")) for text in texts)
+    torch.testing.assert_close(one.states[0], two.states[0])
+
+
+def noised_texts(world, texts, mechanism):
+    with pytest.warns(UserWarning, match="repeat"):
+        return privatize(world.bottom, texts, mechanism=mechanism, testing_seed=1)

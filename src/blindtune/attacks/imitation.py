@@ -9,15 +9,15 @@ Shapes: B batch, L length, D hidden, W width of the word embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, final
+from collections.abc import Sequence
+from typing import final
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from blindtune.attacks.adversary import Stack
+from blindtune.models.given_words import begin_with
 from blindtune.models.margins import Margins
 from blindtune.privacy.metric_dp import Mechanism
 from blindtune.privacy.replacing import privatizer_of, replaced
@@ -89,27 +89,9 @@ class Imitation:
             mask_BL: 1 for tokens, 0 for padding at the right.
             cut: layers to run; None: the bottom's.
         """
-        # Ids only place the tokens: any that is not the padding's, which some models do not count.
-        padding = getattr(self.model.config, "pad_token_id", None)
-        ids_BL = torch.full_like(mask_BL, 1 if padding == 0 else 0)
-        with _in_place_of_words(self.model, embedding_BLW):
-            inputs = self.model.begin(ids_BL, mask_BL)
+        inputs = begin_with(self.model, embedding_BLW, mask_BL)
         end = self.cut if cut is None else cut
         return self.model.run_layers(inputs.hidden_BLD, inputs.calls, 0, end)
-
-
-@contextmanager
-def _in_place_of_words(model: Stack, embedding_BLW: Tensor) -> Iterator[None]:
-    """The embedding module gives these instead."""
-
-    def give(_module: Any, _args: Any, _words: Tensor) -> Tensor:
-        return embedding_BLW
-
-    handle = model.embedding.register_forward_hook(give)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

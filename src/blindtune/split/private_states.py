@@ -20,8 +20,7 @@ Shapes: B batch, L length, T tokens of all texts, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, final
@@ -35,12 +34,13 @@ from torch.nn.utils.rnn import pad_sequence
 from blindtune.atomic import atomic_file
 from blindtune.errors import DataError
 from blindtune.exchange.messages import pack
+from blindtune.models.given_words import begin_with
 from blindtune.privacy.metric_dp import Mechanism, Privatizer
 from blindtune.privacy.replacing import privatizer_of, replaced
 from blindtune.privacy.token_importance import ContributingTokens, ImportanceConfig
 from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.bottom import Bottom
-from blindtune.split.partition import Stack, run_bottom
+from blindtune.split.partition import run_bottom
 from blindtune.split.private_texts import encode_texts
 from blindtune.split.spared_tokens import contributing_tokens, factors_of
 
@@ -232,20 +232,6 @@ def _noised(
     if privatizer is None or privatizer.mechanism.replaces_words:
         return run_bottom(stack, cut, stack.begin(ids_BL, mask_BL))
     if privatizer.mechanism.mode == "vector":
-        with _noisy_embedding(stack, privatizer, factors_BL):
-            return run_bottom(stack, cut, stack.begin(ids_BL, mask_BL))
+        embedding_BLD = privatizer.embeddings(stack.embedding(ids_BL), factors_BL)
+        return run_bottom(stack, cut, begin_with(stack, embedding_BLD, mask_BL))
     return privatizer.block_outputs(run_bottom(stack, cut, stack.begin(ids_BL, mask_BL)))
-
-
-@contextmanager
-def _noisy_embedding(stack: Stack, privatizer: Privatizer, factors_BL: Tensor) -> Iterator[None]:
-    """Word embeddings get their noise where the model makes them, before anything else."""
-
-    def noise(_module: Any, _args: Any, embedding_BLD: Tensor) -> Tensor:
-        return privatizer.embeddings(embedding_BLD, factors_BL)
-
-    handle = stack.embedding.register_forward_hook(noise)
-    try:
-        yield
-    finally:
-        handle.remove()
