@@ -156,8 +156,9 @@ class Site:
             connect, bottom, self.data, place, OPEN, TUNING, PASSES, **options
         ))  # fmt: skip
         (name,) = [r.name for r in store.records() if r.state == "open"]
-        last = store.numbers(name)[-1]
-        vendor = nameless(store.load(name, last), name)
+        states = store.states(name)
+        last = states.numbers()[-1]
+        vendor = nameless(states.load(last), name)
         asked, second = again(lambda: blindtune.predict(connect, place, self.data, access=ACCESS))
         files = own_files(place)
         _, third = again(lambda: blindtune.cancel(connect, place, access=ACCESS))

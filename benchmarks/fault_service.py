@@ -116,8 +116,9 @@ class Sides:
         (job,) = (self.place / "vendor" / "jobs").glob("job_*")
         mark = (self.place / "vendor" / "bottom.sha256").read_text()
         store = JobStore(self.place / "vendor", mark)
-        number = store.numbers(job.name)[-1]
-        vendor = nameless(store.load(job.name, number), job.name)
+        states = store.states(job.name)
+        number = states.numbers()[-1]
+        vendor = nameless(states.load(number), job.name)
         return {"vendor": vendor, "customer": own_files(self.place / "job"), "last": number}
 
     def left(self) -> list[str]:

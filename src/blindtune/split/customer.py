@@ -31,6 +31,7 @@ from blindtune.exchange.messages import (
     Checkpointed,
     Message,
     OpenJob,
+    Partition,
     Precision,
     Predict,
     Predictions,
@@ -50,6 +51,27 @@ _ENDED = {
     "cancelled": "was cancelled",
     "closed": "has expired: the vendor removes jobs that nobody asks for in long",
 }
+
+
+REQUESTS_OF_A_BATCH: dict[Partition, int] = {"two-part": 1, "u-shape": 2}
+"""batch; or forward and backward. A step follows as a request of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedBatch:
+    """One batch of the plan, and where its requests stand among all of a job."""
+
+    step: int
+    """Of the optimizer's steps, from 1, the one that it is part of."""
+    texts: list[int]
+    step_texts: int
+    """Texts of the whole step: a batch's mean loss weighs by its share of them."""
+    number: int
+    """Of its last request."""
+    ends_step: bool
+    """Whether the step's own request follows, numbered one more."""
+    checkpoint: bool
+    """Whether a checkpoint follows that step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +113,26 @@ class PassConfig:
             per_step = self.accumulate
             plan += [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
         return plan
+
+    def numbered(self, texts: int, partition: Partition) -> Iterator[PlannedBatch]:
+        """The plan's batches in order, with the numbers that their requests always have.
+
+        Whoever sends, goes on, or notes losses counts by this alone.
+        """
+        number, plan = 0, self.steps(texts)
+        for made, batches in enumerate(plan, 1):
+            step_texts = sum(map(len, batches))
+            for i, batch in enumerate(batches, 1):
+                number += REQUESTS_OF_A_BATCH[partition]
+                yield PlannedBatch(
+                    step=made,
+                    texts=batch,
+                    step_texts=step_texts,
+                    number=number,
+                    ends_step=i == len(batches),
+                    checkpoint=made % self.checkpoint_steps == 0 or made == len(plan),
+                )
+            number += 1
 
 
 def new_token() -> str:
@@ -236,27 +278,25 @@ def _requests(
     answered: int | None,
 ) -> Iterator[Message]:
     """The plan's requests after number `answered`; checkpoints where they are not yet applied."""
-    number, plan = 0, config.steps(len(private))
     answered = applied if answered is None else min(answered, applied)
-    for made, step in enumerate(plan, 1):
-        texts = sum(map(len, step))
-        for indices in step:
-            number += 1
-            if number > answered:
-                hidden_TD, lengths = private.rows(indices)
-                yield Batch(
-                    sequence=number,
-                    precision=config.precision,
-                    hidden_TD=hidden_TD,
-                    lengths=lengths,
-                    labels=labels[indices],
-                    weight=len(indices) / texts,
-                )
-        number += 1
-        if number > answered:
-            yield Step(sequence=number)
-        if number >= applied and (made % config.checkpoint_steps == 0 or made == len(plan)):
-            yield Checkpoint(sequence=number)
+    for batch in config.numbered(len(private), "two-part"):
+        if batch.number > answered:
+            hidden_TD, lengths = private.rows(batch.texts)
+            yield Batch(
+                sequence=batch.number,
+                precision=config.precision,
+                hidden_TD=hidden_TD,
+                lengths=lengths,
+                labels=labels[batch.texts],
+                weight=len(batch.texts) / batch.step_texts,
+            )
+        if not batch.ends_step:
+            continue
+        step = batch.number + 1
+        if step > answered:
+            yield Step(sequence=step)
+        if step >= applied and batch.checkpoint:
+            yield Checkpoint(sequence=step)
 
 
 def predict(

@@ -16,9 +16,9 @@ from blindtune.models.costs import (
     weight_bytes,
 )
 from blindtune.split.lora import serve
+from blindtune.split.numbered_states import KEPT_STATES
 from blindtune.split.partition import Stack, stack_of
 from blindtune.split.service import BottomConfig
-from blindtune.split.store import KEPT_STATES
 from blindtune.split.terms import TuningConfig, VendorLimits
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

@@ -12,24 +12,15 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import msgspec
-import torch
 
-from blindtune.atomic import (
-    atomic_file,
-    put_in_order,
-    remove_directory,
-    remove_left_overs,
-    save_torch,
-)
+from blindtune.atomic import atomic_file, put_in_order, remove_directory, remove_left_overs
 from blindtune.errors import OutputError
 from blindtune.exchange.messages import OpenJob
+from blindtune.split.numbered_states import NumberedStates
 
-KEPT_STATES = 2
-"""States of a job on the disk."""
-_STATE = re.compile(r"at-([0-9]+)\.pt")
 _NAME = re.compile(r"job_[0-9a-f]{16}")
 
 
@@ -103,31 +94,9 @@ class JobStore:
         folder = self._jobs / name
         return time.time() - max(path.stat().st_mtime for path in folder.iterdir())
 
-    def save(self, name: str, number: int, state: dict[str, Any]) -> None:
-        """Store the state after request `number`, durably; older ones but one are removed."""
-        folder = self._jobs / name
-        with atomic_file(folder / f"at-{number}.pt") as partial:
-            save_torch(state, partial)
-        for old in self.numbers(name)[:-KEPT_STATES]:
-            (folder / f"at-{old}.pt").unlink()
-
-    def numbers(self, name: str) -> list[int]:
-        """The requests after which a state is stored, ascending."""
-        found = (_STATE.fullmatch(path.name) for path in (self._jobs / name).glob("at-*.pt"))
-        return sorted(int(match[1]) for match in found if match)
-
-    def load(self, name: str, number: int) -> dict[str, Any]:
-        """The state after request `number`."""
-        state: dict[str, Any] = torch.load(
-            self._jobs / name / f"at-{number}.pt", map_location="cpu", weights_only=True
-        )
-        return state
-
-    def drop_after(self, name: str, number: int) -> None:
-        """Forget the states after request `number`: the job goes another way from there."""
-        for later in self.numbers(name):
-            if later > number:
-                (self._jobs / name / f"at-{later}.pt").unlink()
+    def states(self, name: str) -> NumberedStates:
+        """What is kept of a job, by the requests after which it was stored."""
+        return NumberedStates(self._jobs / name, "at")
 
     def remove(self, name: str) -> None:
         """Remove all of a job."""
@@ -137,6 +106,5 @@ class JobStore:
         """Remove a job's states; what was agreed stays, with the state that it ended in."""
         self.write(msgspec.structs.replace(record, state=state))
         self.touch(record.name)
-        for number in self.numbers(record.name):
-            (self._jobs / record.name / f"at-{number}.pt").unlink()
+        self.states(record.name).drop_after(-1)
         remove_left_overs(self._jobs / record.name)

@@ -12,7 +12,7 @@ from blindtune.exchange.messages import WINDOW
 from blindtune.exchange.resuming import ResumingTransport
 from blindtune.split.access import AccessConfig, Connect, Traffic, patiently, resume_job
 from blindtune.split.bottom import Bottom
-from blindtune.split.customer import PassConfig, check_batches, open_job, train
+from blindtune.split.customer import PassConfig, PlannedBatch, check_batches, open_job, train
 from blindtune.split.customer_job import CustomerJob, LossLog
 from blindtune.split.private_states import PrivateStates
 from blindtune.split.private_texts import Purpose
@@ -128,31 +128,31 @@ class Watch:
         self._work = work
         self._log: LossLog | None = None
         self._applied = 0
-        self._batches: Iterator[tuple[int, int, int]] = iter(())
+        self._batches: Iterator[PlannedBatch] = iter(())
         self._steps = len(work.passes.steps(len(work.private)))
         self._begin = time.perf_counter()
 
     def begin(self, log: LossLog, *, applied: int, answered: int) -> None:
         """Start at the batch after request `answered`; those up to `applied` are trained."""
         self._log, self._applied = log, applied
-        batches = list(_batches(self._work))
-        self._batches = iter([batch for batch in batches if batch[0] > answered])
+        work = self._work
+        plan = list(work.passes.numbered(len(work.private), work.job.record.partition))
+        self._batches = iter([batch for batch in plan if batch.number > answered])
         if applied:
-            self.reached = max(
-                (step for number, step, _ in batches if number <= applied), default=0
-            )
+            self.reached = max((batch.step for batch in plan if batch.number <= applied), default=0)
         self._begin = time.perf_counter()
 
     def loss(self, loss: float) -> None:
         """The next batch's loss."""
         assert self._log is not None
-        number, step, tokens = next(self._batches)
-        self._log.add(number, loss)
-        self.tokens += tokens if number > self._applied else 0
+        batch = next(self._batches)
+        self._log.add(batch.number, loss)
+        if batch.number > self._applied:
+            self.tokens += sum(len(self._work.private.states[i]) for i in batch.texts)
         seconds = time.perf_counter() - self._begin
         self.show(
             StepReport(
-                step=step,
+                step=batch.step,
                 max_steps=self._steps,
                 tokens=self.tokens,
                 tokens_per_second=self.tokens / seconds,
@@ -161,13 +161,3 @@ class Watch:
                 bytes_sent=self._work.traffic.sent or None,
             )
         )
-
-
-def _batches(work: Work) -> Iterator[tuple[int, int, int]]:
-    """For every batch of the plan: the number of its last request, its step, its tokens."""
-    number, a_batch = 0, 1 if work.job.record.partition == "two-part" else 2
-    for made, step in enumerate(work.passes.steps(len(work.private)), 1):
-        for indices in step:
-            number += a_batch
-            yield number, made, sum(len(work.private.states[i]) for i in indices)
-        number += 1

@@ -10,21 +10,20 @@ Shapes: B batch, L length, T tokens, D hidden, F features, C outputs, N texts.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from blindtune.atomic import atomic_file, save_torch
 from blindtune.errors import ConfigError, DataError, MismatchError, NetworkError
 from blindtune.exchange.messages import Precision, ResumeJob, unpack
 from blindtune.exchange.resuming import ResumingTransport, RetryConfig
 from blindtune.exchange.transport import Transport
 from blindtune.split.bottom import Bottom
 from blindtune.split.customer import PassConfig, check_open
+from blindtune.split.numbered_states import NumberedStates
 from blindtune.split.partition import (
     PooledHead,
     default_pooling,
@@ -39,9 +38,6 @@ from blindtune.split.private_states import PrivateStates
 from blindtune.split.remote import RemoteTrunk
 from blindtune.split.terms import TuningConfig
 from blindtune.version import PROGRAM
-
-_KEPT = 2
-_NAME = re.compile(r"top-([0-9]+)\.pt")
 
 
 @final
@@ -68,7 +64,8 @@ class Top:
     ) -> None:
         if bottom.cut.partition != "u-shape":
             raise ConfigError("expected a bottom package of the u-shape: ask the vendor for one")
-        self._bottom, self._head, self._directory = bottom, head, directory
+        self._bottom, self._head = bottom, head
+        self._states = None if directory is None else NumberedStates(directory, "top")
         self._optimizer = (
             None if head is None else torch.optim.AdamW(head.parameters(), learning_rate)
         )
@@ -101,38 +98,31 @@ class Top:
 
     def numbers(self) -> list[int]:
         """The requests after which a state is kept, ascending: where the job can go on."""
-        if self._directory is None:
-            return []
-        found = (_NAME.fullmatch(path.name) for path in self._directory.glob("top-*.pt"))
-        return sorted(int(match[1]) for match in found if match)
+        return [] if self._states is None else self._states.numbers()
 
     def save(self, number: int) -> None:
-        """Keep the state after request `number`, and one older one."""
-        if self._directory is None:
+        """Keep the state after request `number`, and one older one.
+
+        Later ones, of a run before the job went back, are forgotten only now, when the vendor has
+        taken requests: a job that cannot go on loses nothing.
+        """
+        if self._states is None:
             return
-        state = (
-            {}
-            if self._head is None or self._optimizer is None
-            else {"head": self._head.state_dict(), "optimizer": self._optimizer.state_dict()}
-        )
-        with atomic_file(self._directory / f"top-{number}.pt") as partial:
-            save_torch(state, partial)
-        for old in self.numbers()[:-_KEPT]:
-            (self._directory / f"top-{old}.pt").unlink()
+        state: dict[str, Any] = {}
+        if self._head is not None and self._optimizer is not None:
+            state = {"head": self._head.state_dict(), "optimizer": self._optimizer.state_dict()}
+        self._states.save(number, state)
 
     def load(self, number: int) -> None:
-        """Go back to the state after request `number`; later ones are forgotten.
+        """Go back to the state after request `number`; later ones go with the next `save`.
 
         0 is the state at the start, which this object has when it is new.
         """
-        assert self._directory is not None
+        assert self._states is not None
         if number and self._head is not None and self._optimizer is not None:
-            state = torch.load(self._directory / f"top-{number}.pt", weights_only=True)
+            state = self._states.load(number)
             self._head.load_state_dict(state["head"])
             self._optimizer.load_state_dict(state["optimizer"])
-        for later in self.numbers():
-            if later > number:
-                (self._directory / f"top-{later}.pt").unlink()
 
 
 def customers_head(bottom: Bottom, outputs: int, tuning: TuningConfig) -> PooledHead | None:
@@ -206,30 +196,29 @@ def train_u_shape(
     """
     if private.labels is None and not language_model:
         raise DataError("expected labels to train with: privatize the texts with their labels")
-    trunk = RemoteTrunk(transport, precision=config.precision)
+    plan = list(config.numbered(len(private), "u-shape"))
+    ends = [0, *(batch.number + 1 for batch in plan if batch.ends_step)]
+    if applied not in ends:
+        earlier = max((end for end in ends if end < applied), default=0)
+        raise DataError(f"request {applied} is not the end of a step: resume at {earlier}")
+    trunk = RemoteTrunk(transport, applied=applied, precision=config.precision)
     losses: list[float] = []
-    plan, number = config.steps(len(private)), 0
-    for made, step in enumerate(plan, 1):
-        if number < applied:  # this step is part of the job already
-            number += 2 * len(step) + 1
+    for batch in plan:
+        if batch.number < applied:  # its step is part of the job already
             continue
-        if number != trunk.applied:
-            if number != applied:
-                raise DataError(f"request {applied} is not the end of a step: resume at {number}")
-            trunk.applied = number
-        for indices in step:
-            hidden_BLD, mask_BL = unpack(*private.rows(indices))
-            target = _target(private, indices, language_model)
-            loss = top.loss(trunk(hidden_BLD, mask_BL), mask_BL, target)
-            (loss * len(indices) / sum(map(len, step))).backward()
-            losses.append(float(loss.detach()))
-            on_loss(losses[-1])
-        trunk.step()
-        top.step()
-        number = trunk.applied
-        if made % config.checkpoint_steps == 0 or made == len(plan):
-            top.save(number)
-            trunk.checkpoint()
+        hidden_BLD, mask_BL = unpack(*private.rows(batch.texts))
+        target = _target(private, batch.texts, language_model)
+        loss = top.loss(trunk(hidden_BLD, mask_BL), mask_BL, target)
+        (loss * len(batch.texts) / batch.step_texts).backward()
+        assert trunk.applied == batch.number
+        losses.append(float(loss.detach()))
+        on_loss(losses[-1])
+        if batch.ends_step:
+            trunk.step()
+            top.step()
+            if batch.checkpoint:
+                top.save(trunk.applied)
+                trunk.checkpoint()
     return losses
 
 

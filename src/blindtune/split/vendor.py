@@ -178,7 +178,7 @@ class Vendor:
                 with self._turns.take(customer):
                     job.lora = self._attach(record)
                     try:
-                        self._store.save(name, 0, job.snapshot())
+                        self._store.states(name).save(0, job.snapshot())
                         self._store.write(record)
                     except BaseException:
                         job.lora.remove()
@@ -204,7 +204,7 @@ class Vendor:
             if job.record.state == "open":
                 self._store.touch(name)
             if job.lora is None and job.record.state == "open":
-                self._go_back(job, self._store.numbers(name)[-1])
+                self._go_back(job, self._store.states(name).numbers()[-1])
         return job
 
     def expire(self) -> None:
@@ -234,7 +234,7 @@ class Vendor:
         with job.lock:
             if job.lora is not None and job.lora.open_tokens:
                 job.deliveries.take_over()
-                self._go_back(job, self._store.numbers(job.record.name)[-1])
+                self._go_back(job, self._store.states(job.record.name).numbers()[-1])
 
     def _forget_ended(self, limit: float) -> None:
         """Remove what is left of ended jobs: older than `limit` seconds, or beyond a few each."""
@@ -252,17 +252,18 @@ class Vendor:
 
     def rewind(self, job: Job, number: int) -> None:
         """Take a job back to its checkpoint after request `number`."""
-        if number not in self._store.numbers(job.record.name):
+        states = self._store.states(job.record.name)
+        if number not in states.numbers():
             raise MismatchError(
                 f"no checkpoint after request {number} is kept: resume at one that is"
             )
         with job.lock:
             job.deliveries.take_over()  # streams before this one may change nothing more
             self._go_back(job, number)
-            self._store.drop_after(job.record.name, number)
+            states.drop_after(number)
 
     def _go_back(self, job: Job, number: int) -> None:
-        state = self._store.load(job.record.name, number)
+        state = self._store.states(job.record.name).load(number)
         with self._turns.take(job.record.owner):
             lora = job.lora or self._attach(job.record)
             lora.load(state["lora"])
@@ -283,7 +284,7 @@ class Vendor:
             raise MismatchError("a checkpoint is made after a step: send the step first")
         number, begin = job.deliveries.applied, time.monotonic()
         # Without a turn: the job's own lock is held, and others' work does not touch its weights.
-        self._store.save(job.record.name, number, job.snapshot())
+        self._store.states(job.record.name).save(number, job.snapshot())
         job.durable = number
         seconds = time.monotonic() - begin
         self._tell(JobSaved(
