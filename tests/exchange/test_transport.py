@@ -13,6 +13,7 @@ from blindtune.errors import (
     PolicyError,
     VerificationError,
 )
+from blindtune.exchange import resuming
 from blindtune.exchange.delivery import Deliveries
 from blindtune.exchange.messages import (
     WINDOW,
@@ -24,7 +25,7 @@ from blindtune.exchange.messages import (
     Step,
     equal,
 )
-from blindtune.exchange.resuming import ResumingTransport, RetryConfig
+from blindtune.exchange.resuming import Backoff, ResumingTransport, RetryConfig
 from blindtune.exchange.transport import BusyError, InProcessTransport, LostError
 
 FAST = RetryConfig(first_delay_seconds=0.001, longest_delay_seconds=0.002)
@@ -225,6 +226,23 @@ def test_a_vendor_that_forgot_more_than_the_journal_has_is_an_error():
     with pytest.raises(NetworkError, match="went back"):
         transport.call(batch(21))
     transport.close()
+
+
+def test_pauses_double_until_there_is_a_reply_or_it_is_given_up(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(resuming.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(resuming.random, "uniform", lambda _low, high: high)
+    backoff = Backoff(RetryConfig(longest_delay_seconds=3.0, give_up_after_seconds=20.0))
+    lost = LostError("gone")
+    assert [backoff.pause_seconds(lost) for _ in range(4)] == [0.5, 1.0, 2.0, 3.0]
+    assert backoff.pause_seconds(BusyError(5.0)) == 8.0
+    clock[0] += 15
+    assert backoff.pause_seconds(BusyError(5.0)) is None
+    assert backoff.pause_seconds(lost) == 3.0
+    clock[0] += 3
+    assert backoff.pause_seconds(lost) is None
+    backoff.replied()
+    assert backoff.pause_seconds(lost) == 0.5
 
 
 def test_giving_up_takes_as_long_as_said():

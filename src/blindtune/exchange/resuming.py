@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import final
 
 from torch import Tensor
 
@@ -56,6 +57,32 @@ class RetryConfig:
             )
         if self.give_up_after_seconds < 0 or self.journal_bytes < 0:
             raise ConfigError("give_up_after_seconds and journal_bytes must not be negative")
+
+
+@final
+class Backoff:
+    """Pauses between tries, each twice as long as the one before, with jitter, until a reply."""
+
+    def __init__(self, config: RetryConfig) -> None:
+        self._config = config
+        self.replied()
+
+    def replied(self) -> None:
+        """There was a reply: the next trouble begins anew."""
+        self._since: float | None = None
+        self._delay = self._config.first_delay_seconds
+
+    def pause_seconds(self, error: NetworkError) -> float | None:
+        """How long to wait after a failed try, with what a busy vendor asks for; None: give up."""
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        pause = self._delay * random.uniform(0.5, 1.0)  # noqa: S311 (jitter, not a secret)
+        if isinstance(error, BusyError):
+            pause += error.retry_after_seconds
+        if now + pause > self._since + self._config.give_up_after_seconds:
+            return None
+        self._delay = min(2 * self._delay, self._config.longest_delay_seconds)
+        return pause
 
 
 @dataclass(eq=False)
@@ -123,8 +150,7 @@ class ResumingTransport:
         self._failure: BlindtuneError | None = None
         self._dropped = 0  # the highest number that was dropped before it was durable
         self._ghosts = 1  # openings that may arrive late; one of a process that was killed
-        self._trouble_since: float | None = None
-        self._delay = self._retries.first_delay_seconds
+        self._backoff = Backoff(self._retries)
         self._connection = self._greet()
         self._opening = ResumeJob(token=opening.token)
         self._thread = threading.Thread(target=self._run, name="blindtune-resume", daemon=True)
@@ -207,18 +233,13 @@ class ResumingTransport:
 
     def _pause(self, error: NetworkError) -> None:
         self._connection.close()
-        now = time.monotonic()
-        self._trouble_since = now if self._trouble_since is None else self._trouble_since
-        delay = self._delay * random.uniform(0.5, 1.0)  # noqa: S311 (jitter, not a secret)
-        if isinstance(error, BusyError):
-            delay += error.retry_after_seconds
-        if now + delay > self._trouble_since + self._retries.give_up_after_seconds:
+        seconds = self._backoff.pause_seconds(error)
+        if seconds is None:
             raise NetworkError(
                 f"no reply for {self._retries.give_up_after_seconds:g} seconds ({error}): "
                 "resume the job when the vendor is reachable"
             ) from error
-        self._delay = min(2 * self._delay, self._retries.longest_delay_seconds)
-        if self._closing.wait(delay):
+        if self._closing.wait(seconds):
             raise LostError("the transport was closed before a reply came")
 
     def _replay(self) -> None:
@@ -257,7 +278,7 @@ class ResumingTransport:
             # that two customers with one job do not take it from each other for ever.
             self._ghosts -= 1
             raise LostError(str(error))
-        self._trouble_since, self._delay = None, self._retries.first_delay_seconds
+        self._backoff.replied()
         self._finish(entry, error, None if error else done.result())
 
     def _finish(

@@ -7,7 +7,6 @@ machine could see it.
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from blindtune.errors import ConfigError, NetworkError, PolicyError
 from blindtune.exchange.credentials import VendorTrust
 from blindtune.exchange.messages import ResumeJob
 from blindtune.exchange.network import Connection, parse_address
-from blindtune.exchange.resuming import ResumingTransport, RetryConfig
+from blindtune.exchange.resuming import Backoff, ResumingTransport, RetryConfig
 from blindtune.exchange.transport import BusyError, Direction, Transport
 from blindtune.split.customer import check_open
 from blindtune.version import PROGRAM
@@ -131,16 +130,15 @@ def patiently(reach: Callable[[], Reached], retries: RetryConfig) -> Reached:
     Raises:
         BusyError: it still is after `give_up_after_seconds`. Others: as `reach` does.
     """
-    begin, delay = time.monotonic(), retries.first_delay_seconds
+    backoff = Backoff(retries)
     while True:
         try:
             return reach()
         except BusyError as error:
-            pause = error.retry_after_seconds + delay * random.uniform(0.5, 1.0)  # noqa: S311
-            if time.monotonic() - begin + pause > retries.give_up_after_seconds:
+            seconds = backoff.pause_seconds(error)
+            if seconds is None:
                 raise
-            time.sleep(pause)
-            delay = min(2 * delay, retries.longest_delay_seconds)
+            time.sleep(seconds)
 
 
 def resume_job(connect: Connect, token: str, retries: RetryConfig) -> ResumingTransport:
