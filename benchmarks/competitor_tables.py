@@ -94,6 +94,17 @@ def cost_table(cost):
     return lines
 
 
+def pace_lines(pace):
+    """Seconds of our short study beside those of distillation, taken in turn."""
+    rows = pace["rows"].values()
+    ours, theirs = (spread([row[key] for row in rows], 0) for key in ("short study", "distilled"))
+    ratio = spread([row["ratio"] for row in rows], 1)
+    return [
+        f"In turn on one machine, {len(rows)} times (`competitors.py pace`): the short study with "
+        f"its emulator {ours} s, 400 steps of distillation {theirs} s, {ratio} times as long."
+    ]
+
+
 def healing_table(healing):
     """Perplexity of an emulator trained on by whoever keeps it, and of the control."""
     lines = [

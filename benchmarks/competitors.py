@@ -2,11 +2,12 @@
 
     python benchmarks/competitors.py --data DIR --work DIR [--smoke] [PART ...]
 
-Parts: wiki, arc, openbook, cost, healing. Every method makes one emulator, kept in WORK/emulators
-with what it cost; rows tune on it. Rows are kept and resumed as in `offsite.py` (`rows.py`);
-results go to benchmarks/results/competitors-PART.json. What `offsite.py` has is not run again: on
-WikiText-2 and ARC-Easy ZS, FT, the directly tuned adapter, ours, and uniform LayerDrop. `--smoke`
-does the same on a twentieth of everything, to see that it runs.
+Parts: wiki, arc, openbook, cost, pace, healing. Pace times our short study and steps of
+distillation in turn, so that both meet the same machine. Every method makes one emulator, kept in
+WORK/emulators with what it cost; rows tune on it. Rows are kept and resumed as in `offsite.py`
+(`rows.py`); results go to benchmarks/results/competitors-PART.json. What `offsite.py` has is not
+run again: on WikiText-2 and ARC-Easy ZS, FT, the directly tuned adapter, ours, and uniform
+LayerDrop. `--smoke` does the same on a twentieth of everything, to see that it runs.
 """
 
 import json
@@ -31,9 +32,11 @@ from blindtune.offsite.emulation import EmulatorConfig, emulate
 from blindtune.offsite.emulator import open_emulator
 from blindtune.offsite.fixed_margin import FixedMarginConfig
 from blindtune.offsite.gradot import GradotConfig
+from blindtune.offsite.importance import DynamicConfig
 from blindtune.offsite.layer_drop import LayerDropConfig
 from blindtune.offsite.plugin import plug_in
-from blindtune.offsite.study import open_study
+from blindtune.offsite.study import StudyConfig, open_study
+from blindtune.offsite.studying import study
 from blindtune.offsite.tuning import tune
 from blindtune.training.text import DataConfig
 from offsite import (
@@ -50,7 +53,7 @@ from offsite import (
 )
 from rows import parse_options, run_rows
 
-PARTS = ("wiki", "arc", "openbook", "cost", "healing")
+PARTS = ("wiki", "arc", "openbook", "cost", "pace", "healing")
 CHOICE_RATE = 2e-4
 CHOICE_FT_RATE = 5e-5
 OURS = EmulatorConfig()
@@ -251,6 +254,35 @@ def cost_row(bench, _folder, name):
     return emulator(bench, name)[1]
 
 
+def pace_row(bench, folder):
+    """Seconds of the short study with its emulator, and of 400 steps of distillation, in turn.
+
+    Distillation is timed with few and with more steps: what those add, for each step that is left.
+    """
+
+    def timed(work):
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    def short():
+        configs = {k: v for k, v in SHORT.items() if k != "steps"}
+        study(
+            MODEL, bench.public(), folder / "study", StudyConfig(**configs), DynamicConfig(steps=0)
+        )
+        emulate(folder / "study", folder / "short", OURS)
+
+    def distilled(steps):
+        config = LayerDropConfig(steps=steps)
+        emulate_by(MODEL, bench.public(), folder / f"{steps}", config, max_length=LENGTH)
+
+    few, more = (1, 2) if bench.smoke else (2, 12)
+    ours = timed(short)
+    first, second = (timed(lambda steps=steps: distilled(steps)) for steps in (few, more))
+    every = first + (400 - few) * (second - first) / (more - few)
+    return {"short study": ours, "distilled": every, "ratio": every / ours}
+
+
 def healing_row(bench, _folder, name, regrow):
     """The emulator healed on public text; scored on WikiText-2, beside an equally deep model."""
     config = HealingConfig(regrow=regrow, steps=4 if bench.smoke else 64, points=4)
@@ -272,6 +304,9 @@ def plan(bench, part):
     if part == "cost":
         for name in METHODS:
             add(name, cost_row, name)
+    elif part == "pace":
+        for turn in range(3):
+            add(f"turn-{turn}", pace_row)
     elif part == "healing":
         for name in HEALED:
             add(f"{name}-beside", healing_row, name, "beside")

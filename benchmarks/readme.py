@@ -43,7 +43,7 @@ BLOCKS = {
         "wiki": ("competitors-wiki",),
         "arc": ("competitors-arc",),
         "openbook": ("competitors-openbook",),
-        "cost": ("competitors-cost",),
+        "cost": ("competitors-cost", "competitors-pace"),
         "healing": ("competitors-healing",),
     },
 }
@@ -64,6 +64,7 @@ TABLES = {
     "competitors-wiki": competitor_tables.wiki_table,
     "competitors-arc": lambda report: competitor_tables.choice_table(report, "ARC-Easy"),
     "competitors-openbook": lambda report: competitor_tables.choice_table(report, "OpenBookQA"),
+    "competitors-pace": competitor_tables.pace_lines,
     "competitors-cost": competitor_tables.cost_table,
     "competitors-healing": competitor_tables.healing_table,
     "faults-verbs": fault_tables.verb_table,
