@@ -349,6 +349,16 @@ def test_what_open_forwards_keep_is_let_go_when_the_customer_is_gone(tmp_path, m
     assert back.ask(Forward(sequence=1, hidden_TD=rows, lengths=(3,))).hidden_TD.shape == (3, 32)
 
 
+def test_cancelling_the_job_that_the_model_worked_for_last_beside_another(tmp_path):
+    """Warnings are errors here: PEFT warns where it has to choose another adapter."""
+    world = World(tmp_path)
+    other, last = (Stream(world, opened=opening(world)) for _ in range(2))
+    expected = Stream(world, "bert", opening(world)).ask(batch(1)).loss
+    last.ask(batch(1))
+    assert last.ask(Cancel()).state == "cancelled"
+    assert other.ask(batch(1)).loss == expected
+
+
 def test_two_jobs_at_once_do_not_disturb_each_other(tmp_path):
     (tmp_path / "calm").mkdir()
     configs = [CONFIG, TuningConfig(lora_rank=4, learning_rate=3e-3, lora_targets="attention",

@@ -289,8 +289,9 @@ class JobLora:
 
     def remove(self) -> None:
         """Take the adapter out of the shared model."""
-        from peft.functional import delete_adapter
+        from peft.functional import delete_adapter, set_adapter
 
+        set_adapter(self._served.stack.model, [])  # else PEFT makes another job's active, and warns
         delete_adapter(self._served.stack.model, self._name, "lora_")
         self._open = {}
 
