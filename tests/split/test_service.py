@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+import torch
 from split_world import CONFIG, LABELS, TEXTS
 from vendor_world import PLAN, SELF_SIGNED, VendorWorld, metric, page, write_model
 
@@ -19,7 +20,17 @@ from blindtune.errors import (
 )
 from blindtune.exchange.credentials import VendorTrust, make_development_certificate
 from blindtune.exchange.events import JobOpened, TurnedAway
-from blindtune.exchange.messages import Batch, Cancel, Status
+from blindtune.exchange.messages import (
+    Backward,
+    Batch,
+    Cancel,
+    Forward,
+    Hello,
+    OpenJob,
+    ResumeJob,
+    Status,
+    Step,
+)
 from blindtune.exchange.network import Connection
 from blindtune.exchange.serving import ServerConfig
 from blindtune.split.customer import PassConfig, new_token, predict, train
@@ -312,6 +323,47 @@ def test_estimates_are_near_what_is_made(tmp_path):
     on_disk = found.sizes["a job on the disk"]
     assert on_disk == 2 * 3 * 4 * numbers
     assert state.stat().st_size > 4 * numbers
+
+
+def test_the_estimate_counts_forwards_that_wait_for_gradients(tmp_path):
+    model = write_model(tmp_path / "model", "smollm2")
+    limits = VendorLimits(max_jobs=5, max_message_tokens=10**7)  # nothing else is as large
+    plain, u_shape = (
+        estimate_serve(model, 2, BottomConfig(partition=partition), limits)
+        for partition in ("two-part", "u-shape")
+    )
+    work = u_shape.sizes["work on 10,000,000 tokens at once"]
+    waiting = u_shape.sizes["forwards that wait for gradients, of all jobs"]
+    width = 32
+    assert waiting == work + 5 * 10**7 * width * 4
+    assert u_shape.memory_bytes - plain.memory_bytes == pytest.approx(waiting, rel=0.01)
+
+
+def test_a_customer_who_vanishes_amid_a_step_leaves_no_graph(tmp_path):
+    world, token = VendorWorld(tmp_path), new_token()
+    hidden_TD = torch.randn(5, 32)
+    forward = Forward(sequence=1, hidden_TD=hidden_TD, lengths=(3, 2))
+    with world.start(config=BottomConfig(partition="u-shape")) as service:
+        graphs = service._vendor._graphs
+        gone = world.connect(service)
+        gone.call(Hello(program="test"))
+        gone.call(OpenJob(
+            token=token, partition="u-shape", cut=1, bottom=service.bottom.id, task="hidden",
+            outputs=0, options=CONFIG.options(),
+        ))  # fmt: skip
+        gone.call(forward)
+        assert len(graphs) == 1
+        gone.close()
+        deadline = time.monotonic() + 20
+        while len(graphs) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(graphs) == 0
+        back = world.connect(service)
+        back.call(Hello(program="test"))
+        assert back.call(ResumeJob(token=token)).applied == 1
+        assert back.call(Backward(sequence=2, forward=1, gradient_TD=hidden_TD)).sequence == 2
+        assert back.call(Step(sequence=3)).steps == 1
+        back.close()
 
 
 def test_a_log_that_cannot_be_written(tmp_path):

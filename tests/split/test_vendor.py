@@ -329,26 +329,6 @@ def test_few_ended_jobs_are_remembered_and_none_for_ever(tmp_path, monkeypatch):
     Stream(world, opened=opening(world))
 
 
-def test_what_open_forwards_keep_is_let_go_when_the_customer_is_gone(tmp_path, monkeypatch):
-    world = World(tmp_path, partition="u-shape", cut=1, last=1)
-    token, rows = new_token(), torch.randn(3, 32)
-    stream = Stream(world, opened=opening(world, token=token))
-    stream.ask(Forward(sequence=1, hidden_TD=rows, lengths=(3,)))
-    job = next(iter(world.vendor._jobs.values()))
-    world.vendor.expire()
-    assert job.lora.open_tokens == 3
-    later = time.monotonic() + vendor_module.OPEN_FORWARD_SECONDS + 1
-    with monkeypatch.context() as patched:
-        patched.setattr(vendor_module.time, "monotonic", lambda: later)
-        world.vendor.expire()
-    assert job.lora.open_tokens == 0
-    late = Backward(sequence=2, forward=1, gradient_TD=rows)
-    assert stream.ask(late).code == "out-of-order"
-    back = Stream(world, opened=ResumeJob(token=token, at=0))
-    assert back.opened.applied == 0
-    assert back.ask(Forward(sequence=1, hidden_TD=rows, lengths=(3,))).hidden_TD.shape == (3, 32)
-
-
 def test_cancelling_the_job_that_the_model_worked_for_last_beside_another(tmp_path):
     """Warnings are errors here: PEFT warns where it has to choose another adapter."""
     world = World(tmp_path)
@@ -398,7 +378,7 @@ def test_u_shape_requests_out_of_place(tmp_path):
     for number in (4, 5, 6):
         stream.ask(Forward(sequence=number, hidden_TD=rows, lengths=(3,)))
     refused = stream.ask(Forward(sequence=7, hidden_TD=rows, lengths=(3,)))
-    assert (refused.code, "9 are and 3 came" in refused.message) == ("limit", True)
+    assert (refused.code, "9 tokens of this job" in refused.message) == ("limit", True)
     assert stream.ask(Predict(hidden_TD=rows, lengths=(3,))).sequence is None
 
 

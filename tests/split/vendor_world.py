@@ -35,10 +35,10 @@ class VendorWorld:
         self.tokens = {}
         self.shown = None  # the customers' certificate and key, if they show any
 
-    def start(self, *, port=0, limits=None, access=SELF_SIGNED, **server):
+    def start(self, *, port=0, config=None, limits=None, access=SELF_SIGNED, **server):
         server = {"retry_after_seconds": 0.01, **server}
         return serve(
-            self.model, self.out, self.cut, access=access, limits=limits,
+            self.model, self.out, self.cut, config, access=access, limits=limits,
             server=ServerConfig(port=port, **server),
             watch=WatchConfig(metrics_port=0, log_file=str(self.log)),
         )  # fmt: skip

@@ -51,7 +51,8 @@ def estimate_serve(
     """Estimate `serve`: until it serves, and what every further job takes.
 
     Jobs are counted at the default rank with LoRA in every linear map; memory is for as many of
-    them as `limits` allows, and one message of the largest size at work.
+    them as `limits` allows, and one message of the largest size at work. In the U-shape there are
+    open forwards besides: graphs of as many tokens as one message has, and every job's inputs.
 
     Raises:
         ModelError, ConfigError: as for `serve`.
@@ -72,17 +73,23 @@ def estimate_serve(
         FLOAT * _ACTIVATIONS * stack.hidden_size
         * len(where.vendor_layers) * limits.max_message_tokens
     )  # fmt: skip
+    sizes = {
+        "the model": whole,
+        f"a job in memory (rank {rank})": job,
+        "a job on the disk": KEPT_STATES * state,
+        f"work on {limits.max_message_tokens:,} tokens at once": work,
+    }
+    waiting = 0
+    if where.partition == "u-shape":
+        inputs = FLOAT * stack.hidden_size * limits.max_message_tokens
+        waiting = work + limits.max_jobs * inputs
+        sizes["forwards that wait for gradients, of all jobs"] = waiting
     return estimated(
         _reading(whole, written),
         matmul_rate(stack.hidden_size),
-        memory=whole + work + limits.max_jobs * job,
+        memory=whole + work + waiting + limits.max_jobs * job,
         written=written,
-        sizes={
-            "the model": whole,
-            f"a job in memory (rank {rank})": job,
-            "a job on the disk": KEPT_STATES * state,
-            f"work on {limits.max_message_tokens:,} tokens at once": work,
-        },
+        sizes=sizes,
     )
 
 

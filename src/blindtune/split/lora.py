@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from blindtune.errors import ConfigError, MismatchError, VerificationError
 from blindtune.exchange.messages import pack, unpack
 from blindtune.models.decoder import Decoder
+from blindtune.split.open_forwards import Graph, Graphs, OpenForward
 from blindtune.split.partition import (
     Cut,
     PooledHead,
@@ -89,6 +90,7 @@ class JobLora:
         served: the shared model.
         name: of the adapter; letters, digits and `_`.
         config: how it is tuned.
+        graphs: where what backward passes need is kept, of all jobs.
         task, outputs: of the head; None in the U-shape, which has none here.
     """
 
@@ -97,10 +99,12 @@ class JobLora:
         served: Served,
         name: str,
         config: TuningConfig,
+        graphs: Graphs,
         *,
         task: Task | None,
         outputs: int = 0,
     ) -> None:
+        self._graphs = graphs
         self._served, self._name, self._config, self._task = served, name, config, task
         stack = served.stack
         with torch.random.fork_rng():
@@ -127,7 +131,7 @@ class JobLora:
             self._optimizer, config.schedule, config.warmup_steps, config.max_steps
         )
         self._gathered: list[Tensor] | None = None
-        self._open: dict[int, tuple[Tensor, Tensor, tuple[int, ...]]] = {}
+        self._open: dict[int, OpenForward] = {}
 
     def _inject(self) -> None:
         from peft import LoraConfig, inject_adapter_in_model
@@ -191,15 +195,22 @@ class JobLora:
         return float(loss.detach()), metrics, found[-1] if input_gradient else None
 
     def forward(self, number: int, hidden_TD: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """U-shape: the trunk's outputs [T, D]; kept for the backward pass under its number."""
-        with self._active(number):
-            rows_TD = hidden_TD.detach().to(self._served.device).requires_grad_()
-            hidden_BLD, mask_BL = unpack(rows_TD, lengths)
-            out_BLD = run_vendor(self._served.stack, self._served.cut, hidden_BLD, mask_BL)
-            out_TD = pack(out_BLD, mask_BL)[0]
+        """U-shape: the trunk's outputs [T, D]; the forward is open under its number."""
+        opened = OpenForward(hidden_TD, lengths)
+        graph = self._through(number, opened)
+        out_TD = graph[1]
         _check_finite([out_TD])
-        self._open[number] = (rows_TD, out_TD, lengths)
+        self._open[number] = opened
+        self._graphs.keep(opened, graph)
         return out_TD.detach()
+
+    def _through(self, number: int, opened: OpenForward) -> Graph:
+        """The trunk's pass of forward `number`, the first or again: the same either way."""
+        with self._active(number):
+            rows_TD = opened.hidden_TD.detach().to(self._served.device).requires_grad_()
+            hidden_BLD, mask_BL = unpack(rows_TD, opened.lengths)
+            out_BLD = run_vendor(self._served.stack, self._served.cut, hidden_BLD, mask_BL)
+            return rows_TD, pack(out_BLD, mask_BL)[0]
 
     def backward(self, number: int, gradient_TD: Tensor) -> Tensor:
         """U-shape: add the gradients that belong to forward `number`; the inputs' gradient.
@@ -210,17 +221,15 @@ class JobLora:
         """
         if number not in self._open:
             raise MismatchError(f"no forward {number} is open: send one, and use it once")
-        rows_TD, out_TD, _ = self._open[number]
-        if gradient_TD.shape != out_TD.shape:
+        opened = self._open[number]
+        if gradient_TD.shape != opened.hidden_TD.shape:
             raise MismatchError(
-                f"expected a gradient {list(out_TD.shape)}, got {list(gradient_TD.shape)}"
+                f"expected a gradient {list(opened.hidden_TD.shape)}, got {list(gradient_TD.shape)}"
             )
+        rows_TD, out_TD = self._graphs.take(opened) or self._through(number, opened)
         with self._active(number):
             found = torch.autograd.grad(
-                out_TD,
-                [*self._parameters.values(), rows_TD],
-                gradient_TD.to(out_TD.device),
-                retain_graph=True,
+                out_TD, [*self._parameters.values(), rows_TD], gradient_TD.to(out_TD.device)
             )
         _check_finite(found)
         del self._open[number]
@@ -228,9 +237,19 @@ class JobLora:
         return found[-1]
 
     @property
+    def open_forwards(self) -> int:
+        """Forwards whose gradient has not come."""
+        return len(self._open)
+
+    @property
     def open_tokens(self) -> int:
-        """Tokens of the forwards whose gradient has not come: what is kept of each is large."""
-        return sum(len(rows_TD) for rows_TD, _, _ in self._open.values())
+        """Their tokens."""
+        return sum(len(opened.hidden_TD) for opened in self._open.values())
+
+    def release(self) -> None:
+        """Let go of what can be computed again; from any thread, at any time."""
+        for opened in list(self._open.values()):
+            self._graphs.take(opened)
 
     def step(self) -> float:
         """The optimizer's step with what was gathered; the norm of the gradient before clipping.
@@ -285,6 +304,7 @@ class JobLora:
             parameter.copy_(state["parameters"][name])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
+        self.release()
         self._gathered, self._open = None, {}
 
     def remove(self) -> None:
@@ -293,6 +313,7 @@ class JobLora:
 
         set_adapter(self._served.stack.model, [])  # else PEFT makes another job's active, and warns
         delete_adapter(self._served.stack.model, self._name, "lora_")
+        self.release()
         self._open = {}
 
     @contextmanager

@@ -13,6 +13,8 @@ from blindtune.split.partition import Pooling
 from blindtune.training.optimizers import SCHEDULES, ScheduleName
 
 Targets = Literal["attention", "all"]
+OPEN_MESSAGES = 4
+"""Of the largest size, whose gradients a customer may owe where nothing else is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,11 @@ class VendorLimits:
     """What a vendor allows a job; requests beyond it are refused and change nothing."""
 
     max_message_tokens: int = 16384
-    """Tokens of one message; with the padding that its lengths imply, at most twice as many."""
+    """Tokens of one message, and of the forwards of a job that wait for their gradients (U-shape);
+    with the padding that its lengths imply, at most twice as many."""
+    max_open_tokens: int | None = None
+    """Tokens of forwards that wait for their gradients, of all jobs of a customer (U-shape); None:
+    as many as four messages may have."""
     max_sequence_tokens: int | None = None
     """Tokens of one sequence; None: as many as the model takes."""
     max_job_tokens: int = 1_000_000_000
@@ -117,3 +123,14 @@ class VendorLimits:
             value = getattr(self, field.name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{field.name} must be above 0, got {value}")
+        if self.open_tokens < self.max_message_tokens:
+            raise ConfigError(
+                "expected max_open_tokens of at least max_message_tokens "
+                f"({self.max_message_tokens}), got {self.max_open_tokens}: raise it, or nobody "
+                "could send the largest message"
+            )
+
+    @property
+    def open_tokens(self) -> int:
+        """What `max_open_tokens` comes to."""
+        return self.max_open_tokens or OPEN_MESSAGES * self.max_message_tokens

@@ -41,6 +41,7 @@ from blindtune.exchange.events import (
 )
 from blindtune.exchange.messages import (
     PROTOCOL_VERSION,
+    WINDOW,
     Batch,
     Cancel,
     Checkpoint,
@@ -65,6 +66,7 @@ from blindtune.exchange.transport import Handler
 from blindtune.split.admission import RefusedError, check_labels, check_opening, check_rows
 from blindtune.split.job import Job
 from blindtune.split.lora import JobLora, Served, serve
+from blindtune.split.open_forwards import Graphs
 from blindtune.split.partition import Cut, Stack, longest_sequence
 from blindtune.split.store import JobRecord, JobStore
 from blindtune.split.terms import VendorLimits, tuning_of
@@ -76,8 +78,6 @@ ENDED = {
     "closed": "this job has expired: nobody had asked for it in long, and it was removed",
 }
 EXPIRY_GRACE_SECONDS = 3600.0
-OPEN_FORWARD_SECONDS = 3600.0
-"""Since when nobody has asked for a job, before what its open forwards keep is let go."""
 ENDED_KEPT = 32
 """Ended jobs of a customer that are remembered, to tell it that they have ended."""
 
@@ -124,6 +124,7 @@ class Vendor:
         self._overdue: dict[str, float] = {}  # since when (monotonic) a job has looked overdue
         self._opening = threading.Lock()
         self._turns = Turns()
+        self._graphs = Graphs(self.limits.max_message_tokens)
         self._tell = observer
         # One thread works with the model, whoever's turn it is: memory allocators keep for every
         # thread what its largest batch took, and OpenMP keeps workers for every thread.
@@ -135,7 +136,11 @@ class Vendor:
     @contextmanager
     def session(self, customer: str) -> Iterator[Handler]:
         """A handler for one stream of an authenticated customer."""
-        yield _Session(self, customer).handle
+        session = _Session(self, customer)
+        try:
+            yield session.handle
+        finally:
+            session.end()
 
     def open_jobs(self) -> int:
         """How many jobs are open, of all customers; those that rest on the disk too."""
@@ -210,13 +215,11 @@ class Vendor:
     def expire(self) -> None:
         """End the open jobs that nobody has asked for in `max_idle_days`; forget those long ended.
 
-        And let go of what forwards keep of jobs whose customers left between forward and backward.
         Only those that looked so `EXPIRY_GRACE_SECONDS` ago already: a clock that jumps ahead and
         is set right again takes no job away.
         """
         now, limit = time.monotonic(), 86400 * self.limits.max_idle_days
         for name, job in list(self._jobs.items()):
-            self._let_go(job, now)
             if job.record.state != "open" or self._store.idle_seconds(name) <= limit:
                 self._overdue.pop(name, None)
             elif now - self._overdue.setdefault(name, now) >= EXPIRY_GRACE_SECONDS:
@@ -225,16 +228,6 @@ class Vendor:
                         self._end(job, "closed")
                         self._tell(JobExpired(customer=job.record.owner, job=name))
         self._forget_ended(limit)
-
-    def _let_go(self, job: Job, now: float) -> None:
-        """Take a job with open forwards that rests back to its checkpoint, as a restart would."""
-        resting = now - job.asked > OPEN_FORWARD_SECONDS
-        if not resting or job.lora is None or not job.lora.open_tokens:
-            return
-        with job.lock:
-            if job.lora is not None and job.lora.open_tokens:
-                job.deliveries.take_over()
-                self._go_back(job, self._store.states(job.record.name).numbers()[-1])
 
     def _forget_ended(self, limit: float) -> None:
         """Remove what is left of ended jobs: older than `limit` seconds, or beyond a few each."""
@@ -315,6 +308,8 @@ class Vendor:
         tokens = len(message.hidden_TD) if isinstance(message, Batch | Forward) else 0
         self._check_message(job, message)
         with self._turn(job, message, tokens):
+            if isinstance(message, Forward):
+                self._check_open(job, message)  # in the turn: nobody else opens one meanwhile
             reply = self._model.submit(job.work, message).result()
         job.count(message, reply)
         return reply
@@ -353,7 +348,9 @@ class Vendor:
     def _attach(self, record: JobRecord) -> JobLora:
         task = None if record.task == "hidden" else record.task
         config = tuning_of(record.options)
-        return JobLora(self._served, record.name, config, task=task, outputs=record.outputs)
+        return JobLora(
+            self._served, record.name, config, self._graphs, task=task, outputs=record.outputs
+        )
 
     def _check_room(self, customer: str) -> None:
         live = [job.record.owner for job in self._jobs.values() if job.record.state == "open"]
@@ -370,14 +367,28 @@ class Vendor:
             self._check_rows(message)
         if isinstance(message, Batch):
             check_labels(message.labels, job.record.task, job.record.outputs)
+
+    def _check_open(self, job: Job, message: Forward) -> None:
+        """Whether a job, and its customer, may have another forward wait for its gradient."""
         assert job.lora is not None
-        if isinstance(message, Forward):
-            most, waiting = self.limits.max_message_tokens, job.lora.open_tokens
-            if waiting + len(message.hidden_TD) > most:
+        if job.lora.open_forwards >= WINDOW:
+            raise RefusedError("limit", f"{WINDOW} forwards are open: send their gradients first")
+        own = [j.lora for j in list(self._jobs.values()) if j.record.owner == job.record.owner]
+        rows, limits = len(message.hidden_TD), self.limits
+        for open_tokens, most, whose in (
+            (job.lora.open_tokens, limits.max_message_tokens, "this job"),
+            (
+                sum(lora.open_tokens for lora in own if lora is not None),
+                limits.open_tokens,
+                "your jobs",
+            ),
+        ):
+            if open_tokens + rows > most:
                 raise RefusedError(
-                    "limit", f"expected forwards of at most {most} tokens to be open, {waiting} "
-                    f"are and {len(message.hidden_TD)} came: send their gradients first",
-                )  # fmt: skip
+                    "limit",
+                    f"{open_tokens} tokens of {whose} wait for their gradients and {rows} more "
+                    f"came, at most {most} may: send the gradients first, or cancel a job",
+                )
 
     def _check_rows(self, message: Batch | Forward | Predict) -> None:
         check_rows(
@@ -394,6 +405,16 @@ class _Session:
         self._greeted = False
         self._job: Job | None = None
         self._lease: tuple[Deliveries, int] | None = None
+
+    def end(self) -> None:
+        """Let go of what only a customer who is there needs at once.
+
+        The job stays as it is, for whoever resumes it; if a stream has taken it over meanwhile, its
+        open forwards are computed again, and nothing else.
+        """
+        lora = None if self._job is None else self._job.lora
+        if lora is not None:
+            lora.release()
 
     def handle(self, message: Message) -> Message:
         """Answer one request."""
