@@ -90,9 +90,12 @@ class JobStore:
         os.utime(self._jobs / name / "job.json", (now, now))
 
     def idle_seconds(self, name: str) -> float:
-        """Since when nobody asked for a job, or moved it."""
+        """Since when nobody asked for a job, or moved it.
+
+        By its directory and its record: a state that is being stored may be gone when looked at.
+        """
         folder = self._jobs / name
-        return time.time() - max(path.stat().st_mtime for path in folder.iterdir())
+        return time.time() - max(path.stat().st_mtime for path in (folder, folder / "job.json"))
 
     def states(self, name: str) -> NumberedStates:
         """What is kept of a job, by the requests after which it was stored."""
