@@ -59,6 +59,17 @@ def lines_of(world):
     return [json.loads(line) for line in world.log.read_text().splitlines()]
 
 
+def wait_for_end(world, customer, reason):
+    """Until the log says why a stream ended: it may be written after the customer's last reply."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        ended = [line for line in lines_of(world) if line["event"] == "stream-ended"]
+        if (customer, reason) in {(line["customer"], line["reason"]) for line in ended}:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"no stream of {customer} ended as {reason}: {ended}")
+
+
 def test_nothing_of_a_job_is_in_metrics_or_log(world, service):
     """One job from end to end, with refusals and failures of every kind on the way."""
     token = new_token()
@@ -185,7 +196,7 @@ def test_a_revoked_customer_is_cut_off_while_others_go_on(world, service):
 
     with pytest.raises(PolicyError, match="token"):
         ask_on()
-    assert '"revoked"' in world.log.read_text()
+    wait_for_end(world, "carl", "revoked")
     with pytest.raises(ConfigError, match="known are"):
         revoke("nobody", world.out)
     with pytest.raises(ConfigError, match=r"customers\.json"):
@@ -206,8 +217,7 @@ def test_a_running_job_is_told_that_its_token_was_withdrawn(world, service):
         train(job, private, plan, on_loss=on_loss)
     job.close()
     assert 3 <= len(seen) < 50_000
-    ended = [line for line in lines_of(world) if line["event"] == "stream-ended"]
-    assert ("dora", "revoked") in {(line["customer"], line["reason"]) for line in ended}
+    wait_for_end(world, "dora", "revoked")
     world.tokens.pop("dora")
     again = world.job(service, "dora", token=token)  # admitted anew: the job is the name's
     assert again.job.applied > 0
