@@ -138,7 +138,7 @@ def test_what_stood_there_before_a_killed_command_is_not_its_own(tmp_path):
     (out / "m").write_text("of the first")
     first, second = (Request(verb="v", out=out, identity={"n": n}) for n in (1, 2))
     first.note_done({"made": "first"})
-    killed = [second.under_way(), second.under_way()]
+    killed = [second.under_way() for _ in range(3)]
     killed[0].__enter__()  # nothing of it is left but the note
     assert not second.begun()
     assert first.done()["made"] == "first"
@@ -147,6 +147,11 @@ def test_what_stood_there_before_a_killed_command_is_not_its_own(tmp_path):
     (out / "m").write_text("of the second")
     assert second.begun()
     assert first.done() is None
+    killed[2].__enter__()  # killed again before it has made its output anew
+    assert second.begun()
+    with pytest.raises(ZeroDivisionError), second.under_way():
+        raise ZeroDivisionError
+    assert second.begun()
 
 
 def test_a_failed_command_leaves_the_note_of_what_is_there(tmp_path):

@@ -72,7 +72,9 @@ class Request:
         Raises:
             OutputError: the note cannot be written.
         """
-        earlier, before = record_path(self.out), digest(self.out)
+        # Killed twice in a row: what stands there is still this request's own.
+        before = self._note().get("before") if self.begun() else digest(self.out)
+        earlier = record_path(self.out)
         kept = earlier.read_bytes() if earlier.is_file() else None
         if self.identity is not None:
             begun = {"identity": self.identity, "begun": True, "before": before}
