@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from blindtune.cli.audit_acts import OPTIONS
 from blindtune.cli.options import Group
 from blindtune.cli.output import Facts
 from blindtune.cli.printing import print_columns, print_pairs, stages
+from blindtune.cli.split_tune import TUNING
 from blindtune.cli.verb import Settings, Verb
 
 if TYPE_CHECKING:
@@ -116,11 +118,9 @@ def _trial(settings: Settings) -> Trial:
     )
 
 
-OTHER_AUDITS = frozenset({
-    "confidence", "fresh_draws", "batch_size", "max_records", "false_positive_rate",
-    "healing_steps", "healing_batch_size", "healing_learning_rate",
-})  # fmt: skip
-"""Fields of what the sweep decides, or of audits of other subjects."""
+SWEEPS_OWN = ("confidence", "fresh_draws")
+OTHER_AUDITS = frozenset(name for name, kinds in OPTIONS.items() if "job" not in kinds)
+"""Options of audits of other subjects."""
 
 VERB = Verb(
     name="split-frontier",
@@ -146,7 +146,7 @@ VERB = Verb(
             defaults={"max_length": 64},
             left_out=frozenset({"task"}),
         ),
-        Group(heading="Tuning at the vendor", module="blindtune.split.terms", name="TuningConfig"),
+        TUNING,
         Group(
             heading="Passes over the texts",
             module="blindtune.split.customer",
@@ -161,7 +161,7 @@ VERB = Verb(
             name="AuditConfig",
             renamed={"test_tokens": "attacked_tokens", "seed": "attack_seed"},
             defaults={"test_tokens": 4096, "attack_seconds": 60.0},
-            left_out=OTHER_AUDITS,
+            left_out=OTHER_AUDITS.union(SWEEPS_OWN),
         ),
     ),
     act=act,

@@ -115,6 +115,7 @@ def estimate(settings: Settings) -> Estimate:
     )
 
 
+TUNING = Group(heading="Tuning at the vendor", module="blindtune.split.terms", name="TuningConfig")
 ACCESS = Group(heading="Vendor and network", module="blindtune.split.access", name="AccessConfig")
 
 VERB = Verb(
@@ -144,7 +145,7 @@ VERB = Verb(
             renamed={"special": "special_tokens"},
         ),
         Group(heading="Texts", module="blindtune.split.private_texts", name="ReadingConfig"),
-        Group(heading="Tuning at the vendor", module="blindtune.split.terms", name="TuningConfig"),
+        TUNING,
         Group(
             heading="Passes over the texts",
             module="blindtune.split.customer",

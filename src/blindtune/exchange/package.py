@@ -12,7 +12,6 @@ anybody.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -50,6 +49,7 @@ from blindtune.exchange.tensors import (
     Expected,
     TensorFacts,
     check_expected,
+    numbers,
     read_header,
     read_tensors,
 )
@@ -97,7 +97,7 @@ class Package(Generic[ManifestT]):
     @property
     def parameters(self) -> int:
         """How many numbers its tensors hold."""
-        return sum(math.prod(facts.shape) for facts in self.header.values())
+        return numbers(self.header)
 
     @property
     def file_bytes(self) -> int:

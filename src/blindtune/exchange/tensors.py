@@ -55,6 +55,11 @@ class TensorFacts(NamedTuple):
     end: int
 
 
+def numbers(header: Mapping[str, TensorFacts]) -> int:
+    """How many numbers the tensors of a header, or of a part of one, hold."""
+    return sum(math.prod(facts.shape) for facts in header.values())
+
+
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: Literal["F32", "F16", "BF16"]
     shape: Annotated[

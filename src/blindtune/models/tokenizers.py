@@ -52,6 +52,12 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     return files
 
 
+def told(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The kind of a fast tokenizer and its number of tokens, for people."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer")  # noqa: B009
+    return f"{type(backend.model).__name__}, {backend.get_vocab_size():,} tokens"
+
+
 def read_tokenizer(
     names: Container[str], read_file: Callable[[str], bytes], *, rows: int
 ) -> PreTrainedTokenizerBase:

@@ -14,15 +14,15 @@ import msgspec
 from torch import Tensor
 
 from blindtune.errors import PackageError
+from blindtune.exchange.inspected import InspectedPackage, common_facts
 from blindtune.exchange.manifest import (
     AdapterManifest,
 )
 from blindtune.exchange.package import Package
-from blindtune.exchange.signing import Signature
+from blindtune.exchange.tensors import numbers
 from blindtune.offsite.emulator import adapter_indices
 from blindtune.offsite.package_facts import (
     LayerFacts,
-    numbers,
     of_layer,
     spans,
     weight_bytes,
@@ -30,19 +30,11 @@ from blindtune.offsite.package_facts import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectedAdapter:
+class InspectedAdapter(InspectedPackage):
     """What an adapter package says about itself."""
 
-    kind: str
-    """adapter."""
-    path: Path
-    id: str
     emulator: str
     """Package id of the emulator that it was tuned on."""
-    model: str
-    """Fingerprint of the full model that it belongs to."""
-    model_type: str
-    dtype: str
     training: str
     """full or lora."""
     lora_rank: int | None
@@ -52,15 +44,8 @@ class InspectedAdapter:
     emulator_layers: int
     layers: tuple[LayerFacts, ...]
     """The adapter layers that it has tensors for."""
-    parameters: int
-    bytes: int
     privacy: dict[str, Any] | None
     """Differential privacy as the data owner states it: epsilon, delta, unit; None: none."""
-    created_by: str
-    signature: Signature | None
-    """Who signed it."""
-    reveals: tuple[str, ...]
-    """Everything that a reader learns about the tuning."""
 
 
 def inspect_adapter(package: Package[Any], manifest: AdapterManifest) -> InspectedAdapter:
@@ -88,13 +73,8 @@ def inspect_adapter(package: Package[Any], manifest: AdapterManifest) -> Inspect
             )
     lora, private = manifest.lora, manifest.privacy
     return InspectedAdapter(
-        kind="adapter",
-        path=package.path,
-        id=package.id,
+        **common_facts(package),
         emulator=manifest.emulator,
-        model=manifest.model,
-        model_type=manifest.model_type,
-        dtype=manifest.dtype,
         training=manifest.kind,
         lora_rank=lora.rank if lora else None,
         lora_alpha=lora.alpha if lora else None,
@@ -102,11 +82,7 @@ def inspect_adapter(package: Package[Any], manifest: AdapterManifest) -> Inspect
         adapter_layers=manifest.adapter_layers,
         emulator_layers=manifest.layers,
         layers=tuple(layers),
-        parameters=package.parameters,
-        bytes=package.file_bytes,
         privacy=None if private is msgspec.UNSET else msgspec.to_builtins(private),
-        created_by=manifest.created_by,
-        signature=package.signature,
         reveals=(
             "which emulator it was tuned on, and so which model",
             f"the tuned weights of layers {spans([layer.index for layer in layers])}: they were "

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from blindtune.exchange.inspected import InspectedPackage, common_facts
 from blindtune.exchange.manifest import (
     AdapterLayer,
     CompressedLayer,
@@ -22,15 +22,13 @@ from blindtune.exchange.manifest import (
     LayerEntry,
 )
 from blindtune.exchange.package import Package
-from blindtune.exchange.signing import Signature
-from blindtune.exchange.tensors import TensorFacts
+from blindtune.exchange.tensors import TensorFacts, numbers
 from blindtune.models.decoder import Decoder
 from blindtune.models.families import Family
-from blindtune.models.tokenizers import TOKENIZER_NAME
+from blindtune.models.tokenizers import TOKENIZER_NAME, told
 from blindtune.offsite.emulator import sketch, tokenizer_of
 from blindtune.offsite.package_facts import (
     LayerFacts,
-    numbers,
     of_layer,
     spans,
     weight_bytes,
@@ -41,26 +39,14 @@ _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectedEmulator:
+class InspectedEmulator(InspectedPackage):
     """What an emulator package says about itself."""
 
-    kind: str
-    """emulator."""
-    path: Path
-    id: str
-    """Package id."""
-    model: str
-    """Fingerprint of the full model."""
-    model_type: str
-    dtype: str
     max_length: int | None
     """Longest sequence it was made for, in tokens, if it says so."""
     adapter_layers: int
     """N_a, at each end."""
     layers: tuple[LayerFacts, ...]
-    parameters: int
-    bytes: int
-    """Of all files."""
     full_layers: int
     full_parameters: int
     full_bytes: int
@@ -69,11 +55,6 @@ class InspectedEmulator:
     """Numbers that are the full model's own, at most: what the manifest leaves open counts."""
     tokenizer: str
     """Its kind and number of tokens."""
-    created_by: str
-    signature: Signature | None
-    """Who signed it."""
-    reveals: tuple[str, ...]
-    """Everything that a reader learns about the full model."""
 
 
 def inspect_emulator(package: Package[Any], manifest: EmulatorManifest) -> InspectedEmulator:
@@ -90,24 +71,15 @@ def inspect_emulator(package: Package[Any], manifest: EmulatorManifest) -> Inspe
     changed = sum(_changed(facts, tensors) for facts, tensors in zip(layers, own, strict=True))
     feed_forward = any(linear.path in reduced for linear in family.feed_forward)
     return InspectedEmulator(
-        kind="emulator",
-        path=package.path,
-        id=package.id,
-        model=manifest.model,
-        model_type=manifest.model_type,
-        dtype=manifest.dtype,
+        **common_facts(package),
         max_length=manifest.max_length or _int(manifest.config, "max_position_embeddings"),
         adapter_layers=manifest.adapter_layers,
         layers=layers,
-        parameters=parameters,
-        bytes=package.file_bytes,
         full_layers=manifest.full_model.layers,
         full_parameters=manifest.full_model.parameters,
         full_bytes=manifest.full_model.bytes,
         unchanged_parameters=parameters - changed,
         tokenizer=_tokenizer(package, shape),
-        created_by=manifest.created_by,
-        signature=package.signature,
         reveals=_revealed(manifest, layers, parameters, changed, feed_forward=feed_forward),
     )
 
@@ -217,8 +189,7 @@ def _compressed(indices: Sequence[int], *, feed_forward: bool) -> str:
 def _tokenizer(package: Package[EmulatorManifest], shape: PreTrainedModel) -> str:
     if TOKENIZER_NAME not in package.manifest.files:
         return "none"
-    backend: Any = getattr(tokenizer_of(package, shape), "backend_tokenizer")  # noqa: B009
-    return f"{type(backend.model).__name__}, {backend.get_vocab_size():,} tokens"
+    return told(tokenizer_of(package, shape))
 
 
 def _int(config: Mapping[str, Any], key: str) -> int | None:

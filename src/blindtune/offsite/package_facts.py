@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from blindtune.exchange.tensors import TensorFacts
 
 
@@ -32,11 +30,6 @@ class LayerFacts:
 def of_layer(header: Mapping[str, TensorFacts], prefix: str) -> dict[str, TensorFacts]:
     """The tensors of one layer, by their names within it."""
     return {n.removeprefix(prefix): f for n, f in header.items() if n.startswith(prefix)}
-
-
-def numbers(header: Mapping[str, TensorFacts]) -> int:
-    """How many numbers the tensors hold."""
-    return sum(int(torch.Size(facts.shape).numel()) for facts in header.values())
 
 
 def weight_bytes(header: Mapping[str, TensorFacts]) -> int:

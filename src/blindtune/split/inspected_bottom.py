@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from blindtune.exchange.inspected import InspectedPackage, common_facts
 from blindtune.exchange.manifest import BottomManifest
 from blindtune.exchange.package import Package
-from blindtune.exchange.signing import Signature
 from blindtune.models.margins import margins_of, shown_tokens
+from blindtune.models.tokenizers import told
 from blindtune.split.bottom import tokenizer_of, verified_sketch
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectedBottom:
+class InspectedBottom(InspectedPackage):
     """What a bottom package says about itself."""
 
-    kind: str
-    """bottom."""
-    path: Path
-    id: str
-    """Package id."""
-    model: str
-    """Fingerprint of the whole model."""
-    model_type: str
-    dtype: str
     max_length: int | None
     """Longest sequence in tokens, if it says so."""
     partition: str
@@ -36,9 +27,6 @@ class InspectedBottom:
     """Layers above the vendor's, which the customer runs in the U-shape."""
     layers: int
     """Of the whole model."""
-    parameters: int
-    bytes: int
-    """Of all files."""
     tokenizer: str
     """Its kind and number of tokens."""
     before: tuple[str, ...]
@@ -47,11 +35,6 @@ class InspectedBottom:
     """The same, behind every text."""
     special_tokens: tuple[str, ...]
     """What its settings call special, quoted: wherever a text has one, it is a word."""
-    created_by: str
-    signature: Signature | None
-    """Who signed it."""
-    reveals: tuple[str, ...]
-    """Everything that a reader learns about the whole model."""
 
 
 def inspect_bottom(package: Package[Any], manifest: BottomManifest) -> InspectedBottom:
@@ -59,27 +42,17 @@ def inspect_bottom(package: Package[Any], manifest: BottomManifest) -> Inspected
     shape = verified_sketch(package)
     tokenizer = tokenizer_of(package, shape)
     margins = margins_of(tokenizer)
-    backend: Any = getattr(tokenizer, "backend_tokenizer")  # noqa: B009
     return InspectedBottom(
-        kind="bottom",
-        path=package.path,
-        id=package.id,
-        model=manifest.model,
-        model_type=manifest.model_type,
-        dtype=manifest.dtype,
+        **common_facts(package),
         max_length=manifest.max_length,
         partition=manifest.partition,
         cut=manifest.cut,
         last=manifest.last,
         layers=manifest.layers,
-        parameters=package.parameters,
-        bytes=package.file_bytes,
-        tokenizer=f"{type(backend.model).__name__}, {backend.get_vocab_size():,} tokens",
+        tokenizer=told(tokenizer),
         before=shown_tokens(tokenizer, margins.before),
         after=shown_tokens(tokenizer, margins.after),
         special_tokens=shown_tokens(tokenizer, tokenizer.all_special_ids),
-        created_by=manifest.created_by,
-        signature=package.signature,
         reveals=_revealed(manifest),
     )
 
