@@ -226,10 +226,11 @@ def plan(bench, part):
                 add(f"FT-{rate}-0", wiki_row, "FT", 0, rate)
     elif part == "arc":
         add("ZS", arc_row, "ZS", 0, ADAPTER_RATE)
-        add("ScaleOT-0", arc_row, "ScaleOT", 0, 2e-4)
-        add("direct-0", arc_row, "Adapter tuned directly", 0, 2e-4)
-        add("FT-0", arc_row, "FT", 0, 5e-5)
-        add("uniform-0", arc_row, "uniform", 0, 2e-4)
+        for seed in SEEDS:
+            add(f"ScaleOT-{seed}", arc_row, "ScaleOT", seed, 2e-4)
+            add(f"direct-{seed}", arc_row, "Adapter tuned directly", seed, 2e-4)
+            add(f"FT-{seed}", arc_row, "FT", seed, 5e-5)
+            add(f"uniform-{seed}", arc_row, "uniform", seed, 2e-4)
     elif part == "grid":
         for alpha, beta in GRID:
             config = replace(DEFAULT, alpha=alpha, beta=beta, reading="removed")

@@ -83,21 +83,22 @@ def arc_table(arc):
     rows = arc["rows"]
     names = {
         "ZS": ("ZS", "ZS"),
-        "Emulator ZS": ("ScaleOT-0", "Emulator ZS"),
-        "Emulator FT": ("ScaleOT-0", "Emulator FT"),
-        "**Plug-in**": ("ScaleOT-0", "Plug-in"),
-        "Adapter tuned directly": ("direct-0", "Adapter tuned directly"),
-        "FT": ("FT-0", "FT"),
-        "Uniform LayerDrop: emulator FT": ("uniform-0", "Emulator FT"),
-        "Uniform LayerDrop: plug-in": ("uniform-0", "Plug-in"),
+        "Emulator ZS": ("ScaleOT", "Emulator ZS"),
+        "Emulator FT": ("ScaleOT", "Emulator FT"),
+        "**Plug-in**": ("ScaleOT", "Plug-in"),
+        "Adapter tuned directly": ("direct", "Adapter tuned directly"),
+        "FT": ("FT", "FT"),
+        "Uniform LayerDrop: emulator FT": ("uniform", "Emulator FT"),
+        "Uniform LayerDrop: plug-in": ("uniform", "Plug-in"),
     }
     lines = ["| ARC-Easy, 400 questions | accuracy | by characters |", "|---|---:|---:|"]
     for shown, (row, key) in names.items():
-        score = rows.get(row, {}).get(key)
-        if score:
-            lines.append(
-                f"| {shown} | {100 * score['acc']:.1f} % | {100 * score['acc_norm']:.1f} % |"
-            )
+        called = ("ZS",) if row == "ZS" else [f"{row}-{seed}" for seed in SEEDS]
+        scores = [rows[name][key] for name in called if name in rows]
+        percent = [
+            spread([100 * score[kind] for score in scores], 1) for kind in ("acc", "acc_norm")
+        ]
+        lines.append(f"| {shown} | {percent[0]} % | {percent[1]} % |")
     return lines
 
 
