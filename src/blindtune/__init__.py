@@ -59,8 +59,9 @@ if TYPE_CHECKING:
     from blindtune.split.customer import PassConfig
     from blindtune.split.door import CertificateConfig, admit, revoke
     from blindtune.split.prediction import AskingConfig, Prediction, predict
-    from blindtune.split.privacy_statement import PrivacyStatement, PrivatizerConfig
+    from blindtune.split.privacy_statement import PrivacyStatement
     from blindtune.split.private_texts import ReadingConfig
+    from blindtune.split.privatizer_config import PrivatizerConfig
     from blindtune.split.service import (
         Bottom,
         BottomConfig,
@@ -106,7 +107,7 @@ _PLACES = {
     "Planting": "blindtune.training.canaries",
     "Prediction": "blindtune.split.prediction",
     "PrivacyStatement": "blindtune.split.privacy_statement",
-    "PrivatizerConfig": "blindtune.split.privacy_statement",
+    "PrivatizerConfig": "blindtune.split.privatizer_config",
     "ReadingConfig": "blindtune.split.private_texts",
     "RunConfig": "blindtune.training.config",
     "ServerConfig": "blindtune.exchange.serving",

@@ -12,9 +12,9 @@ from blindtune.exchange.transport import InProcessTransport
 from blindtune.split.bottom import open_bottom, write_bottom
 from blindtune.split.customer import PassConfig, new_token, open_job
 from blindtune.split.partition import Cut, PooledHead, stack_of
-from blindtune.split.privacy_statement import PrivatizerConfig
 from blindtune.split.private_states import privatize
 from blindtune.split.private_texts import ReadingConfig, read_training
+from blindtune.split.privatizer_config import PrivatizerConfig
 from blindtune.split.terms import TuningConfig
 from blindtune.split.ushape import Top, train_u_shape
 from blindtune.split.vendor import Vendor

@@ -20,9 +20,9 @@ from blindtune.split.bottom import open_bottom, write_bottom
 from blindtune.split.customer import new_token
 from blindtune.split.customer_job import CustomerJob, JobRecord
 from blindtune.split.partition import Cut
-from blindtune.split.privacy_statement import PrivatizerConfig
 from blindtune.split.private_states import privatize
 from blindtune.split.private_texts import ReadingConfig, read_training
+from blindtune.split.privatizer_config import PrivatizerConfig
 from tiny_encoders import tiny_encoder
 from tiny_models import tiny_model, tiny_tokenizer
 

@@ -6,7 +6,7 @@ from split_world import LABELS, TEXTS
 
 from blindtune.split.access import AccessConfig
 from blindtune.split.customer import PassConfig
-from blindtune.split.privacy_statement import PrivatizerConfig
+from blindtune.split.privatizer_config import PrivatizerConfig
 from blindtune.split.terms import TuningConfig
 from log_watch import keep_secret
 

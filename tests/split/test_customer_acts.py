@@ -16,9 +16,9 @@ from blindtune.exchange.transcript import Recorder
 from blindtune.exchange.transport import LostError
 from blindtune.split.access import AccessConfig
 from blindtune.split.customer_job import CustomerJob, LossLog
-from blindtune.split.privacy_statement import PrivatizerConfig
 from blindtune.split.private_states import PrivateStates
 from blindtune.split.private_texts import ReadingConfig
+from blindtune.split.privatizer_config import PrivatizerConfig
 from blindtune.split.terms import VendorLimits
 
 

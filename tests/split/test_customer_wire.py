@@ -11,7 +11,7 @@ from blindtune.exchange.messages import Batch, OpenJob, Predict
 from blindtune.exchange.transcript import Recorder
 from blindtune.split.customer import PassConfig
 from blindtune.split.customer_job import CustomerJob
-from blindtune.split.privacy_statement import PrivatizerConfig
+from blindtune.split.privatizer_config import PrivatizerConfig
 
 NAMES = ["verdrossen", "begeistert"]
 ONE = PassConfig(batch_size=len(TEXTS), precision="float32")

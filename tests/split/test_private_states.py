@@ -12,8 +12,9 @@ from blindtune.privacy.metric_dp import Mechanism
 from blindtune.privacy.token_importance import ImportanceConfig
 from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.customer import PassConfig, predict, train
-from blindtune.split.privacy_statement import PrivatizerConfig, state_privacy
+from blindtune.split.privacy_statement import state_privacy
 from blindtune.split.private_states import PrivateStates, privatize
+from blindtune.split.privatizer_config import PrivatizerConfig
 from blindtune.split.ushape import Top, train_u_shape
 from tiny_encoders import ENCODER_NAMES
 

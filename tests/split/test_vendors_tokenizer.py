@@ -16,8 +16,9 @@ from blindtune.privacy.word_groups import GroupingConfig, WordGroups
 from blindtune.split.bottom import open_bottom, write_bottom
 from blindtune.split.own_groups import make_groups
 from blindtune.split.partition import Cut
-from blindtune.split.privacy_statement import PrivatizerConfig, state_privacy
+from blindtune.split.privacy_statement import state_privacy
 from blindtune.split.private_states import privatize
+from blindtune.split.privatizer_config import PrivatizerConfig
 from forged_tokenizers import around, forge_tokenizer
 from tiny_models import tiny_model, tiny_tokenizer
 

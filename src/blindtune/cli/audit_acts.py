@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PRIVACY = Group(
     heading="Privacy, as for split-tune",
-    module="blindtune.split.privacy_statement",
+    module="blindtune.split.privatizer_config",
     name="PrivatizerConfig",
     renamed={"special": "special_tokens"},
 )
@@ -168,7 +168,7 @@ def _adapter(settings: Settings, on_stage: Callable[[str, int, int], None]) -> A
 def _split(settings: Settings, on_stage: Callable[[str, int, int], None]) -> Audit:
     from blindtune.evaluation.audit import AuditConfig
     from blindtune.evaluation.audit_split import audit_split
-    from blindtune.split.privacy_statement import PrivatizerConfig
+    from blindtune.split.privatizer_config import PrivatizerConfig
 
     return audit_split(
         settings["subject"],

@@ -50,8 +50,8 @@ def act(settings: Settings) -> Facts:
 
     from blindtune.split.access import AccessConfig
     from blindtune.split.customer import PassConfig
-    from blindtune.split.privacy_statement import PrivatizerConfig
     from blindtune.split.private_texts import ReadingConfig
+    from blindtune.split.privatizer_config import PrivatizerConfig
     from blindtune.split.terms import TuningConfig
     from blindtune.split.tuning_job import split_tune
 
@@ -102,8 +102,8 @@ def show(facts: Facts, console: Console) -> None:
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act."""
     from blindtune.split.customer import PassConfig
-    from blindtune.split.privacy_statement import PrivatizerConfig
     from blindtune.split.private_texts import ReadingConfig
+    from blindtune.split.privatizer_config import PrivatizerConfig
     from blindtune.split.tuning_estimate import estimate_split_tune
 
     return estimate_split_tune(
@@ -140,7 +140,7 @@ VERB = Verb(
     groups=(
         Group(
             heading="Privacy",
-            module="blindtune.split.privacy_statement",
+            module="blindtune.split.privatizer_config",
             name="PrivatizerConfig",
             renamed={"special": "special_tokens"},
         ),

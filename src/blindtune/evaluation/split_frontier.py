@@ -31,8 +31,8 @@ from blindtune.split.bottom import write_bottom
 from blindtune.split.customer import PassConfig
 from blindtune.split.partition import Cut, stack_of
 from blindtune.split.prediction import predict
-from blindtune.split.privacy_statement import PrivatizerConfig
 from blindtune.split.private_texts import ReadingConfig
+from blindtune.split.privatizer_config import PrivatizerConfig
 from blindtune.split.terms import TuningConfig
 from blindtune.split.tuning_job import split_tune
 from blindtune.split.vendor import Vendor

@@ -30,7 +30,6 @@ from blindtune.split.customer_job import MARK, CustomerJob
 from blindtune.split.own_groups import make_groups
 from blindtune.split.privacy_statement import (
     PrivacyStatement,
-    PrivatizerConfig,
     choose_eta,
     state_privacy,
 )
@@ -41,6 +40,7 @@ from blindtune.split.private_texts import (
     encode_texts,
     read_unseen,
 )
+from blindtune.split.privatizer_config import PrivatizerConfig
 from blindtune.training.text import DataConfig, read_rows
 
 CLEAN_TEXTS = 64  # whose states without noise are made at once

@@ -38,9 +38,10 @@ from blindtune.split.access import (
 from blindtune.split.bottom import Bottom, open_bottom
 from blindtune.split.customer import predict as predict_two_part
 from blindtune.split.customer_job import CustomerJob, texts_hash
-from blindtune.split.privacy_statement import PrivacyStatement, PrivatizerConfig, state_privacy
+from blindtune.split.privacy_statement import PrivacyStatement, state_privacy
 from blindtune.split.private_states import PrivateStates, privatize
 from blindtune.split.private_texts import PrivateTexts, ReadingConfig, read_unseen
+from blindtune.split.privatizer_config import PrivatizerConfig
 from blindtune.split.terms import TuningConfig
 from blindtune.split.ushape import Top, customers_head, each_u_shape
 

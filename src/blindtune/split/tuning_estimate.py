@@ -26,8 +26,8 @@ from blindtune.models.costs import (
 )
 from blindtune.split.bottom import Bottom, open_bottom
 from blindtune.split.customer import PassConfig
-from blindtune.split.privacy_statement import PrivatizerConfig
 from blindtune.split.private_texts import ReadingConfig, read_training
+from blindtune.split.privatizer_config import PrivatizerConfig
 
 HEADER_BYTES = 120
 """Of a message with tensors, more or less, without its lengths."""

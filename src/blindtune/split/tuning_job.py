@@ -33,12 +33,12 @@ from blindtune.split.customer_job import MARK, CustomerJob, JobRecord, texts_has
 from blindtune.split.own_groups import OnPart, make_groups
 from blindtune.split.privacy_statement import (
     PrivacyStatement,
-    PrivatizerConfig,
     choose_eta,
     state_privacy,
 )
 from blindtune.split.private_states import PrivateStates, privatize
 from blindtune.split.private_texts import PrivateTexts, ReadingConfig, read_training
+from blindtune.split.privatizer_config import PrivatizerConfig
 from blindtune.split.terms import TuningConfig
 from blindtune.split.tuning_run import Watch, Work, tune_two_part, tune_u_shape
 from blindtune.training.progress import progress_bar
