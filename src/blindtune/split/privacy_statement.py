@@ -234,14 +234,8 @@ def _notes(
             "the vendor may recover the tokens that were drawn, by looking up the nearest word: a "
             "token that changed shows it another word, one that did not shows it yours"
         )
-    if training and bottom.cut.partition == "two-part":
-        notes.append("labels are sent as they are: take the u-shape if they are secret")
-    elif training:
-        what = "the true tokens stay" if private.labels is None else "labels stay"
-        notes.append(
-            f"{what} here, but gradients computed from them are sent, and no noise and no epsilon "
-            "covers those"
-        )
+    if training:
+        notes.append(_targets_said(bottom, private, config))
     if training and config.cti_fraction:
         notes.append(
             f"contributing tokens have {config.cti_factor:g} of the noise in training texts; that "
@@ -250,6 +244,30 @@ def _notes(
     again = "in every epoch" if training else "when these texts are predicted again for this job"
     notes.append(f"drawn once, and sent again {again}: that spends nothing more")
     return tuple(notes)
+
+
+def _targets_said(bottom: Bottom, private: PrivateStates, config: PrivatizerConfig) -> str:
+    """What leaves of labels, or of what a language model predicts."""
+    if private.labels is None and config.targets == "sent":
+        return "the words that were sent are what is predicted: gradients tell nothing beside them"
+    if private.labels is not None and config.label_epsilon is not None:
+        did = "" if private.changed_labels is None else f" ({private.changed_labels:.1%} changed)"
+        return (
+            f"labels were drawn anew, once{did}: what leaves tells at most epsilon "
+            f"{config.label_epsilon:g} of each, beside what its text tells"
+        )
+    if bottom.cut.partition == "two-part":
+        return (
+            "labels are sent as they are: give label_epsilon, or take the u-shape, if they are "
+            "secret"
+        )
+    what, least = ("true tokens", "targets sent") if private.labels is None else (
+        "labels", "a label_epsilon"
+    )  # fmt: skip
+    return (
+        f"the {what} stay here, but gradients computed from them are sent, and give them away to "
+        f"whoever knows the model: choose {least} against that"
+    )
 
 
 def _around(bottom: Bottom, config: PrivatizerConfig) -> list[str]:

@@ -32,10 +32,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from blindtune.atomic import atomic_file
-from blindtune.errors import DataError
+from blindtune.errors import ConfigError, DataError
 from blindtune.exchange.messages import pack
 from blindtune.models.given_words import begin_with
+from blindtune.privacy.entropy import uniforms_from
 from blindtune.privacy.metric_dp import Mechanism, Privatizer
+from blindtune.privacy.randomized_response import drawn_labels
 from blindtune.privacy.replacing import privatizer_of, replaced
 from blindtune.privacy.token_importance import ContributingTokens, ImportanceConfig
 from blindtune.privacy.word_groups import WordGroups
@@ -53,12 +55,23 @@ class PrivateStates:
     states: tuple[Tensor, ...]
     """[L, D] of every text, after noise and bottom: sent."""
     labels: Tensor | None
-    """[N] classes (int64), [N] or [N, C] targets (float32), or None: sent in the two-part split."""
+    """[N] classes (int64), those that were drawn if any were; [N] or [N, C] targets (float32); or
+    None. Sent in the two-part split."""
     ids: tuple[Tensor, ...]
-    """[L] of every text, without noise: never sent; the targets of causal language modelling."""
+    """[L] of every text, without noise: never sent."""
     changed: float | None = None
     """Where words are replaced: the share of tokens (those around a text apart) that came out as
     another. Who inverts the bottom perfectly and guesses no further gets 1 - changed right."""
+    sent_ids: tuple[Tensor, ...] | None = None
+    """[L] of every text: the words that were sent, where a language model shall learn to predict
+    these and not `ids`."""
+    changed_labels: float | None = None
+    """Where labels were drawn anew: the share that came out as another."""
+
+    @property
+    def targets(self) -> tuple[Tensor, ...]:
+        """[L] of every text: what a language model learns to predict."""
+        return self.ids if self.sent_ids is None else self.sent_ids
 
     def __len__(self) -> int:
         return len(self.states)
@@ -80,8 +93,11 @@ class PrivateStates:
         }
         if self.labels is not None:
             tensors["labels"] = self.labels
-        if self.changed is not None:
-            tensors["changed"] = torch.tensor(self.changed, dtype=torch.float64)
+        if self.sent_ids is not None:
+            tensors["sent_T"] = torch.cat(self.sent_ids)
+        for name in ("changed", "changed_labels"):
+            if (share := getattr(self, name)) is not None:
+                tensors[name] = torch.tensor(share, dtype=torch.float64)
         with atomic_file(path) as partial:
             partial.touch(mode=0o600)
             save_file(tensors, partial)
@@ -97,7 +113,8 @@ class PrivateStates:
                 states=found["hidden_TD"].split(lengths),
                 labels=found.get("labels"),
                 ids=found["ids_T"].split(lengths),
-                changed=float(found["changed"]) if "changed" in found else None,
+                sent_ids=found["sent_T"].split(lengths) if "sent_T" in found else None,
+                **{n: float(found[n]) for n in ("changed", "changed_labels") if n in found},
             )
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise DataError(f"{path}: expected privatized states, cannot read them") from error
@@ -113,6 +130,8 @@ def privatize(
     importance: ImportanceConfig | None = None,
     groups: WordGroups | None = None,
     classes: int = 0,
+    label_epsilon: float | None = None,
+    predict_sent: bool = False,
     batch_size: int = 32,
     on_progress: Callable[[int, int], None] = lambda _done, _texts: None,
     testing_seed: int | None = None,
@@ -129,7 +148,10 @@ def privatize(
             that the tokenizer puts around a text.
         groups: public; every token is its group's representative from the start, so CTI counts
             representatives, and noise replaces them by one another. None: every word is its own.
-        classes: number of classes; needed with CTI.
+        classes: number of classes; needed with CTI and `label_epsilon`.
+        label_epsilon: labels are drawn anew (`privacy.randomized_response`); None: as they are.
+        predict_sent: a language model shall learn to predict the words that are sent, not the true
+            ones; where words are replaced, or without noise.
         batch_size: texts at once; changes speed only.
         on_progress: is told how many texts of all are done.
         testing_seed: for tests only: noise that anyone can repeat. Warns.
@@ -144,18 +166,25 @@ def privatize(
             f"expected texts and as many labels, got {len(ids)} and "
             f"{'none' if labels is None else len(labels)}"
         )
+    if predict_sent and mechanism is not None and not mechanism.replaces_words:
+        raise ConfigError(f"{mechanism.mode} mode sends no words that could be predicted")
+    labels, changed_labels = _labels(labels, classes, label_epsilon, testing_seed)
     content = _content(bottom, groups, ids)
     contributing = contributing_tokens(bottom, content, labels, importance, classes)
     table_VD: Any = bottom.stack.embedding.weight
     privatizer = privatizer_of(mechanism, table_VD, groups, testing_seed=testing_seed)
     states: list[Tensor] = []
+    sent: list[Tensor] = []
     changed, counted = 0, 0
     for begin in range(0, len(ids), batch_size):
         some = slice(begin, begin + batch_size)
         labels_B = None if labels is None else labels[some]
-        made, differ, of = _batch(bottom, privatizer, groups, contributing, ids[some], labels_B)
-        states += made
-        changed, counted = changed + differ, counted + of
+        made, words = _batch(bottom, privatizer, groups, contributing, ids[some], labels_B)
+        states, sent = states + made, sent + words
+        for true_L, sent_L in zip(ids[some], words, strict=True):
+            content_L = ~bottom.margins.mask(true_L)
+            changed += int((content_L & (sent_L != true_L)).sum())
+            counted += int(content_L.sum())
         on_progress(len(states), len(ids))
     replaces = groups is not None or (mechanism is not None and mechanism.replaces_words)
     return PrivateStates(
@@ -163,7 +192,21 @@ def privatize(
         labels=labels,
         ids=ids,
         changed=changed / counted if counted and replaces else None,
+        sent_ids=tuple(sent) if predict_sent else None,
+        changed_labels=changed_labels,
     )
+
+
+def _labels(
+    labels: Tensor | None, classes: int, epsilon: float | None, testing_seed: int | None
+) -> tuple[Tensor | None, float | None]:
+    """Labels as they may leave, and the share that changed if they were drawn."""
+    if labels is None or epsilon is None:
+        return labels, None
+    if labels.is_floating_point():
+        raise ConfigError("randomized response needs classes, got numbers: leave label_epsilon")
+    drawn = drawn_labels(labels, classes, epsilon, uniforms_from(testing_seed))
+    return drawn, float((drawn != labels).float().mean())
 
 
 def _batch(
@@ -173,8 +216,8 @@ def _batch(
     contributing: ContributingTokens,
     ids: Sequence[Tensor],
     labels_B: Tensor | None,
-) -> tuple[list[Tensor], int, int]:
-    """States [L, D] of some texts; how many of their content tokens changed, and of how many."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """States [L, D] of some texts, and the words [L] that entered the bottom in their place."""
     true_BL, mask_BL = _padded(bottom, ids)
     special_BL = pad_sequence(
         [bottom.margins.mask(text) for text in ids], batch_first=True, padding_value=True
@@ -183,11 +226,10 @@ def _batch(
     coarse_BL = true_BL if groups is None else groups.apply(true_BL)
     factors_BL = factors_of(contributing, coarse_BL, labels_B, special_BL)
     sent_BL = replaced(privatizer, groups, true_BL, factors_BL, kept_BL)
-    content_BL = mask_BL.bool() & ~special_BL
     hidden_BLD = _noised(bottom, privatizer, sent_BL, mask_BL, factors_BL)
     packed_TD, lengths = pack(hidden_BLD, mask_BL)
     states = [state.clone() for state in packed_TD.float().cpu().split(lengths)]
-    return states, int((content_BL & (sent_BL != true_BL)).sum()), int(content_BL.sum())
+    return states, [row[: len(text)] for row, text in zip(sent_BL, ids, strict=True)]
 
 
 def _content(bottom: Bottom, groups: WordGroups | None, ids: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -14,6 +14,7 @@ from blindtune.privacy.token_importance import ImportanceConfig, SpecialPolicy
 from blindtune.privacy.word_groups import GroupingConfig
 
 PrivatizerName = Literal["token", "exponential", "vector", "block-output", "groups", "none"]
+Targets = Literal["true", "sent"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,13 @@ class PrivatizerConfig:
     special: SpecialPolicy = "keep"
     """Tokens that the tokenizer puts around every text: keep (not noised, their places are public)
     or noise (as any other)."""
+    label_epsilon: float | None = None
+    """Classes: labels are drawn anew, once, so that whatever leaves tells of each of them no more
+    than this epsilon (randomized response: of two classes 88 % of the labels stay at 2, 73 % at 1).
+    None: labels are as they are."""
+    targets: Targets = "true"
+    """Language modelling: what is to be predicted. true: your texts' own tokens, whose gradients
+    give them to the vendor; sent: the words that were sent, so gradients give nothing else."""
     unprotected: bool = False
     """Says that you mean it: without a privatizer the vendor can read nearly all of the texts."""
 
@@ -51,6 +59,7 @@ class PrivatizerConfig:
         if self.privatizer not in get_args(PrivatizerName):
             names = ", ".join(get_args(PrivatizerName))
             raise ConfigError(f"expected privatizer {names}, got {self.privatizer!r}")
+        self._check_targets()
         if (self.privatizer == "none") != self.unprotected:
             raise ConfigError(
                 "privatizer none sends states that are nearly the text: say unprotected too if "
@@ -72,6 +81,22 @@ class PrivatizerConfig:
             )
         self.importance()
         self.mechanism(1.0 if self.eta is None else self.eta)
+
+    def _check_targets(self) -> None:
+        if self.label_epsilon is not None and not self.label_epsilon > 0:
+            raise ConfigError(f"expected label_epsilon above 0, got {self.label_epsilon}")
+        if self.label_epsilon is not None and self.cti_fraction:
+            raise ConfigError(
+                "expected label_epsilon or cti_fraction, got both: contributing tokens show the "
+                "label that label_epsilon hides"
+            )
+        if self.targets not in get_args(Targets):
+            raise ConfigError(f"expected targets true or sent, got {self.targets!r}")
+        if self.targets == "sent" and self.privatizer in ("vector", "block-output"):
+            raise ConfigError(
+                f"expected targets true with privatizer {self.privatizer}, got sent: vectors are "
+                "sent and no words; take exponential, token or groups"
+            )
 
     def _check_groups(self) -> None:
         if (self.privatizer == "groups") != (self.public_text is not None):

@@ -148,6 +148,12 @@ def _check_purpose(bottom: Bottom, privatizer: PrivatizerConfig, reading: Readin
             f"contributing tokens tell classes apart, and {reading.task} has none: leave "
             "cti_fraction at 0"
         )
+    if privatizer.label_epsilon is not None and reading.task != "classification":
+        raise ConfigError(
+            f"labels are drawn anew among classes, and {reading.task} has none: leave label_epsilon"
+        )
+    if privatizer.targets != "true" and reading.task != "language-model":
+        raise ConfigError(f"expected targets true for {reading.task}, got {privatizer.targets}")
 
 
 def _outputs(reading: ReadingConfig, texts: PrivateTexts) -> int:
@@ -227,6 +233,8 @@ def _prepare(
             importance=privatizer.importance(),
             groups=groups,
             classes=classes,
+            label_epsilon=privatizer.label_epsilon,
+            predict_sent=privatizer.targets == "sent",
             on_progress=partial(on_part, "texts privatized"),
         )
         job.keep_states(private)

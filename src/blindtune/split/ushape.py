@@ -184,7 +184,7 @@ def train_u_shape(
         transport: with an open job; to go on, from `go_on`.
         private: states; with labels unless `language_model`.
         config: the same as before when a job is gone on with.
-        language_model: predict the texts' own tokens (without noise, they never leave).
+        language_model: predict `private.targets`: the texts' own tokens, or those that were sent.
         applied: from `go_on`; 0 for a new job.
         on_loss: is told every batch's mean loss.
 
@@ -254,7 +254,7 @@ def each_u_shape(
 
 def _target(private: PrivateStates, indices: list[int], language_model: bool) -> Tensor:
     if language_model:
-        chosen = [private.ids[i] for i in indices]
+        chosen = [private.targets[i] for i in indices]
         return torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
     assert private.labels is not None
     return private.labels[indices]

@@ -1,0 +1,149 @@
+"""Labels that are drawn anew, and language models that predict what was sent."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from customer_world import OPEN, PASSES, QUICK, TUNING, write_table
+from split_world import LABELS, TEXTS, World
+
+import blindtune
+from blindtune.errors import ConfigError
+from blindtune.exchange.messages import Backward, Batch
+from blindtune.exchange.transcript import Recorder
+from blindtune.privacy.metric_dp import Mechanism
+from blindtune.privacy.randomized_response import keep_chance
+from blindtune.split.customer import PassConfig
+from blindtune.split.private_states import PrivateStates, privatize
+from blindtune.split.private_texts import ReadingConfig
+from blindtune.split.privatizer_config import PrivatizerConfig
+from blindtune.split.ushape import Top, customers_head, train_u_shape
+
+PLAN = PassConfig(epochs=3, batch_size=4, precision="float32")
+WORDS = Mechanism(eta=5.0, mode="exponential")
+
+
+def tuned(world, privatizer, recorder, **options):
+    return blindtune.split_tune(
+        lambda: world.connect(tap=recorder), world.folder / "bottom",
+        write_table(world.folder / "train.csv"), world.folder / "job", privatizer, TUNING, PASSES,
+        access=QUICK, silent=True, **options,
+    )  # fmt: skip
+
+
+def test_two_part_sends_the_labels_that_were_drawn_in_every_pass(tmp_path):
+    world, recorder = World(tmp_path), Recorder()
+    done = tuned(world, replace(OPEN, label_epsilon=1e-9), recorder)
+    private = PrivateStates.load(tmp_path / "job" / "private.safetensors")
+    assert private.changed_labels == (private.labels != LABELS).float().mean().item()
+    sent = [c.message for c in recorder.transcript().crossings() if isinstance(c.message, Batch)]
+    order = [i for step in PASSES.steps(len(TEXTS)) for batch in step for i in batch]
+    assert torch.cat([message.labels for message in sent]).tolist() == (
+        private.labels[order].tolist()
+    )
+    assert len(order) == PASSES.epochs * len(TEXTS)
+    assert "drawn anew" in str(done.privacy)
+    assert "as they are" not in str(done.privacy)
+
+
+def gradients(world, private, head, *, language_model=False):
+    recorder = Recorder()
+    job = world.job(tap=recorder)
+    train_u_shape(job, Top(world.bottom, head), private, PLAN, language_model=language_model)
+    job.close()
+    found = [c.message for c in recorder.transcript().crossings()]
+    return [m.gradient_TD for m in found if isinstance(m, Backward)]
+
+
+@pytest.mark.parametrize("language_model", [False, True])
+def test_what_leaves_the_u_shape_follows_from_what_was_drawn_alone(tmp_path, language_model):
+    """Other truths with the same draw: every gradient of every pass is the same."""
+    world = World(tmp_path, "smollm2", "u-shape", cut=1, last=1)
+    with pytest.warns(UserWarning, match="repeat"):
+        private = privatize(
+            world.bottom, TEXTS, None if language_model else LABELS, mechanism=WORDS, classes=2,
+            label_epsilon=None if language_model else 1.0, predict_sent=language_model,
+            testing_seed=1,
+        )  # fmt: skip
+    others = tuple((ids_L + 1) % 50 for ids_L in private.ids)
+    worlds = [
+        World(tmp_path / name, "smollm2", "u-shape", cut=1, last=1) for name in ("one", "two")
+    ]
+
+    def head(world):
+        return None if language_model else customers_head(world.bottom, 2, TUNING)
+
+    one, two = (
+        gradients(world, states, head(world), language_model=language_model)
+        for world, states in zip(worlds, (private, replace(private, ids=others)), strict=True)
+    )
+    assert len(one) == PLAN.epochs * -(-len(TEXTS) // 4)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    if language_model:  # and they do differ where the true tokens are predicted
+        third = World(tmp_path / "three", "smollm2", "u-shape", cut=1, last=1)
+        true = gradients(third, replace(private, sent_ids=None), None, language_model=True)
+        assert not all(torch.equal(a, b) for a, b in zip(one, true, strict=True))
+
+
+def test_the_words_to_predict_are_those_that_entered_the_bottom(tmp_path):
+    world = World(tmp_path, "smollm2", "u-shape", cut=0)
+    private = privatize(world.bottom, TEXTS, mechanism=WORDS, predict_sent=True)
+    embedding = world.bottom.stack.embedding
+    for state_LD, sent_L in zip(private.states, private.targets, strict=True):
+        torch.testing.assert_close(state_LD, embedding(sent_L).detach())
+    private.save(tmp_path / "states")
+    again = PrivateStates.load(tmp_path / "states")
+    assert all(map(torch.equal, again.targets, private.targets))
+    assert private.changed > 0
+
+
+def test_the_share_of_labels_that_stay_is_the_formulas(tmp_path):
+    world = World(tmp_path)
+    texts, labels = TEXTS[:2] * 1000, torch.tensor([0, 1] * 1000)
+    private = privatize(
+        world.bottom, texts, labels, mechanism=None, classes=2, label_epsilon=1.0, batch_size=500
+    )
+    chance = 1 - keep_chance(1.0, 2)
+    assert private.changed_labels == pytest.approx(chance, abs=5 * (chance / 2000) ** 0.5)
+    again = privatize(
+        world.bottom, texts, labels, mechanism=None, classes=2, label_epsilon=1.0, batch_size=500
+    )
+    assert not torch.equal(private.labels, again.labels)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"label_epsilon": 0.0}, "above 0"),
+        ({"label_epsilon": 1.0, "cti_fraction": 0.01}, "got both"),
+        ({"targets": "mine"}, "true or sent"),
+        ({"targets": "sent", "privatizer": "vector"}, "no words"),
+        ({"targets": "sent", "privatizer": "block-output"}, "no words"),
+    ],
+)
+def test_contradictions_are_refused(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        PrivatizerConfig(**({"eta": 5.0} | changes))
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "said"),
+    [
+        ("regression", {"label_epsilon": 1.0}, "regression has none"),
+        ("language-model", {"label_epsilon": 1.0}, "language-model has none"),
+        ("classification", {"targets": "sent"}, "targets true for classification"),
+    ],
+)
+def test_options_of_another_task_are_refused(tmp_path, task, changes, said):
+    world = World(tmp_path)
+    config = PrivatizerConfig(**(asdict(OPEN) | changes))
+    with pytest.raises(ConfigError, match=said):
+        tuned(world, config, Recorder(), reading=ReadingConfig(task=task))
+    assert not (tmp_path / "job").exists()
+
+
+def test_words_are_not_predicted_where_vectors_are_sent(tmp_path):
+    world = World(tmp_path, "smollm2", "u-shape", cut=1)
+    vectors = Mechanism(eta=5.0, mode="vector")
+    with pytest.raises(ConfigError, match="no words"):
+        privatize(world.bottom, TEXTS, mechanism=vectors, predict_sent=True)
