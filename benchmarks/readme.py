@@ -31,7 +31,11 @@ BLOCKS = {
         "privatizers": ("privatizers-sst2", "privatizers-fpb"),
         "claim": ("claim-sst2",),
     },
-    "docs/privacy.md": {"search": ("privacy-search",)},
+    "docs/privacy.md": {
+        "labels": ("targets-labels",),
+        "words": ("targets-words",),
+        "search": ("privacy-search",),
+    },
     "docs/adapters.md": {"leakage": ("leakage-arc",)},
     "docs/reliability.md": {
         "verbs": ("faults-verbs",),
@@ -55,6 +59,8 @@ TABLES = {
     "split-leaks": split_tables.leak_table,
     "privacy-search": split_tables.search_table,
     "claim-sst2": split_tables.claim_table,
+    "targets-labels": split_tables.label_table,
+    "targets-words": split_tables.word_table,
     "split-fpb": split_tables.news_table,
     "depth-mpnet": split_tables.depth_table,
     "privatizers-sst2": lambda report: privatizer_tables.privatizer_table(report, "sst2"),

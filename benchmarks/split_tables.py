@@ -91,6 +91,45 @@ def language_table(found):
     return lines
 
 
+def label_table(found):
+    """What hiding labels costs: drawn once, or DP-SGD at the customer."""
+    lines = [
+        "| SST-2, MiniLM, U-shape: labels | epsilon of a label | UA | EP of labels, from gradients "
+        "| seeds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    names = {"as-they-are": "as they are"}
+    names |= {f"response-{e}": "drawn anew, once" for e in (4, 2, 1)}
+    names |= {"dp-sgd-8": "as they are, DP-SGD and noise on every gradient"}
+    for name, shown in names.items():
+        rows = seeds_of(found["rows"], name)
+        if rows:
+            epsilon = rows[0]["epsilon"]
+            cells = [shown, "" if epsilon is None else f"{epsilon:g}"]
+            cells += [spread([r["UA"] for r in rows], 3), spread([r["EP labels"] for r in rows], 2)]
+            lines.append("| " + " | ".join([*cells, str(len(rows))]) + " |")
+    return lines
+
+
+def word_table(found):
+    """Predicting true words, and those that were sent."""
+    lines = [
+        "| targets | words that change | perplexity before | after | EP of words, from gradients "
+        "| seeds |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for eta in (60, 45, 35):
+        for targets in ("true", "sent"):
+            rows = seeds_of(found["rows"], f"{targets}-{eta}")
+            if rows:
+                cells = [targets, spread([r["changed in training"] for r in rows], 2)]
+                for key in ("nats before", "nats after"):
+                    cells.append(spread([math.exp(r[key]) for r in rows], 1))
+                cells += [spread([r["EP words"] for r in rows], 2), str(len(rows))]
+                lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def leak_table(leaks):
     """EP of the nearest-neighbour attack by depth of the cut."""
     cuts = sorted({int(name.rpartition("-")[2]) for name in leaks["rows"]})

@@ -234,7 +234,8 @@ def test_a_language_model_in_the_u_shape(tmp_path):
     text.write_text(pydoc_data.topics.topics["while"][:600])
     reading = ReadingConfig(task="language-model", max_length=32)
     passes = replace(PASSES, epochs=8, accumulate=1)
-    done = tune(world, text, tmp_path / "job", OPEN, reading=reading, passes=passes)
+    true = replace(OPEN, targets="true")
+    done = tune(world, text, tmp_path / "job", true, reading=reading, passes=passes)
     assert done.losses[-1] < done.losses[0] - 0.2
     found = ask(world, text)
     mean = sum(line["nats_per_token"] * line["tokens"] for line in found.texts) / sum(

@@ -116,9 +116,7 @@ def test_the_share_of_labels_that_stay_is_the_formulas(tmp_path):
     [
         ({"label_epsilon": 0.0}, "above 0"),
         ({"label_epsilon": 1.0, "cti_fraction": 0.01}, "got both"),
-        ({"targets": "mine"}, "true or sent"),
-        ({"targets": "sent", "privatizer": "vector"}, "no words"),
-        ({"targets": "sent", "privatizer": "block-output"}, "no words"),
+        ({"targets": "mine"}, "sent or true"),
     ],
 )
 def test_contradictions_are_refused(changes, said):
@@ -131,7 +129,6 @@ def test_contradictions_are_refused(changes, said):
     [
         ("regression", {"label_epsilon": 1.0}, "regression has none"),
         ("language-model", {"label_epsilon": 1.0}, "language-model has none"),
-        ("classification", {"targets": "sent"}, "targets true for classification"),
     ],
 )
 def test_options_of_another_task_are_refused(tmp_path, task, changes, said):
@@ -142,8 +139,35 @@ def test_options_of_another_task_are_refused(tmp_path, task, changes, said):
     assert not (tmp_path / "job").exists()
 
 
-def test_words_are_not_predicted_where_vectors_are_sent(tmp_path):
+@pytest.mark.parametrize("privatizer", ["vector", "block-output"])
+def test_words_are_not_predicted_where_vectors_are_sent(tmp_path, privatizer):
     world = World(tmp_path, "smollm2", "u-shape", cut=1)
+    config, reading = PrivatizerConfig(privatizer=privatizer, eta=5.0), ReadingConfig(
+        task="language-model", max_length=8
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"sends no words.*--targets true"):
+        tuned(world, config, Recorder(), reading=reading)
+    assert not (tmp_path / "job").exists()
+    done = tuned(world, replace(config, targets="true"), Recorder(), reading=reading)
+    assert "gradients computed from them are sent" in str(done.privacy)
     vectors = Mechanism(eta=5.0, mode="vector")
     with pytest.raises(ConfigError, match="no words"):
         privatize(world.bottom, TEXTS, mechanism=vectors, predict_sent=True)
+
+
+@pytest.mark.parametrize("privatizer", ["exponential", "groups", "none"])
+def test_a_language_model_predicts_what_was_sent_unless_told_otherwise(tmp_path, privatizer):
+    world = World(tmp_path, "smollm2", "u-shape", cut=1)
+    changes = {"exponential": {"eta": 0.01}, "none": {"unprotected": True}, "groups": {}}
+    public = tmp_path / "public.txt"
+    public.write_text("the film is good and so is the bad story it was\n" * 1500)
+    if privatizer == "groups":
+        changes["groups"] = {"public_text": str(public)}
+    config = PrivatizerConfig(privatizer=privatizer, **changes[privatizer])
+    reading = ReadingConfig(task="language-model", max_length=8)
+    done = tuned(world, config, Recorder(), reading=reading)
+    private = PrivateStates.load(tmp_path / "job" / "private.safetensors")
+    same = [torch.equal(a, b) for a, b in zip(private.targets, private.ids, strict=True)]
+    assert private.sent_ids is not None
+    assert all(same) == (privatizer == "none")
+    assert "gradients tell nothing beside them" in str(done.privacy)

@@ -213,7 +213,8 @@ def _gradients(seen: SplitSubject) -> tuple[NotRun, ...]:
         return ()
     needs = (
         "a transcript with steps of the tuning, and --task and labels of the run; in language "
-        "modelling gradients give nearly every token whatever the noise, in "
-        "classification they group texts by label (docs/attacks.md)"
+        "modelling gradients give nearly every token that is predicted (the true ones, unless "
+        "targets are those sent), in classification they group texts by the label that was "
+        "trained on (docs/attacks.md)"
     )
     return (NotRun(attack="gradients", needs=needs),)

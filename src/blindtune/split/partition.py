@@ -5,7 +5,7 @@ Two partitions of a model of N layers (arXiv 2312.15603, and METHODS 3.3's U-sha
 two-part: bottom (embedding, layers 0..cut-1) at the customer; top (layers cut..N-1, the head and
     the loss) at the vendor, who therefore sees the labels.
 u-shape: bottom and top (the last `last` layers, final norm, head and loss) at the customer, trunk
-    (what lies between) at the vendor, who sees no label.
+    (what lies between) at the vendor, who is sent gradients and no label.
 
 The vendor computes masks and positions from the lengths of the sequences alone: no part above the
 cut needs token ids.

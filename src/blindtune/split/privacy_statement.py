@@ -257,10 +257,7 @@ def _targets_said(bottom: Bottom, private: PrivateStates, config: PrivatizerConf
             f"{config.label_epsilon:g} of each, beside what its text tells"
         )
     if bottom.cut.partition == "two-part":
-        return (
-            "labels are sent as they are: give label_epsilon, or take the u-shape, if they are "
-            "secret"
-        )
+        return "labels are sent as they are: give label_epsilon if they are secret"
     what, least = ("true tokens", "targets sent") if private.labels is None else (
         "labels", "a label_epsilon"
     )  # fmt: skip

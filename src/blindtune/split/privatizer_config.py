@@ -14,7 +14,7 @@ from blindtune.privacy.token_importance import ImportanceConfig, SpecialPolicy
 from blindtune.privacy.word_groups import GroupingConfig
 
 PrivatizerName = Literal["token", "exponential", "vector", "block-output", "groups", "none"]
-Targets = Literal["true", "sent"]
+Targets = Literal["sent", "true"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,9 @@ class PrivatizerConfig:
     """Classes: labels are drawn anew, once, so that whatever leaves tells of each of them no more
     than this epsilon (randomized response: of two classes 88 % of the labels stay at 2, 73 % at 1).
     None: labels are as they are."""
-    targets: Targets = "true"
-    """Language modelling: what is to be predicted. true: your texts' own tokens, whose gradients
-    give them to the vendor; sent: the words that were sent, so gradients give nothing else."""
+    targets: Targets = "sent"
+    """Language modelling: what is to be predicted. sent: the words that were sent, so gradients
+    give nothing else; true: your texts' own tokens, whose gradients give them to the vendor."""
     unprotected: bool = False
     """Says that you mean it: without a privatizer the vendor can read nearly all of the texts."""
 
@@ -91,12 +91,7 @@ class PrivatizerConfig:
                 "label that label_epsilon hides"
             )
         if self.targets not in get_args(Targets):
-            raise ConfigError(f"expected targets true or sent, got {self.targets!r}")
-        if self.targets == "sent" and self.privatizer in ("vector", "block-output"):
-            raise ConfigError(
-                f"expected targets true with privatizer {self.privatizer}, got sent: vectors are "
-                "sent and no words; take exponential, token or groups"
-            )
+            raise ConfigError(f"expected targets sent or true, got {self.targets!r}")
 
     def _check_groups(self) -> None:
         if (self.privatizer == "groups") != (self.public_text is not None):

@@ -152,8 +152,14 @@ def _check_purpose(bottom: Bottom, privatizer: PrivatizerConfig, reading: Readin
         raise ConfigError(
             f"labels are drawn anew among classes, and {reading.task} has none: leave label_epsilon"
         )
-    if privatizer.targets != "true" and reading.task != "language-model":
-        raise ConfigError(f"expected targets true for {reading.task}, got {privatizer.targets}")
+    language_model = reading.task == "language-model" and bottom.cut.partition == "u-shape"
+    vectors = privatizer.privatizer in ("vector", "block-output")
+    if language_model and vectors and privatizer.targets == "sent":
+        raise ConfigError(
+            f"privatizer {privatizer.privatizer} sends no words that could be predicted: take "
+            "exponential, token or groups, or say targets true (--targets true), whose gradients "
+            "give your texts to the vendor"
+        )
 
 
 def _outputs(reading: ReadingConfig, texts: PrivateTexts) -> int:
@@ -234,7 +240,7 @@ def _prepare(
             groups=groups,
             classes=classes,
             label_epsilon=privatizer.label_epsilon,
-            predict_sent=privatizer.targets == "sent",
+            predict_sent=texts.labels is None and privatizer.targets == "sent",
             on_progress=partial(on_part, "texts privatized"),
         )
         job.keep_states(private)
