@@ -18,7 +18,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from blindtune.attacks.emulator_misuse import HealingConfig
 from blindtune.evaluation.choices import multiple_choice, read_items
@@ -39,6 +38,7 @@ from blindtune.offsite.study import StudyConfig, open_study
 from blindtune.offsite.studying import study
 from blindtune.offsite.tuning import tune
 from blindtune.training.text import DataConfig
+from flops import counter
 from offsite import (
     ADAPTER_RATE,
     LENGTH,
@@ -87,25 +87,6 @@ METHODS = ("ours", "uniform", "GradOT", "CRaSh", "ours, training-free", "uniform
 METHODS += ("ours, short study", "ScaleOT as in the paper", "fixed margin", "GradOT, lossier")
 IN_OFFSITE = ("ours", "uniform")
 HEALED = ("ours", "uniform", "GradOT", "CRaSh", "fixed margin", "GradOT, lossier")
-
-
-def _attention(query, key, *_, **__):
-    batch, heads, length, width = query
-    return 4 * batch * heads * length * key[2] * width
-
-
-def _attention_backward(_gradient, query, key, *_, **__):
-    return 2.5 * _attention(query, key)
-
-
-def counter():
-    """Counts FLOPs of matrix products and attention; singular and eigenvectors are not counted."""
-    aten = torch.ops.aten
-    cpu = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=cpu)
 
 
 def emulator(bench, name):

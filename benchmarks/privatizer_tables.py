@@ -25,10 +25,11 @@ def privatizer_table(found, task):
     """
     title, leaks = TASKS[task]
     leaks, plain = part(f"privatizers-{leaks}")["rows"], part(f"split-{task}")["rows"]
+    costs = part("privatizers-cost")["rows"]
     lines = [
         f"| {title}, MiniLM, cut 0 | eta | tokens changed | EP, strongest attack | of rare words "
-        "| UA | tokens/s | seeds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| UA | tokens/s | MFLOPs a token | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, shown in ROWS.items():
         of, called = (plain, OF_SPLIT[name]) if name in OF_SPLIT else (found["rows"], name)
@@ -37,6 +38,7 @@ def privatizer_table(found, task):
         leak = leaks.get(name.removesuffix("-denoised"))
         if not rows and name not in leaks:
             continue
+        cost = costs.get(name)
         read = leak and min((leak["nearest neighbour"], leak["Bayes"]), key=lambda r: r["EP"])
         etas = [r.get("strength") or r["setting"]["mechanism"]["eta"] for r in rows]
         etas = etas or [leak["strength"]]
@@ -49,6 +51,7 @@ def privatizer_table(found, task):
             f"{read['rare']:.2f}" if read else "",
             spread([r["UA"] for r in rows], 3),
             f"{leak['tokens a second']:,.0f}" if leak and "tokens a second" in leak else "",
+            f"{cost['flops'] / cost['tokens'] / 1e6:.0f}" if cost else "",
             str(len(rows)),
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -8,7 +8,7 @@ changed as of d_chi at eta 80: the EP of the nearest neighbour is equal. The acc
 itself, with and without CTI, is in split-sst2.json and split-fpb.json.
 
 sst2, fpb: accuracy (UA) of each.
-leaks, leaks-fpb: what attackers read of 300 test texts, and what replacing them costs. Bayes' rule
+leaks, leaks-fpb: what attackers read of 300 test texts, and how fast they are replaced. Bayes' rule
     knows the mechanism and how frequent words are in other texts of the task. "rare" are tokens
     outside the 200 commonest words of public text: a privatizer that changes nothing but function
     words has an EP too.
@@ -44,6 +44,8 @@ from blindtune.privacy.nearest import NearestRows
 from blindtune.privacy.word_sampling import WordSampler
 from blindtune.split.customer import predict, train
 from blindtune.split.private_states import privatize
+from figures import part as part_of
+from flops import counter
 from rows import parse_options, run_rows
 from split import (
     BATCH,
@@ -59,7 +61,7 @@ from split import (
     tuning,
 )
 
-PARTS = ("leaks", "sst2", "leaks-fpb", "fpb")
+PARTS = ("leaks", "sst2", "leaks-fpb", "fpb", "cost")
 ETA, SHARE = 80.0, {"sst2": 0.397, "fpb": 0.372}  # of d_chi; tokens it changes (split-TASK.json)
 DRAWN = ("exponential", "context", "meaning")
 KINDS = ("d_chi", *DRAWN, "gaussian", "shifted")
@@ -303,9 +305,22 @@ def leak_row(bench, words, name, kind):
     return found
 
 
+def cost_row(bench, words, kind):
+    """FLOPs of replacing the words of the attacked texts, but for what is made once."""
+    test = Task(bench, words, "sst2", 0).test
+    texts = some_of(test, min(ATTACKED, len(test)))
+    strength = part_of("privatizers-leaks")["rows"][kind]["strength"]
+    words.replaced(kind, strength, texts[:1])
+    with counter() as count:
+        words.replaced(kind, strength, texts)
+    return {"flops": count.get_total_flops(), "tokens": len(words.content(texts))}
+
+
 def plan(bench, part):
     """The rows, most wanted first: (name, function)."""
     words = Vocabulary(bench)
+    if part == "cost":
+        return [(kind, lambda _, kind=kind: cost_row(bench, words, kind)) for kind in KINDS]
     if part.startswith("leaks"):
         task = part.partition("-")[2] or "sst2"
         return [(kind, lambda _, kind=kind: leak_row(bench, words, task, kind)) for kind in KINDS]
