@@ -304,17 +304,17 @@ def test_streams_and_memory_are_bounded(serve, trust):
         first.call(opening())
         with connected(server, trust) as second, pytest.raises(BusyError):
             second.call(opening())
-        server._buffered += 1 << 20
+        server._memory.used += 1 << 20
         with pytest.raises(BusyError):
             first.call(batch(1))
-        server._buffered -= 1 << 20
+        server._memory.used -= 1 << 20
     deadline = time.monotonic() + 5
     while health(address(server), trust).streams and time.monotonic() < deadline:
         time.sleep(0.02)
     with connected(server, trust) as third:
         third.call(opening())
         assert third.call(batch(1)).sequence == 1
-    assert server._buffered == 0
+    assert server._memory.used == 0
 
 
 @pytest.mark.parametrize("stall", ["within a message", "idle", "reading"])
@@ -346,7 +346,7 @@ def test_a_customer_that_stalls_is_dropped(serve, certificate, stall):
             assert error.value.code() is grpc.StatusCode.CANCELLED
     assert time.monotonic() - begun < 5
     assert not server._streams
-    assert server._buffered == 0
+    assert server._memory.used == 0
 
 
 def test_a_silent_server_is_a_lost_connection(serve, trust):

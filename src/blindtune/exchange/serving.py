@@ -1,17 +1,16 @@
 """The vendor's end of the network: many customers, bounded in every direction.
 
-Each stream has a reader, which puts messages together while the handler computes, and a queue of
-at most eight requests. Whoever sends more than that, or when the server's memory for requests is
-full, is told to come back later; whoever stalls is dropped. Other streams do not notice.
+Each stream (exchange.stream) has a reader, which puts messages together while the handler
+computes, and a queue of at most eight requests. Whoever sends more than that, or when the server's
+memory for requests is full, is told to come back later; whoever stalls is dropped. Other streams
+do not notice.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -21,38 +20,15 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from blindtune.errors import ConfigError, VerificationError
-from blindtune.exchange.codec import FrameReader, MessageLimits, encode
+from blindtune.errors import ConfigError
 from blindtune.exchange.credentials import Doorkeeper, ServerCredentials, token_hash
-from blindtune.exchange.events import (
-    Answered,
-    Crossed,
-    Observer,
-    StreamEnd,
-    StreamEnded,
-    StreamOpened,
-    TurnedAway,
-    answer_of,
-    ignore,
-    kind_of,
-)
-from blindtune.exchange.files import printable
+from blindtune.exchange.events import Observer, StreamOpened, TurnedAway, ignore
 from blindtune.exchange.guard import PUSHBACK, Guard, GuardConfig, allow_files, network_of
-from blindtune.exchange.messages import (
-    PROTOCOL_VERSION,
-    REQUESTS,
-    WINDOW,
-    Busy,
-    Message,
-    Refusal,
-)
-from blindtune.exchange.network import (
-    SERVICE,
-    Health,
-    channel_options,
-    import_grpc,
-)
-from blindtune.exchange.transport import BusyError, Handler, answer
+from blindtune.exchange.messages import PROTOCOL_VERSION, Busy, Refusal
+from blindtune.exchange.network import SERVICE, Health, channel_options, import_grpc
+from blindtune.exchange.request_memory import RequestMemory, Share
+from blindtune.exchange.stream import Stream
+from blindtune.exchange.transport import Handler
 
 logger = logging.getLogger(__name__)
 
@@ -131,10 +107,10 @@ class Server:
         self.guard = Guard(guard)
         self._sessions = sessions
         self._customers = customers
-        self.tell = observer
-        self._streams: set[_Stream] = set()
+        self._tell = observer
+        self._streams: set[Stream] = set()
         self._lock = threading.Lock()
-        self._buffered = 0
+        self._memory = RequestMemory(self.config.max_buffered_bytes)
         self._stopping = threading.Event()
         self._grpc = import_grpc()
         self._server, self.port = self._listen(credentials, guard)
@@ -150,9 +126,10 @@ class Server:
     def close(self, grace_seconds: float = 10.0) -> None:
         """Answer the requests that are worked on, tell all streams to come back, and stop."""
         self._stopping.set()
+        busy = Busy(retry_after_seconds=self.config.retry_after_seconds)
         with self._lock:
             for stream in self._streams:
-                stream.wake()
+                stream.halt("stopping", busy)
         self._server.stop(grace_seconds).wait()
 
     def _listen(self, credentials: ServerCredentials, guard: GuardConfig) -> tuple[Any, int]:
@@ -192,30 +169,34 @@ class Server:
         customer = self._customers.who(token) if scheme == "Bearer" else None
         if customer is None:
             self._limit_strangers(context)
-            self.tell(TurnedAway(reason="token"))
+            self._tell(TurnedAway(reason="token"))
             context.abort(self._grpc.StatusCode.UNAUTHENTICATED, "unknown token")
         assert customer is not None
         if wait := self.guard.calls.take(customer):
             self._turn_away(context, TurnedAway(reason="rate", customer=customer), wait)
-        stream = _Stream(self, customer, token_hash(token), context)
+        stream = Stream(
+            customer, token_hash(token), context.cancel,
+            share=Share(self._memory), rates=self.guard.requests, tell=self._tell,
+            max_payload_bytes=self.config.max_payload_bytes,
+            retry_after_seconds=self.config.retry_after_seconds,
+        )  # fmt: skip
         if not self._enter(stream):
             away = TurnedAway(reason="room", customer=customer)
             self._turn_away(context, away, self.config.retry_after_seconds)
-        self.tell(StreamOpened(customer=customer))
+        self._tell(StreamOpened(customer=customer))
         try:
             with self._sessions(customer) as handler:
                 yield from stream.run(frames, handler)
         except GeneratorExit:
             raise
         except Exception as error:
-            stream.end = "failed"
+            stream.halt("failed", None)
             logger.error("a stream of %s ended with %s", customer, type(error).__name__)
             raise
         finally:
             with self._lock:
                 self._streams.discard(stream)
-                self._buffered -= sum(stream.sizes)
-            self.tell(stream.ended())
+            self._tell(stream.ended())
 
     def _tell_health(self, _requests: Iterator[bytes], context: Any) -> bytes:
         self._limit_strangers(context)
@@ -227,7 +208,7 @@ class Server:
 
     def _turn_away(self, context: Any, event: TurnedAway, wait: float) -> NoReturn:
         """End a call that did not begin, by a status: a reply could be left unread for ever."""
-        self.tell(event)
+        self._tell(event)
         context.set_trailing_metadata(((PUSHBACK, str(ceil(wait * 1000))),))
         context.abort(
             self._grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -235,7 +216,7 @@ class Server:
         )
         raise AssertionError("abort raises")
 
-    def _enter(self, stream: _Stream) -> bool:
+    def _enter(self, stream: Stream) -> bool:
         with self._lock:
             counts = Counter(other.customer for other in self._streams)
             room = (
@@ -247,183 +228,21 @@ class Server:
                 self._streams.add(stream)
             return room
 
-    def reserve(self, stream: _Stream, size: int) -> None:
-        """Take memory for a stream's next request, or raise BusyError."""
-        with self._lock:
-            full = self._buffered + size > self.config.max_buffered_bytes
-            if full or stream not in self._streams:
-                raise BusyError(self.config.retry_after_seconds)
-            self._buffered += size
-            stream.sizes.append(size)
-
-    def release(self, stream: _Stream) -> None:
-        """Give the memory of a stream's oldest request back."""
-        with self._lock:
-            self._buffered -= stream.sizes.popleft()
-
-    def pause(self, seconds: float) -> None:
-        """Wait, less when the server is being closed."""
-        self._stopping.wait(seconds)
-
-    @property
-    def stopping(self) -> bool:
-        """Whether the server is being closed."""
-        return self._stopping.is_set()
-
     def health(self) -> Health:
         """How it is, without anything that is not for everybody."""
-        status = "stopping" if self.stopping else "serving"
+        status = "stopping" if self._stopping.is_set() else "serving"
         with self._lock:
             streams = len(self._streams)
         return Health(status=status, version=PROTOCOL_VERSION, streams=streams)
 
     def _watch(self) -> None:
-        shortest = min(self.config.stall_timeout_seconds, self.config.idle_timeout_seconds)
-        while not self._stopping.wait(min(shortest / 4, 1.0)):
+        stall, idle = self.config.stall_timeout_seconds, self.config.idle_timeout_seconds
+        revoked = Refusal(code="policy", message=REVOKED)
+        while not self._stopping.wait(min(stall / 4, idle / 4, 1.0)):
             with self._lock:
                 streams = list(self._streams)
             for stream in streams:
-                if stream.overdue():
-                    stream.end = "stalled"
-                    stream.context.cancel()
+                if stream.overdue(stall, idle):
+                    stream.drop()
                 elif not self._customers.admits(stream.customer, stream.token_sha256):
-                    stream.revoke()
-
-
-class _Stream:
-    """One customer's stream: a reader thread, a bounded queue, and the thread that answers."""
-
-    def __init__(self, server: Server, customer: str, token_sha256: str, context: Any) -> None:
-        self.customer = customer
-        self.token_sha256 = token_sha256
-        self.context = context
-        self.sizes: deque[int] = deque()  # of the requests that it has in memory, oldest first
-        self._server = server
-        self._reader = FrameReader(
-            accepts=REQUESTS,
-            limits=MessageLimits(max_payload_bytes=server.config.max_payload_bytes),
-            admit=self._admit,
-        )
-        # None wakes the answering thread up: look at `_last`, and whether the server stops.
-        self._queue: queue.SimpleQueue[tuple[int, Message, float] | None] = queue.SimpleQueue()
-        self._last: Message | None = None
-        self._said = threading.Lock()
-        self._ended = False
-        self._working = False
-        self._begun = self._heard = time.monotonic()
-        self._writing_since: float | None = None
-        self.end: StreamEnd = "customer"
-        self._requests, self._bytes_in, self._bytes_out = 0, 0, 0
-
-    def ended(self) -> StreamEnded:
-        """What there was of it."""
-        return StreamEnded(
-            customer=self.customer,
-            reason=self.end,
-            requests=self._requests,
-            bytes_in=self._bytes_in,
-            bytes_out=self._bytes_out,
-            seconds=time.monotonic() - self._begun,
-        )
-
-    def wake(self) -> None:
-        """Let the answering thread look around."""
-        self._queue.put(None)
-
-    def revoke(self) -> None:
-        """End it: its token counts no longer. What is worked on is answered, nothing else."""
-        if self.end != "revoked":
-            self._stop("revoked", Refusal(code="policy", message=REVOKED))
-            self.wake()
-
-    def overdue(self) -> bool:
-        """Whether the customer has stalled: within a message, with a reply, or altogether."""
-        now, config = time.monotonic(), self._server.config
-        if self._writing_since is not None:
-            return now - self._writing_since > config.stall_timeout_seconds
-        if self._reader.amid:
-            return now - self._heard > config.stall_timeout_seconds
-        return not self._working and now - self._heard > config.idle_timeout_seconds
-
-    def run(self, frames: Iterator[bytes], handler: Handler) -> Iterator[bytes]:
-        """Answer requests in order until the customer, or an error, or the server ends it."""
-        threading.Thread(
-            target=self._read, args=(frames,), name="blindtune-read", daemon=True
-        ).start()
-        reply: Message | None = None
-        while not isinstance(reply, Busy) and not self._halted:
-            item = self._queue.get()
-            if item is None:
-                if self._ended:
-                    break
-                continue
-            while (wait := self._server.guard.requests.take(self.customer)) and not self._halted:
-                self._server.pause(wait)
-            self._working = True
-            reply, answered = self._reply(handler, *item)
-            yield from self._write(answered)
-            self._heard = time.monotonic()
-            self._working = False
-        else:
-            if isinstance(reply, Busy):
-                self.end = "busy"
-            elif self.end != "revoked":
-                self.end = "stopping"
-                self._last = Busy(retry_after_seconds=self._server.config.retry_after_seconds)
-        if self._last is not None:
-            yield from self._write(encode(self._last, 0))
-
-    @property
-    def _halted(self) -> bool:
-        return self._server.stopping or self.end == "revoked"
-
-    def _reply(
-        self, handler: Handler, exchange: int, request: Message, arrived: float
-    ) -> tuple[Message, Iterator[bytes]]:
-        begin = time.monotonic()
-        reply, frames = answer(handler, request, exchange)
-        self._server.release(self)
-        self._requests += 1
-        self._server.tell(Answered(
-            customer=self.customer, kind=kind_of(request), answer=answer_of(reply),
-            wait_seconds=begin - arrived, seconds=time.monotonic() - begin,
-        ))  # fmt: skip
-        return reply, frames
-
-    def _stop(self, end: StreamEnd, last: Message) -> None:
-        """Say why it ends; what was said first counts."""
-        with self._said:
-            if self._last is None:
-                self.end, self._last = end, last
-
-    def _write(self, frames: Iterator[bytes]) -> Iterator[bytes]:
-        for frame in frames:
-            self._writing_since = time.monotonic()
-            self._bytes_out += len(frame)
-            self._server.tell(Crossed(direction="out", bytes=len(frame)))
-            yield frame
-        self._writing_since = None
-
-    def _admit(self, size: int) -> None:
-        if self._queue.qsize() >= WINDOW:
-            raise BusyError(self._server.config.retry_after_seconds)
-        self._server.reserve(self, size)
-
-    def _read(self, frames: Iterator[bytes]) -> None:
-        try:
-            for frame in frames:
-                self._heard = time.monotonic()
-                self._bytes_in += len(frame)
-                self._server.tell(Crossed(direction="in", bytes=len(frame)))
-                arrived = self._reader.feed(frame)
-                if arrived is not None:
-                    self._queue.put((*arrived, time.monotonic()))
-        except BusyError as error:
-            self._stop("busy", Busy(retry_after_seconds=error.retry_after_seconds))
-        except VerificationError as error:
-            text = printable(str(error), limit=1000)
-            self._stop("malformed", Refusal(code="malformed", message=text))
-        except Exception as error:  # the customer is gone; gRPC raises what it likes
-            logger.debug("a stream of %s ended (%s)", self.customer, type(error).__name__)
-        self._ended = True
-        self._queue.put(None)
+                    stream.halt("revoked", revoked)
