@@ -150,7 +150,7 @@ class Site:
 
     def job(self, place: Path, connect) -> tuple[dict, int]:
         """Tune, predict, cancel; what came of it, and how often a command was called again."""
-        bottom, store = self.folder / "bottom", self.served.world.vendor._store
+        bottom, store = self.folder / "bottom", self.served.world.vendor._jobs.store
         options = {"access": ACCESS, "silent": True}
         tuned, first = again(lambda: blindtune.split_tune(
             connect, bottom, self.data, place, OPEN, TUNING, PASSES, **options

@@ -147,7 +147,7 @@ def test_a_killed_run_trains_nothing_twice(tmp_path, data, partition, noted, mon
     seen = Recorder()
     done = tune(world, data, tmp_path / "b", OPEN, connect=lambda: world.connect(tap=seen))
     assert done.losses == expected.losses
-    jobs = [next(iter(w.vendor._jobs.values())).state() for w in (calm, world)]
+    jobs = [next(iter(w.vendor._jobs)).state() for w in (calm, world)]
     assert (jobs[0].steps, jobs[0].tokens) == (jobs[1].steps, jobs[1].tokens)
     numbers = {c.message.sequence for c in seen.transcript().crossings()
                if isinstance(c.message, Numbered)}  # fmt: skip
@@ -304,7 +304,7 @@ def test_statement_of_block_outputs(tmp_path, data, config, epsilon):
 def test_schedules_get_the_length_of_the_run(tmp_path, data):
     world = World(tmp_path)
     tune(world, data, tmp_path / "job", tuning=replace(TUNING, schedule="linear"))
-    record = next(iter(world.vendor._jobs.values())).record
+    record = next(iter(world.vendor._jobs)).record
     assert record.options["max_steps"] == 4
 
 

@@ -87,9 +87,9 @@ def test_one_customer_cannot_fill_the_memory(tmp_path):
     for stream in streams:
         for number in range(1, 9):
             stream.ask(forward(number))
-    held = sum(job.lora.open_tokens for job in world.vendor._jobs.values())
+    held = sum(job.lora.open_tokens for job in world.vendor._jobs)
     assert held == 4 * 40
-    kept = world.vendor._graphs._kept
+    kept = world.vendor._model._graphs._kept
     assert 0 < sum(opened.padded_tokens for opened in kept) <= 40
 
 
@@ -108,7 +108,7 @@ def steps(stream, count=2):
 def test_a_graph_that_made_room_is_computed_again_to_the_same_bits(tmp_path):
     world, tight = u_shape(tmp_path / "a"), u_shape(tmp_path / "b")
     expected = steps(begin(world))
-    tight.vendor._graphs._max_tokens = 1  # one graph at once
+    tight.vendor._model._graphs._max_tokens = 1  # one graph at once
     again = steps(begin(tight))
     assert len(again) == 10
     assert all(equal(a, b) for a, b in zip(again, expected, strict=True))
@@ -116,7 +116,7 @@ def test_a_graph_that_made_room_is_computed_again_to_the_same_bits(tmp_path):
 
 def graphs_alive(world):
     gc.collect()
-    return len(world.vendor._graphs)
+    return len(world.vendor._model._graphs)
 
 
 def test_a_stream_that_ends_leaves_no_graph_and_its_job_goes_on(tmp_path):
@@ -124,7 +124,7 @@ def test_a_stream_that_ends_leaves_no_graph_and_its_job_goes_on(tmp_path):
     expected = steps(begin(calm), 1)
     stream = begin(world, token=token)
     told = [stream.ask(forward(1)), stream.ask(forward(2, (7, 2, 1)))]
-    outputs = [weakref.ref(graph[1]) for graph in world.vendor._graphs._kept.values()]
+    outputs = [weakref.ref(graph[1]) for graph in world.vendor._model._graphs._kept.values()]
     assert (graphs_alive(world), len(outputs)) == (2, 2)
     stream.session.__exit__(None, None, None)
     assert graphs_alive(world) == 0

@@ -328,7 +328,7 @@ def test_estimates_are_near_what_is_made(tmp_path):
     with world.start() as service:
         world.job(service, config=config).close()
         state = next((world.out / "jobs").rglob("at-*.pt"))
-        lora = next(iter(service._vendor._jobs.values())).lora
+        lora = next(iter(service._vendor._jobs)).lora
         numbers = sum(p.numel() for n, p in lora._parameters.items() if "lora" in n)
     on_disk = found.sizes["a job on the disk"]
     assert on_disk == 2 * 3 * 4 * numbers
@@ -354,7 +354,7 @@ def test_a_customer_who_vanishes_amid_a_step_leaves_no_graph(tmp_path):
     hidden_TD = torch.randn(5, 32)
     forward = Forward(sequence=1, hidden_TD=hidden_TD, lengths=(3, 2))
     with world.start(config=BottomConfig(partition="u-shape")) as service:
-        graphs = service._vendor._graphs
+        graphs = service._vendor._model._graphs
         gone = world.connect(service)
         gone.call(Hello(program="test"))
         gone.call(OpenJob(

@@ -261,8 +261,8 @@ def test_going_on_with_a_job_that_ended_touches_nothing(tmp_path, restarted):
     train_u_shape(job, Top(world.bottom, head_of(world), directory=tmp_path), world.private(), PLAN,
                   language_model=False)  # fmt: skip
     job.close()
-    (ended,) = world.vendor._jobs.values()
-    world.vendor.cancel(ended)
+    (ended,) = world.vendor._jobs
+    world.vendor._jobs.cancel(ended)
     if restarted:
         world.start()
     top = Top(world.bottom, head_of(world), directory=tmp_path)

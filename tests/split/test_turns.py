@@ -100,7 +100,7 @@ def test_one_request_beside_four_busy_streams(tmp_path):
     def ask(job):
         job.call(Predict(precision="float32", hidden_TD=rows, lengths=lengths))
 
-    turns = world.vendor._turns
+    turns = world.vendor._model._turns
     with turns.take("vendor"):
         for job in jobs:
             threads.append(threading.Thread(target=ask, args=(job,)))

@@ -26,8 +26,7 @@ from blindtune.exchange.messages import (
     equal,
 )
 from blindtune.exchange.transport import answer
-from blindtune.split import store
-from blindtune.split import vendor as vendor_module
+from blindtune.split import job_book, store
 from blindtune.split.access import resume_job
 from blindtune.split.customer import PassConfig, new_token, open_job, predict, train
 from blindtune.split.housekeeping import Housekeeping
@@ -106,7 +105,7 @@ def test_jobs_that_cannot_be_had(world, changes, code):
     refused = Stream(world, opened=opening(world, **changes)).opened
     assert isinstance(refused, Refusal)
     assert refused.code == code
-    assert not world.vendor._store.records()
+    assert not world.vendor._jobs.store.records()
 
 
 HOSTILE = {
@@ -175,7 +174,7 @@ def test_limits_of_a_job(world):
     assert Stream(world, opened=opening(world)).opened.code == "limit"
     assert Stream(world, "bert", opened=opening(world)).opened.state == "open"
     assert Stream(world, "carl", opened=opening(world)).opened.code == "limit"
-    next(iter(world.vendor._jobs.values())).seconds = 1e9
+    next(iter(world.vendor._jobs)).seconds = 1e9
     assert "seconds" in stream.ask(batch(10, lengths=(1, 1))).message
 
 
@@ -199,7 +198,7 @@ def test_bytes_of_a_job_are_those_of_its_tensors_on_the_wire(tmp_path):
     world = World(tmp_path, limits=VendorLimits(max_job_bytes=1400))
     token = new_token()
     job = world.job(token=token, precision="float16", tap=lambda _to, frame: told.append(frame))
-    kept = next(iter(world.vendor._jobs.values()))
+    kept = next(iter(world.vendor._jobs))
     job.call(batch(1, precision="float16"))
     assert kept.bytes == 5 * 32 * 2 + 2 * 8  # states and labels; no gradient was asked for
     job.call(Step(sequence=2))
@@ -226,7 +225,7 @@ def test_idle_jobs_are_forgotten_but_not_by_a_clock_that_jumps(tmp_path, monkeyp
     month = 31 * 86400
     clock = {"time": time.time(), "monotonic": time.monotonic()}
     monkeypatch.setattr(store.time, "time", lambda: clock["time"])
-    monkeypatch.setattr(vendor_module.time, "monotonic", lambda: clock["monotonic"])
+    monkeypatch.setattr(job_book.time, "monotonic", lambda: clock["monotonic"])
     clock["time"] += month
     world.vendor.expire()
     clock["time"] -= month
@@ -302,14 +301,16 @@ def test_cancelled_jobs_are_forgotten(world, tmp_path):
     assert stream.ask(Cancel()).state == "cancelled"
     assert stream.ask(batch(2)).code == "policy"
     assert not list((tmp_path / "vendor").rglob("*.pt"))
-    assert not any("lora" in n for n, _ in world.vendor._served.stack.model.named_parameters())
+    assert not any(
+        "lora" in n for n, _ in world.vendor._model.served.stack.model.named_parameters()
+    )
     world.start()
     assert Stream(world, opened=ResumeJob(token=token)).opened.state == "cancelled"
     Stream(world, opened=opening(world))
 
 
 def test_few_ended_jobs_are_remembered_and_none_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(vendor_module, "ENDED_KEPT", 3)
+    monkeypatch.setattr(job_book, "ENDED_KEPT", 3)
     clock = {"time": time.time()}
     monkeypatch.setattr(store.time, "time", lambda: clock["time"])
     world = World(tmp_path)
@@ -418,7 +419,7 @@ def test_a_vendor_refuses_what_does_not_belong(tmp_path, world):
         JobStore(tmp_path / "vendor", "00" * 32)
     Stream(world, opened=opening(world))
     with pytest.raises(ConfigError, match="has some"):
-        Vendor(world.vendor._served.stack, world.cut, world.bottom.id, tmp_path / "v")
+        Vendor(world.vendor._model.served.stack, world.cut, world.bottom.id, tmp_path / "v")
     with pytest.raises(ConfigError):
         VendorLimits(max_steps=0)
     assert tuning_of(CONFIG.options()) == CONFIG

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from blindtune.errors import MismatchError, PolicyError, VerificationError
-from blindtune.exchange.messages import OpenJob, RefusalCode
+from blindtune.exchange.messages import WINDOW, OpenJob, RefusalCode
 from blindtune.split.partition import Cut
 from blindtune.split.terms import VendorLimits, tuning_of
 
@@ -86,3 +86,28 @@ def check_labels(labels: Tensor, task: str, outputs: int) -> None:
     wide = labels.shape[1] if labels.ndim == 2 else 1
     if not labels.is_floating_point() or wide != outputs or not labels.isfinite().all():
         raise MismatchError(f"expected {outputs} finite float32 targets a sequence")
+
+
+def check_open(
+    tokens: int, *, forwards: int, of_job: int, of_customer: int, limits: VendorLimits
+) -> None:
+    """Whether another forward may wait for its gradient; RefusedError if not.
+
+    Args:
+        tokens: its rows.
+        forwards: of the job that wait already.
+        of_job: their tokens.
+        of_customer: the tokens of all forwards that wait, in the customer's jobs together.
+    """
+    if forwards >= WINDOW:
+        raise RefusedError("limit", f"{WINDOW} forwards are open: send their gradients first")
+    for open_tokens, most, whose in (
+        (of_job, limits.max_message_tokens, "this job"),
+        (of_customer, limits.open_tokens, "your jobs"),
+    ):
+        if open_tokens + tokens > most:
+            raise RefusedError(
+                "limit",
+                f"{open_tokens} tokens of {whose} wait for their gradients and {tokens} more "
+                f"came, at most {most} may: send the gradients first, or cancel a job",
+            )
