@@ -140,8 +140,7 @@ def privatize(
 
     Args:
         bottom: from `open_bottom`.
-        texts: private, as text or as token ids [L] of the bottom's own tokenizer; none may be
-            without tokens.
+        texts: private, as text or as token ids [L] of the bottom's tokenizer; none without tokens.
         labels: one a text; None for texts to predict, or for language modelling.
         mechanism: the noise; None: no noise and no promise at all, for comparisons.
         importance: CTI for training texts with classes; None: every token gets full noise but those
@@ -150,8 +149,7 @@ def privatize(
             representatives, and noise replaces them by one another. None: every word is its own.
         classes: number of classes; needed with CTI and `label_epsilon`.
         label_epsilon: labels are drawn anew (`privacy.randomized_response`); None: as they are.
-        predict_sent: a language model shall learn to predict the words that are sent, not the true
-            ones; where words are replaced, or without noise.
+        predict_sent: a language model shall learn to predict the words that are sent.
         batch_size: texts at once; changes speed only.
         on_progress: is told how many texts of all are done.
         testing_seed: for tests only: noise that anyone can repeat. Warns.
@@ -161,13 +159,7 @@ def privatize(
         ConfigError: options that contradict each other.
     """
     ids = _ids_of(bottom, texts)
-    if not ids or (labels is not None and len(labels) != len(ids)):
-        raise DataError(
-            f"expected texts and as many labels, got {len(ids)} and "
-            f"{'none' if labels is None else len(labels)}"
-        )
-    if predict_sent and mechanism is not None and not mechanism.replaces_words:
-        raise ConfigError(f"{mechanism.mode} mode sends no words that could be predicted")
+    _check(ids, labels, mechanism, predict_sent)
     labels, changed_labels = _labels(labels, classes, label_epsilon, testing_seed)
     content = _content(bottom, groups, ids)
     contributing = contributing_tokens(bottom, content, labels, importance, classes)
@@ -175,26 +167,46 @@ def privatize(
     privatizer = privatizer_of(mechanism, table_VD, groups, testing_seed=testing_seed)
     states: list[Tensor] = []
     sent: list[Tensor] = []
-    changed, counted = 0, 0
     for begin in range(0, len(ids), batch_size):
         some = slice(begin, begin + batch_size)
         labels_B = None if labels is None else labels[some]
         made, words = _batch(bottom, privatizer, groups, contributing, ids[some], labels_B)
-        states, sent = states + made, sent + words
-        for true_L, sent_L in zip(ids[some], words, strict=True):
-            content_L = ~bottom.margins.mask(true_L)
-            changed += int((content_L & (sent_L != true_L)).sum())
-            counted += int(content_L.sum())
+        states += made
+        sent += words
         on_progress(len(states), len(ids))
     replaces = groups is not None or (mechanism is not None and mechanism.replaces_words)
     return PrivateStates(
         states=tuple(states),
         labels=labels,
         ids=ids,
-        changed=changed / counted if counted and replaces else None,
+        changed=_changed(bottom, ids, sent) if replaces else None,
         sent_ids=tuple(sent) if predict_sent else None,
         changed_labels=changed_labels,
     )
+
+
+def _check(
+    ids: Sequence[Tensor], labels: Tensor | None, mechanism: Mechanism | None, predict_sent: bool
+) -> None:
+    """Refuse what does not go together."""
+    if not ids or (labels is not None and len(labels) != len(ids)):
+        raise DataError(
+            f"expected texts and as many labels, got {len(ids)} and "
+            f"{'none' if labels is None else len(labels)}"
+        )
+    if predict_sent and mechanism is not None and not mechanism.replaces_words:
+        raise ConfigError(f"{mechanism.mode} mode sends no words that could be predicted")
+
+
+def _changed(bottom: Bottom, ids: Sequence[Tensor], sent: Sequence[Tensor]) -> float | None:
+    """The share of tokens, those around a text apart, that are sent as another."""
+    content = [~bottom.margins.mask(text_L) for text_L in ids]
+    differ = sum(
+        int((content_L & (sent_L != true_L)).sum())
+        for content_L, true_L, sent_L in zip(content, ids, sent, strict=True)
+    )
+    counted = sum(int(content_L.sum()) for content_L in content)
+    return differ / counted if counted else None
 
 
 def _labels(
