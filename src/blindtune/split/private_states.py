@@ -143,8 +143,7 @@ def privatize(
         texts: private, as text or as token ids [L] of the bottom's tokenizer; none without tokens.
         labels: one a text; None for texts to predict, or for language modelling.
         mechanism: the noise; None: no noise and no promise at all, for comparisons.
-        importance: CTI for training texts with classes; None: every token gets full noise but those
-            that the tokenizer puts around a text.
+        importance: CTI for training texts with classes; None: only tokens around a text are spared.
         groups: public; every token is its group's representative from the start, so CTI counts
             representatives, and noise replaces them by one another. None: every word is its own.
         classes: number of classes; needed with CTI and `label_epsilon`.
@@ -165,8 +164,7 @@ def privatize(
     contributing = contributing_tokens(bottom, content, labels, importance, classes)
     table_VD: Any = bottom.stack.embedding.weight
     privatizer = privatizer_of(mechanism, table_VD, groups, testing_seed=testing_seed)
-    states: list[Tensor] = []
-    sent: list[Tensor] = []
+    states, sent = list[Tensor](), list[Tensor]()
     for begin in range(0, len(ids), batch_size):
         some = slice(begin, begin + batch_size)
         labels_B = None if labels is None else labels[some]
