@@ -1,7 +1,9 @@
 """`accelerate launch blindtune tune` with two processes tunes as one does."""
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -19,13 +21,19 @@ def tensors(directory):
     return package.read_tensors({n: (f.shape, f.dtype) for n, f in package.header.items()})
 
 
+def free_port():
+    """A free port below those that systems give to connections: no other test gets it meanwhile."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as trial, contextlib.suppress(OSError):
+            trial.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port")
+
+
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_two_processes_tune_as_one(made, blindtune, tmp_path, lora_rank):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launcher = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
-    launcher += f" --mixed_precision no --dynamo_backend no --main_process_port {port}"
+    launcher += f" --mixed_precision no --dynamo_backend no --main_process_port {free_port()}"
     script = Path(sys.executable).parent / "blindtune"
     common = ["tune", made / "emulator", "--data", made / "private.jsonl", *TUNE_OPTIONS]
     common += ["--lora-rank", lora_rank, "--lora-dropout", 0, "--json"]
