@@ -157,6 +157,28 @@ def test_a_killed_run_trains_nothing_twice(tmp_path, data, partition, noted, mon
         assert 1 not in numbers
 
 
+@pytest.mark.parametrize(
+    ("partition", "left"), [("two-part", None), ("u-shape", None), ("u-shape", "at-1.pt")]
+)
+def test_a_job_whose_states_the_vendor_has_lost_is_not_to_be_tried_again(
+    tmp_path, data, partition, left, monkeypatch
+):
+    world = World(tmp_path, "bert", partition, cut=1, last=int(partition == "u-shape"))
+    with monkeypatch.context() as patched:
+        patched.setattr(LossLog, "add", dying(LossLog.add, 3))
+        with pytest.raises(KeyboardInterrupt):
+            tune(world, data, tmp_path / "job")
+    newest, *others = sorted((tmp_path / "vendor").rglob("at-*.pt"), reverse=True)
+    for path in others:
+        path.unlink()
+    newest.rename(newest.with_name(left or "gone"))
+    world.start()
+    files = {path.name for path in (tmp_path / "job").iterdir()}
+    with pytest.raises(PolicyError, match="begin another job with another --out"):
+        tune(world, data, tmp_path / "job")
+    assert {path.name for path in (tmp_path / "job").iterdir()} == files
+
+
 def dying(add, left):
     """Notes some losses, then the process is interrupted."""
     real, lefts = add, iter(range(left))

@@ -24,6 +24,7 @@ from blindtune.split.shared_model import SharedModel
 from blindtune.split.store import JobRecord, JobStore
 from blindtune.split.terms import VendorLimits
 
+LOST = "no checkpoint of this job is left here: begin another job with another --out"
 EXPIRY_GRACE_SECONDS = 3600.0
 ENDED_KEPT = 32
 """Ended jobs of a customer that are remembered, to tell it that they have ended."""
@@ -100,10 +101,12 @@ class JobBook:
         ):
             raise RefusedError("unknown-job", "there is no such job: open it")
         with job.lock:
+            if job.lora is None and job.record.state == "open":
+                if not (kept := self.store.states(name).numbers()):
+                    raise RefusedError("policy", LOST)
+                self._go_back(job, kept[-1])
             if job.record.state == "open":
                 self.store.touch(name)
-            if job.lora is None and job.record.state == "open":
-                self._go_back(job, self.store.states(name).numbers()[-1])
         return job
 
     def rewind(self, job: Job, number: int) -> None:

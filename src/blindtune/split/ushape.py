@@ -17,7 +17,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from blindtune.errors import ConfigError, DataError, MismatchError, NetworkError
+from blindtune.errors import ConfigError, DataError, MismatchError, PolicyError
 from blindtune.exchange.messages import Precision, ResumeJob, unpack
 from blindtune.exchange.resuming import ResumingTransport, RetryConfig
 from blindtune.exchange.transport import Transport
@@ -153,8 +153,8 @@ def go_on(
         The transport, and the number to give `train_u_shape` as `applied`.
 
     Raises:
-        NetworkError: no such state is left at both, or the vendor cannot be reached.
-        PolicyError: the job has ended; nothing here was touched.
+        NetworkError: the vendor cannot be reached.
+        PolicyError: the job has ended, or no such state is left at both; nothing here was touched.
     """
     for number in reversed([0, *top.numbers()]):
         opening = ResumeJob(token=token, at=number)
@@ -165,7 +165,10 @@ def go_on(
         check_open(transport)
         top.load(number)
         return transport, number
-    raise NetworkError("the vendor kept none of the states that are kept here: open a new job")
+    raise PolicyError(
+        "the vendor kept no state of this job that is kept here too, and asking again brings none "
+        "back: begin another job with another --out"
+    )
 
 
 def train_u_shape(
