@@ -16,6 +16,7 @@ from blindtune.exchange.transcript import Recorder
 from blindtune.exchange.transport import LostError
 from blindtune.split.access import AccessConfig
 from blindtune.split.customer_job import CustomerJob, LossLog
+from blindtune.split.prediction import AskingConfig
 from blindtune.split.private_states import PrivateStates
 from blindtune.split.private_texts import ReadingConfig
 from blindtune.split.privatizer_config import PrivatizerConfig
@@ -76,6 +77,22 @@ def test_a_batch_that_the_vendor_would_not_take_is_known_before_anything_is_sent
         tune(world, data, tmp_path / "job", connect=lambda: world.connect(tap=seen))
     sent = {type(c.message).__name__ for c in seen.transcript().crossings()}
     assert sent.isdisjoint({"Batch", "Forward"})
+
+
+@pytest.mark.parametrize("partition", ["two-part", "u-shape"])
+def test_so_is_one_of_a_prediction(tmp_path, data, partition):
+    world = World(tmp_path, "bert", partition, cut=1, last=int(partition == "u-shape"))
+    tune(world, data, tmp_path / "job")
+    world.options["limits"] = VendorLimits(max_message_tokens=20)
+    world.start()
+    seen = Recorder()
+    asked = (lambda: world.connect(tap=seen), tmp_path / "job", data)
+    with pytest.raises(ConfigError, match=r"batches of at most 20 tokens.*lower batch_size"):
+        blindtune.predict(*asked, access=QUICK)
+    assert "Predict" not in {type(c.message).__name__ for c in seen.transcript().crossings()}
+    found = blindtune.predict(*asked, asking=AskingConfig(batch_size=1), access=QUICK)
+    assert found.reused
+    assert len(found.texts) == len(TEXTS)
 
 
 def test_a_job_is_its_owners_and_whole(tmp_path, data):

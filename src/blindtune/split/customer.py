@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -195,15 +195,24 @@ def check_batches(welcome: Welcome, private: PrivateStates, config: PassConfig) 
     Raises:
         ConfigError: it does not.
     """
+    batches = (texts for step in config.steps(len(private)) for texts in step)
+    check_largest(welcome, private, batches, "lower batch_size or max_length in a new job")
+
+
+def check_largest(
+    welcome: Welcome, private: PrivateStates, batches: Iterable[Sequence[int]], remedy: str
+) -> None:
+    """Whether the vendor takes the largest of some batches of texts.
+
+    Raises:
+        ConfigError: it does not; `remedy` says what to do.
+    """
     lengths = [len(state_LD) for state_LD in private.states]
-    largest = max(
-        sum(lengths[i] for i in texts) for step in config.steps(len(private)) for texts in step
-    )
+    largest = max(sum(lengths[i] for i in texts) for texts in batches)
     if largest > welcome.max_tokens:
         raise ConfigError(
             f"expected batches of at most {welcome.max_tokens:,} tokens, as the vendor says, the "
-            f"largest would have {largest:,} (nothing was sent): lower batch_size or max_length "
-            "in a new job"
+            f"largest would have {largest:,} (nothing was sent): {remedy}"
         )
 
 
@@ -315,7 +324,7 @@ def predict(
         VerificationError: the vendor's reply does not fit the texts.
     """
     found: list[Tensor] = []
-    for indices in _portions(len(private), batch_size):
+    for indices in portions(len(private), batch_size):
         hidden_TD, lengths = private.rows(indices)
         request = Predict(precision=precision, hidden_TD=hidden_TD, lengths=lengths)
         reply = transport.call(request)
@@ -328,5 +337,6 @@ def predict(
     return torch.cat(found)
 
 
-def _portions(count: int, size: int) -> list[Sequence[int]]:
+def portions(count: int, size: int) -> list[Sequence[int]]:
+    """The batches of a prediction: texts in their order, the last batch may be smaller."""
     return [range(begin, min(begin + size, count)) for begin in range(0, count, size)]

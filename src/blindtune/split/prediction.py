@@ -36,6 +36,7 @@ from blindtune.split.access import (
     saying_what_next,
 )
 from blindtune.split.bottom import Bottom, open_bottom
+from blindtune.split.customer import check_largest, portions
 from blindtune.split.customer import predict as predict_two_part
 from blindtune.split.customer_job import CustomerJob, texts_hash
 from blindtune.split.privacy_statement import PrivacyStatement, state_privacy
@@ -112,6 +113,7 @@ def predict(
 
     Raises:
         DataError: no tuned job is there, or the texts cannot be read. OutputError: `out` exists.
+        ConfigError: a batch is larger than the vendor takes; nothing was sent, the draw is kept.
         NetworkError: the vendor cannot be reached; the draw is kept. PolicyError: it refuses.
     """
     begin, traffic, asking = time.perf_counter(), Traffic(), asking or AskingConfig()
@@ -130,6 +132,9 @@ def predict(
             saying_what_next(),
             closing(resume_job(connect, found.token, access.retries())) as transport,
         ):
+            batches = portions(len(private), asking.batch_size)
+            remedy = "lower batch_size, or leave out texts that are longer"
+            check_largest(transport.welcome, private, batches, remedy)
             told, scores = _ask(
                 found, package, texts, private, transport, asking.batch_size, on_progress
             )

@@ -22,7 +22,7 @@ from blindtune.exchange.messages import Precision, ResumeJob, unpack
 from blindtune.exchange.resuming import ResumingTransport, RetryConfig
 from blindtune.exchange.transport import Transport
 from blindtune.split.bottom import Bottom
-from blindtune.split.customer import PassConfig, check_open
+from blindtune.split.customer import PassConfig, check_open, portions
 from blindtune.split.numbered_states import NumberedStates
 from blindtune.split.partition import (
     PooledHead,
@@ -247,8 +247,7 @@ def each_u_shape(
 ) -> Iterator[Tensor]:
     """As `predict_u_shape`, one batch at a time: logits of many texts do not fit in memory."""
     trunk = RemoteTrunk(transport, precision=precision)
-    for begin in range(0, len(private), batch_size):
-        indices = range(begin, min(begin + batch_size, len(private)))
+    for indices in portions(len(private), batch_size):
         hidden_BLD, mask_BL = unpack(*private.rows(indices))
         with torch.no_grad():
             outputs = top.outputs(trunk.predict(hidden_BLD, mask_BL), mask_BL)
