@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from blindtune.atomic import atomic_file
 from blindtune.errors import ConfigError, DataError, MismatchError, OutputError
 from blindtune.exchange.messages import Precision
-from blindtune.exchange.transport import Transport
+from blindtune.exchange.resuming import ResumingTransport
 from blindtune.split.access import (
     AccessConfig,
     Connect,
@@ -113,8 +113,8 @@ def predict(
 
     Raises:
         DataError: no tuned job is there, or the texts cannot be read. OutputError: `out` exists.
-        ConfigError: a batch is larger than the vendor takes; nothing was sent, the draw is kept.
-        NetworkError: the vendor cannot be reached; the draw is kept. PolicyError: it refuses.
+        ConfigError, NetworkError, PolicyError: a batch is larger than the vendor takes; it cannot
+            be reached; it refuses. The draw is kept.
     """
     begin, traffic, asking = time.perf_counter(), Traffic(), asking or AskingConfig()
     access = access or AccessConfig()
@@ -132,12 +132,8 @@ def predict(
             saying_what_next(),
             closing(resume_job(connect, found.token, access.retries())) as transport,
         ):
-            batches = portions(len(private), asking.batch_size)
-            remedy = "lower batch_size, or leave out texts that are longer"
-            check_largest(transport.welcome, private, batches, remedy)
-            told, scores = _ask(
-                found, package, texts, private, transport, asking.batch_size, on_progress
-            )
+            size = asking.batch_size
+            told, scores = _ask(found, package, texts, private, transport, size, on_progress)
     if out is not None:
         _write(Path(out), told)
     return Prediction(
@@ -221,10 +217,14 @@ def _ask(
     package: Bottom,
     texts: PrivateTexts,
     private: PrivateStates,
-    transport: Transport,
+    transport: ResumingTransport,
     batch_size: int,
     on_progress: OnTexts,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    check_largest(
+        transport.welcome, private, portions(len(private), batch_size),
+        remedy="lower batch_size, or leave out texts that are longer",
+    )  # fmt: skip
     options = job.record.options
     precision: Precision = options["passes"]["precision"]  # type: ignore[assignment]
     if job.record.partition == "two-part":
