@@ -20,7 +20,9 @@ from blindtune.exchange.messages import (
     equal,
 )
 from blindtune.split.customer import new_token
+from blindtune.split.estimates import estimate_serve
 from blindtune.split.open_forwards import Graphs, OpenForward
+from blindtune.split.service import BottomConfig
 from blindtune.split.terms import TuningConfig, VendorLimits
 
 DROPOUT = TuningConfig(lora_rank=2, learning_rate=1e-2, lora_dropout=0.3)
@@ -189,3 +191,43 @@ def test_limits_of_open_forwards_fit_a_message():
     assert VendorLimits(max_message_tokens=100, max_open_tokens=100).open_tokens == 100
     with pytest.raises(ConfigError, match="max_open_tokens of at least"):
         VendorLimits(max_message_tokens=100, max_open_tokens=99)
+
+
+def remembered_bytes(deliveries):
+    """Of tensors, as they lie in memory."""
+    values = [
+        getattr(reply, name)
+        for reply in deliveries._replies.values()
+        for name in reply.__struct_fields__
+    ]
+    return sum(v.untyped_storage().nbytes() for v in values if isinstance(v, torch.Tensor))
+
+
+def test_replies_that_are_remembered_are_bounded_estimated_and_let_go_of(tmp_path):
+    world = u_shape(tmp_path, max_message_tokens=10)
+    token = new_token()
+    stream = begin(world, token=token)
+    for number in range(1, 13, 2):
+        stream.ask(forward(number))
+        assert stream.ask(backward(number + 1, number)).sequence == number + 1
+    (job,) = world.vendor._jobs
+    before = job.deliveries
+    world.model.save_pretrained(tmp_path / "model")
+    limits = {"max_message_tokens": 10}
+    found, more = (
+        estimate_serve(
+            tmp_path / "model", 1, BottomConfig(partition="u-shape", last=1),
+            VendorLimits(max_jobs=jobs, **limits),
+        )
+        for jobs in (1, 1_000_001)
+    )  # fmt: skip
+    bound = found.sizes["replies that a job has remembered, at most"]
+    assert remembered_bytes(before) == bound == 8 * 10 * 32 * 4
+    each = bound + found.sizes["a job in memory (rank 8)"] + 10 * 32 * 4
+    assert more.memory_bytes - found.memory_bytes == pytest.approx(1e6 * each, rel=0.01)
+    later = Stream(world, opened=ResumeJob(token=token, at=0))
+    assert remembered_bytes(before) == 0  # the stream before is open still
+    later.ask(forward(1))
+    assert remembered_bytes(job.deliveries)
+    later.ask(Cancel())
+    assert remembered_bytes(job.deliveries) == 0

@@ -46,6 +46,11 @@ class Deliveries:
                 for frame in encode(reply, number % 2**32)
             ]
 
+    def forget(self) -> None:
+        """Let go of the remembered replies: these numbers have ended."""
+        with self._lock:
+            self._replies.clear()
+
     def take_over(self) -> int:
         """A new stream takes the job; requests of the streams before it are refused from now."""
         with self._lock:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from blindtune.exchange.messages import WINDOW
 from blindtune.models.costs import (
     FLOAT,
     READ_BYTES_PER_SECOND,
@@ -52,7 +53,8 @@ def estimate_serve(
 
     Jobs are counted at the default rank with LoRA in every linear map; memory is for as many of
     them as `limits` allows, and one message of the largest size at work. In the U-shape there are
-    open forwards besides: graphs of as many tokens as one message has, and every job's inputs.
+    open forwards besides: graphs of as many tokens as one message has, every job's inputs, and the
+    replies that it remembers, at their bound: each may hold as many rows as one message.
 
     Raises:
         ModelError, ConfigError: as for `serve`.
@@ -73,21 +75,23 @@ def estimate_serve(
         FLOAT * _ACTIVATIONS * stack.hidden_size
         * len(where.vendor_layers) * limits.max_message_tokens
     )  # fmt: skip
+    rows = FLOAT * stack.hidden_size * limits.max_message_tokens
     sizes = {
         "the model": whole,
         f"a job in memory (rank {rank})": job,
         "a job on the disk": KEPT_STATES * state,
         f"work on {limits.max_message_tokens:,} tokens at once": work,
     }
-    waiting = 0
+    waiting, replies = 0, 0
     if where.partition == "u-shape":
-        inputs = FLOAT * stack.hidden_size * limits.max_message_tokens
-        waiting = work + limits.max_jobs * inputs
+        waiting = work + limits.max_jobs * rows
+        replies = WINDOW * rows
+        sizes["replies that a job has remembered, at most"] = replies
         sizes["forwards that wait for gradients, of all jobs"] = waiting
     return estimated(
         _reading(whole, written),
         matmul_rate(stack.hidden_size),
-        memory=whole + work + waiting + limits.max_jobs * job,
+        memory=whole + work + waiting + limits.max_jobs * (job + replies),
         written=written,
         sizes=sizes,
     )

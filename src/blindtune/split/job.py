@@ -83,6 +83,7 @@ class Job:
     def go_back(self, number: int, state: dict[str, Any], lora: JobLora) -> None:
         """Become what `snapshot` gave after request `number`; `lora` holds its weights already."""
         replies = [bytes(frame.numpy()) for frame in state["replies"]]
+        self.deliveries.forget()  # streams that are left behind hold on to them
         self.lora, self.deliveries = lora, Deliveries(applied=number, replies=replies)
         self.steps, self.tokens = state["steps"], state["tokens"]
         self.bytes = state.get("bytes", 0)  # checkpoints of earlier versions lack it

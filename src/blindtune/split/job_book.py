@@ -203,6 +203,7 @@ class JobBook:
 
     def _end(self, job: Job, state: Literal["cancelled", "closed"]) -> None:
         job.deliveries.take_over()
+        job.deliveries.forget()
         self.store.forget(job.record, state)
         job.record = msgspec.structs.replace(job.record, state=state)
         job.durable = job.deliveries.applied
