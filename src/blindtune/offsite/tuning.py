@@ -160,6 +160,7 @@ def read_privately(
     if privacy.epsilon is None:
         return reading
     cuts = [name for name in ("max_tokens", "max_samples") if getattr(reading, name) is not None]
+    cuts += ["slice in split"] * ("[" in reading.split)
     if cuts:
         raise ConfigError(
             f"expected no {' or '.join(cuts)} with differential privacy: one record more would "
