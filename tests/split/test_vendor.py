@@ -330,6 +330,59 @@ def test_few_ended_jobs_are_remembered_and_none_for_ever(tmp_path, monkeypatch):
     Stream(world, opened=opening(world))
 
 
+def test_what_a_killed_opening_left_is_removed_but_never_from_one_that_goes_on(
+    tmp_path, monkeypatch
+):
+    world, jobs, token = World(tmp_path), tmp_path / "vendor" / "jobs", new_token()
+    begun, go_on, write = threading.Event(), threading.Event(), JobStore.write
+
+    def slow(self, record):
+        begun.set()
+        assert go_on.wait(10)
+        write(self, record)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(JobStore, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Stream(world, opened=opening(world))
+    (left,) = jobs.iterdir()
+    world.vendor.expire()
+    assert left.exists()  # it is not old
+    clock = time.time() + 3700
+    monkeypatch.setattr(store.time, "time", lambda: clock)
+    monkeypatch.setattr(JobStore, "write", slow)
+    opens = threading.Thread(target=Stream, args=(world, "anna", opening(world, token=token)))
+    opens.start()
+    assert begun.wait(10)
+    assert not left.exists()
+    (fresh,) = jobs.iterdir()  # for a clock that has jumped it is old, and without a record
+    keeps = threading.Thread(target=world.vendor.expire)
+    keeps.start()
+    keeps.join(0.2)
+    assert fresh.exists()
+    go_on.set()
+    opens.join(10)
+    keeps.join(10)
+    assert Stream(world, opened=ResumeJob(token=token)).opened.state == "open"
+
+
+def killed(*_anything):
+    raise KeyboardInterrupt
+
+
+def test_what_a_killed_removal_left_is_removed_at_the_start(tmp_path, monkeypatch):
+    world, jobs = World(tmp_path), tmp_path / "vendor" / "jobs"
+    Stream(world, opened=opening(world)).ask(Cancel())
+    (job,) = jobs.iterdir()
+    with monkeypatch.context() as patched:
+        patched.setattr("blindtune.atomic._remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            JobStore(tmp_path / "vendor", world.bottom.id).remove(job.name)
+    assert list(jobs.iterdir())
+    world.start()
+    assert not list(jobs.iterdir())
+
+
 def test_cancelling_the_job_that_the_model_worked_for_last_beside_another(tmp_path):
     """Warnings are errors here: PEFT warns where it has to choose another adapter."""
     world = World(tmp_path)

@@ -155,7 +155,7 @@ class JobBook:
         """End the open jobs that nobody has asked for in `max_idle_days`; forget those long ended.
 
         Only those that looked so `EXPIRY_GRACE_SECONDS` ago already: a clock that jumps ahead and
-        is set right again takes no job away.
+        is set right again takes no job away. Openings that were killed leave no trace either.
         """
         now, limit = time.monotonic(), 86400 * self._limits.max_idle_days
         for job in self:
@@ -167,7 +167,9 @@ class JobBook:
                     if job.record.state == "open" and now - job.asked > EXPIRY_GRACE_SECONDS:
                         self._end(job, "closed")
                         self._tell(JobExpired(customer=job.record.owner, job=name))
-        self._forget_ended(limit)
+        with self._opening:
+            self._forget_ended(limit)
+            self.store.remove_unopened(EXPIRY_GRACE_SECONDS)
 
     def _forget_ended(self, limit: float) -> None:
         """Remove what is left of ended jobs: older than `limit` seconds, or beyond a few each."""

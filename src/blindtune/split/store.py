@@ -67,6 +67,7 @@ class JobStore:
         if not mark.exists():
             with atomic_file(mark) as partial:
                 partial.write_text(bottom)
+        remove_left_overs(self._jobs)
         for job in self._jobs.glob("*/"):
             remove_left_overs(job)
 
@@ -104,6 +105,17 @@ class JobStore:
     def remove(self, name: str) -> None:
         """Remove all of a job."""
         remove_directory(self._jobs / name)
+
+    def remove_unopened(self, seconds: float) -> None:
+        """Remove jobs without a record that nobody has touched for so long: killed while opened.
+
+        No job may be opened or removed meanwhile.
+        """
+        for folder in list(self._jobs.glob("*/")):
+            if not _NAME.fullmatch(folder.name) or (folder / "job.json").exists():
+                continue
+            if time.time() - folder.stat().st_mtime > seconds:
+                self.remove(folder.name)
 
     def forget(self, record: JobRecord, state: Literal["cancelled", "closed"]) -> None:
         """Remove a job's states; what was agreed stays, with the state that it ended in."""
