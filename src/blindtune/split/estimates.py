@@ -53,8 +53,9 @@ def estimate_serve(
 
     Jobs are counted at the default rank with LoRA in every linear map; memory is for as many of
     them as `limits` allows, and one message of the largest size at work. In the U-shape there are
-    open forwards besides: graphs of as many tokens as one message has, every job's inputs, and the
-    replies that it remembers, at their bound: each may hold as many rows as one message.
+    open forwards besides: graphs of as many tokens as one message has, and every job's inputs.
+    Replies that a job remembers are counted at their bound: each may hold as many rows as a message
+    has, where gradients of the inputs are asked for. Customers of this project ask for none.
 
     Raises:
         ModelError, ConfigError: as for `serve`.
@@ -82,11 +83,10 @@ def estimate_serve(
         "a job on the disk": KEPT_STATES * state,
         f"work on {limits.max_message_tokens:,} tokens at once": work,
     }
-    waiting, replies = 0, 0
+    waiting, replies = 0, WINDOW * rows
+    sizes["replies that a job has remembered, at most"] = replies
     if where.partition == "u-shape":
         waiting = work + limits.max_jobs * rows
-        replies = WINDOW * rows
-        sizes["replies that a job has remembered, at most"] = replies
         sizes["forwards that wait for gradients, of all jobs"] = waiting
     return estimated(
         _reading(whole, written),
