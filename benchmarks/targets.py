@@ -5,7 +5,7 @@
 labels: film reviews, MiniLM, cut 0, no noise on texts: labels as they are, drawn anew by randomized
     response, and, beside it, DP-SGD at the customer: every record's gradient scaled to one norm and
     noised before it leaves, the head trained by Opacus's per-record gradients, both accounted for
-    all passes by Opacus. UA, and the EP of labels when gradients of the first pass are grouped.
+    all passes by Opacus, for a record's gradients against none (replacing a label is twice that). UA, and the EP of labels when gradients of the first pass are grouped.
 words: WikiText-2, SmolLM2-135M, cut 6 and 2: true tokens as targets, and the words that were sent.
     Perplexity on true text, and the EP of the words that the gradients of the first batches give.
 
