@@ -5,7 +5,8 @@
 labels: film reviews, MiniLM, cut 0, no noise on texts: labels as they are, drawn anew by randomized
     response, and, beside it, DP-SGD at the customer: every record's gradient scaled to one norm and
     noised before it leaves, the head trained by Opacus's per-record gradients, both accounted for
-    all passes by Opacus, for a record's gradients against none (replacing a label is twice that). UA, and the EP of labels when gradients of the first pass are grouped.
+    all passes by Opacus, between any two labels. UA, and the EP of labels when gradients of the
+    first pass are grouped.
 words: WikiText-2, SmolLM2-135M, cut 6 and 2: true tokens as targets, and the words that were sent.
     Perplexity on true text, and the EP of the words that the gradients of the first batches give.
 
@@ -107,12 +108,15 @@ class PrivateTop:
 
 
 def planned_sigma(texts):
-    """The noise for two releases of each record a pass (its gradient, its part of the head's)."""
+    """The noise for two releases of each record a pass (its gradient, its part of the head's).
+
+    Another label can turn a gradient of norm 1 around, so what is told apart lies 2 away.
+    """
     from opacus.accountants.utils import get_noise_multiplier
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_noise_multiplier(
+        return 2 * get_noise_multiplier(
             target_epsilon=DP_EPSILON, target_delta=1 / (10 * texts), sample_rate=1.0,
             steps=2 * EPOCHS, accountant="rdp",
         )  # fmt: skip

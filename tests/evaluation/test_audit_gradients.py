@@ -20,7 +20,7 @@ from blindtune.split.ushape import Top, train_u_shape
 from blindtune.split.vendor import Vendor
 from tiny_models import tiny_model, tiny_tokenizer
 
-NOISE = PrivatizerConfig(privatizer="vector", eta=40.0)
+NOISE = PrivatizerConfig(privatizer="vector", eta=40.0, targets="true")
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw"]
 WORDS += ["some", "fish", "at", "home", "near", "the", "red", "door"]
 

@@ -9,8 +9,9 @@ Guarantee: whatever is computed from the drawn labels (losses, gradients, any nu
 them) is at most e^epsilon times likelier under one label of a record than under another:
 epsilon-differential privacy of each label, against all knowledge and computing power.
 Conditions: a label is drawn once; drawn again for another job it spends again.
-Not covered: what the text says of its label; which classes there are and what they are called;
-correlated records (each spends).
+Not covered: what the text says of its label, or its place in a file that is sorted by class
+(shuffle first); how many classes there are; correlated records (each spends). Uniform numbers have
+53 bits, so an epsilon far above 30 would never change a label: it is refused.
 
 Shapes: N labels, K classes.
 """
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from blindtune.errors import ConfigError, DataError
 from blindtune.privacy.entropy import Uniforms
+
+MAX_EPSILON = 30.0
 
 
 def keep_chance(epsilon: float, classes: int) -> float:
@@ -41,12 +44,13 @@ def drawn_labels(labels_N: Tensor, classes: int, epsilon: float, uniforms: Unifo
         uniforms: where randomness comes from.
 
     Raises:
-        ConfigError: an epsilon that is not above 0, or fewer than two classes.
+        ConfigError: an epsilon out of range, or fewer than two classes.
         DataError: labels that are no classes.
     """
-    if not epsilon > 0 or classes < 2:
+    if not 0 < epsilon <= MAX_EPSILON or classes < 2:
         raise ConfigError(
-            f"expected an epsilon above 0 and at least 2 classes, got {epsilon} and {classes}"
+            f"expected an epsilon above 0, at most {MAX_EPSILON:g}, and at least 2 classes, got "
+            f"{epsilon} and {classes}"
         )
     if labels_N.is_floating_point() or not bool(((labels_N >= 0) & (labels_N < classes)).all()):
         raise DataError(f"expected labels from 0 to {classes - 1}, got others")

@@ -98,6 +98,7 @@ def state_privacy(
     classes: int = 0,
     epochs: int = 1,
     training: bool = True,
+    predicts_sent: bool = False,
 ) -> PrivacyStatement:
     """Say what sending these states spends.
 
@@ -109,9 +110,10 @@ def state_privacy(
         classes: number of classes, with CTI.
         epochs: how often each record is sent; one draw, however often.
         training: False for texts to predict.
+        predicts_sent: whether a language model learns to predict the words that are sent.
     """
     mechanism = config.mechanism(eta)
-    notes = _notes(bottom, private, config, training)
+    notes = _notes(bottom, private, config, training, predicts_sent)
     if mechanism is None:
         return PrivacyStatement(
             privatizer=config.privatizer, eta=None, noise_norm=None, typical_norm=None,
@@ -218,7 +220,11 @@ def _change_with_groups(bottom: Bottom, words: Tensor, groups: WordGroups, eta: 
 
 
 def _notes(
-    bottom: Bottom, private: PrivateStates, config: PrivatizerConfig, training: bool
+    bottom: Bottom,
+    private: PrivateStates,
+    config: PrivatizerConfig,
+    training: bool,
+    predicts_sent: bool,
 ) -> tuple[str, ...]:
     notes = ["sent besides the states: number of tokens of every text, their order, times"]
     if config.privatizer == "none":
@@ -235,7 +241,7 @@ def _notes(
             "token that changed shows it another word, one that did not shows it yours"
         )
     if training:
-        notes.append(_targets_said(bottom, private, config))
+        notes.append(_targets_said(bottom, private, config, predicts_sent))
     if training and config.cti_fraction:
         notes.append(
             f"contributing tokens have {config.cti_factor:g} of the noise in training texts; that "
@@ -246,15 +252,18 @@ def _notes(
     return tuple(notes)
 
 
-def _targets_said(bottom: Bottom, private: PrivateStates, config: PrivatizerConfig) -> str:
+def _targets_said(
+    bottom: Bottom, private: PrivateStates, config: PrivatizerConfig, predicts_sent: bool
+) -> str:
     """What leaves of labels, or of what a language model predicts."""
-    if private.labels is None and config.targets == "sent":
+    if private.labels is None and predicts_sent:
         return "the words that were sent are what is predicted: gradients tell nothing beside them"
     if private.labels is not None and config.label_epsilon is not None:
         did = "" if private.changed_labels is None else f" ({private.changed_labels:.1%} changed)"
         return (
             f"labels were drawn anew, once{did}: what leaves tells at most epsilon "
-            f"{config.label_epsilon:g} of each, beside what its text tells"
+            f"{config.label_epsilon:g} of each, beside what its text tells and how many classes "
+            "there are; another job with these texts draws again and adds as much"
         )
     if bottom.cut.partition == "two-part":
         return "labels are sent as they are: give label_epsilon if they are secret"

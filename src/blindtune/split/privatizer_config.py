@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from blindtune.errors import ConfigError
+from blindtune.exchange.messages import Partition
 from blindtune.privacy.metric_dp import Mechanism
+from blindtune.privacy.randomized_response import MAX_EPSILON
 from blindtune.privacy.token_importance import ImportanceConfig, SpecialPolicy
 from blindtune.privacy.word_groups import GroupingConfig
 
 PrivatizerName = Literal["token", "exponential", "vector", "block-output", "groups", "none"]
-Targets = Literal["sent", "true"]
+Predicted = Literal["sent", "true"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class PrivatizerConfig:
     """Classes: labels are drawn anew, once, so that whatever leaves tells of each of them no more
     than this epsilon (randomized response: of two classes 88 % of the labels stay at 2, 73 % at 1).
     None: labels are as they are."""
-    targets: Targets = "sent"
+    targets: Predicted = "sent"
     """Language modelling: what is to be predicted. sent: the words that were sent, so gradients
     give nothing else; true: your texts' own tokens, whose gradients give them to the vendor."""
     unprotected: bool = False
@@ -82,15 +84,38 @@ class PrivatizerConfig:
         self.importance()
         self.mechanism(1.0 if self.eta is None else self.eta)
 
+    def check_task(self, task: str, partition: Partition) -> None:
+        """Raise ConfigError where an option does not fit what the texts are for."""
+        if self.cti_fraction and task != "classification":
+            raise ConfigError(
+                f"contributing tokens tell classes apart, and {task} has none: leave cti_fraction "
+                "at 0"
+            )
+        if self.label_epsilon is not None and task != "classification":
+            raise ConfigError(
+                f"labels are drawn anew among classes, and {task} has none: leave label_epsilon"
+            )
+        vectors = self.privatizer in ("vector", "block-output")
+        predicts_sent = task == "language-model" and self.targets == "sent"
+        if predicts_sent and vectors and partition == "u-shape":
+            raise ConfigError(
+                f"privatizer {self.privatizer} sends no words that could be predicted: take "
+                "exponential, token or groups, or say targets true (--targets true), whose "
+                "gradients give your texts to the vendor"
+            )
+
     def _check_targets(self) -> None:
-        if self.label_epsilon is not None and not self.label_epsilon > 0:
-            raise ConfigError(f"expected label_epsilon above 0, got {self.label_epsilon}")
+        if self.label_epsilon is not None and not 0 < self.label_epsilon <= MAX_EPSILON:
+            raise ConfigError(
+                f"expected label_epsilon above 0 and at most {MAX_EPSILON:g}, got "
+                f"{self.label_epsilon}: so much hides nothing, leave it out"
+            )
         if self.label_epsilon is not None and self.cti_fraction:
             raise ConfigError(
-                "expected label_epsilon or cti_fraction, got both: contributing tokens show the "
-                "label that label_epsilon hides"
+                "expected label_epsilon or cti_fraction, got both: tokens would be spared by "
+                "labels that are partly wrong"
             )
-        if self.targets not in get_args(Targets):
+        if self.targets not in get_args(Predicted):
             raise ConfigError(f"expected targets sent or true, got {self.targets!r}")
 
     def _check_groups(self) -> None:

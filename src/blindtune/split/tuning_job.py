@@ -18,8 +18,9 @@ from typing import Literal
 
 import msgspec
 
-from blindtune.errors import ConfigError, OutputError, PolicyError
+from blindtune.errors import DataError, OutputError, PolicyError
 from blindtune.exchange.signing import Trust
+from blindtune.privacy.entropy import system_uniforms
 from blindtune.split.access import (
     AccessConfig,
     Connect,
@@ -113,7 +114,7 @@ def split_tune(
     traffic = Traffic()
     connect = connector(vendor, access, traffic)
     package = open_bottom(bottom, trust=trust)
-    _check_purpose(package, privatizer, reading)
+    privatizer.check_task(reading.task, package.cut.partition)
     texts = read_training(package, data, reading)
     tuning = _with_length(tuning, passes, len(texts.ids))
     record = _record(package, bottom, texts, privatizer, tuning, passes, reading)
@@ -142,26 +143,6 @@ def _check_open(job: CustomerJob) -> None:
         raise PolicyError(f"{job.path}: this job was cancelled: begin another with another --out")
 
 
-def _check_purpose(bottom: Bottom, privatizer: PrivatizerConfig, reading: ReadingConfig) -> None:
-    if privatizer.cti_fraction and reading.task != "classification":
-        raise ConfigError(
-            f"contributing tokens tell classes apart, and {reading.task} has none: leave "
-            "cti_fraction at 0"
-        )
-    if privatizer.label_epsilon is not None and reading.task != "classification":
-        raise ConfigError(
-            f"labels are drawn anew among classes, and {reading.task} has none: leave label_epsilon"
-        )
-    language_model = reading.task == "language-model" and bottom.cut.partition == "u-shape"
-    vectors = privatizer.privatizer in ("vector", "block-output")
-    if language_model and vectors and privatizer.targets == "sent":
-        raise ConfigError(
-            f"privatizer {privatizer.privatizer} sends no words that could be predicted: take "
-            "exponential, token or groups, or say targets true (--targets true), whose gradients "
-            "give your texts to the vendor"
-        )
-
-
 def _outputs(reading: ReadingConfig, texts: PrivateTexts) -> int:
     return {"classification": len(texts.names), "regression": 1, "language-model": 0}[reading.task]
 
@@ -176,6 +157,8 @@ def _record(
     reading: ReadingConfig,
 ) -> JobRecord:
     labels = b"" if texts.labels is None else texts.labels.numpy().tobytes()
+    if reading.task != "language-model":  # then it decides nothing
+        privatizer = replace(privatizer, targets="true")
     return JobRecord(
         partition=package.cut.partition,
         bottom=package.id,
@@ -230,7 +213,15 @@ def _prepare(
         assert privatizer.public_text is not None
         groups = make_groups(package, privatizer.public_text, grouping, on_part=on_part)
         job.keep_groups(groups)
-    if private is None:  # nothing was sent yet: what an earlier call drew and lost spent nothing
+    if private is None:
+        if job.record.state != "begun":
+            raise DataError(
+                f"{job.path}: the states that were sent are gone, and another draw for the same "
+                "texts would spend again: put private.safetensors back, or give the job up"
+            )
+        if privatizer.label_epsilon is not None:
+            texts = _shuffled(texts)
+        # Nothing was sent yet: what an earlier call drew and lost spent nothing.
         private = privatize(
             package,
             texts.ids,
@@ -249,9 +240,21 @@ def _prepare(
         statement = state_privacy(
             package, private, privatizer, eta,
             groups=groups, classes=classes, epochs=passes.epochs,
+            predicts_sent=private.sent_ids is not None,
         )  # fmt: skip
         job.keep_statement("tuning", statement)
     return private, statement
+
+
+def _shuffled(texts: PrivateTexts) -> PrivateTexts:
+    """The texts in an order that nobody knows: the place in a sorted file would tell the label."""
+    order_N = system_uniforms(len(texts.ids)).argsort()
+    return replace(
+        texts,
+        ids=tuple(texts.ids[i] for i in order_N.tolist()),
+        labels=None if texts.labels is None else texts.labels[order_N],
+        rows=(),
+    )
 
 
 def _tune(work: Work, statement: PrivacyStatement, silent: bool) -> SplitTuning:
