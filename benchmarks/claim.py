@@ -17,7 +17,7 @@ from blindtune.evaluation.split_frontier import SplitFrontierConfig, Trial, spli
 from blindtune.split.customer import PassConfig
 from blindtune.split.private_texts import ReadingConfig
 from blindtune.split.terms import TuningConfig
-from rows import parse_options, run_rows
+from rows import parse_options, run_parts
 from split import BATCH, EPOCHS, LENGTH, RATE, Bench, read, some_of
 
 PARTS = ("sst2",)
@@ -73,11 +73,7 @@ def main():
     options = parse_options(__doc__, PARTS)
     options.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(options.data, options.work, options.smoke)
-    for part in options.parts:
-        run_rows(
-            "claim", part, plan(bench), work=options.work, facts={"attack_seconds": ATTACK_SECONDS},
-            only=options.only, fresh=options.fresh, smoke=options.smoke,
-        )  # fmt: skip
+    run_parts("claim", options, lambda _: plan(bench), facts={"attack_seconds": ATTACK_SECONDS})
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from offsite import (
     facts_of,
     tuned_directly,
 )
-from rows import parse_options, run_rows
+from rows import parse_options, run_parts
 
 PARTS = ("wiki", "arc", "openbook", "cost", "pace", "healing")
 CHOICE_RATE = 2e-4
@@ -309,11 +309,7 @@ def main():
     options.work.mkdir(parents=True, exist_ok=True)
     bench = Competitors(options.data, options.work, options.smoke)
     rates = {"adapter": ADAPTER_RATE, "choices": CHOICE_RATE, "choices FT": CHOICE_FT_RATE}
-    for part in options.parts:
-        run_rows(
-            "competitors", part, plan(bench, part), work=options.work, facts={"rates": rates},
-            only=options.only, fresh=options.fresh, smoke=options.smoke,
-        )  # fmt: skip
+    run_parts("competitors", options, lambda part: plan(bench, part), facts={"rates": rates})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 import fault_processes
 import fault_proxy
 import fault_service
-from rows import parse_options, run_rows
+from rows import parse_options, run_parts
 
 PARTS = ("verbs", "service", "network")
 KILLS, OTHERS, SMOKE = 60, 20, 2
@@ -65,12 +65,10 @@ def main():
     options = parse_options(__doc__, PARTS, data=False)
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
-    for part in options.parts:
-        run_rows(
-            "faults", part, plan(part, options.work, options.smoke), work=options.work,
-            facts={"kills": KILLS, "others": OTHERS, "seed": SEED}, only=options.only,
-            fresh=options.fresh, smoke=options.smoke, data=False,
-        )  # fmt: skip
+    run_parts(
+        "faults", options, lambda part: plan(part, options.work, options.smoke),
+        facts={"kills": KILLS, "others": OTHERS, "seed": SEED}, data=False,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from blindtune.training.config import TrainingConfig
 from blindtune.training.dp_plan import DpConfig
 from blindtune.training.text import DataConfig, load_dataset_file
 from offsite import ADAPTER_RATE, DEFAULT, MODEL, QUIET, Bench, claimed, facts_of
-from rows import parse_options, run_rows
+from rows import parse_options, run_parts
 
 PARTS = ("arc",)
 READING = DataConfig(max_length=48, pack=False, validation_split=0.0)
@@ -178,11 +178,7 @@ def main():
         "expected_batch": DP_BATCH,
         "canaries": asdict(CANARIES),
     }
-    for part in options.parts:
-        run_rows(
-            "leakage", part, plan(bench, part), work=options.work, facts=facts,
-            only=options.only, fresh=options.fresh, smoke=options.smoke,
-        )  # fmt: skip
+    run_parts("leakage", options, lambda part: plan(bench, part), facts=facts)
 
 
 if __name__ == "__main__":

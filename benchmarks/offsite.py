@@ -34,7 +34,7 @@ from blindtune.offsite.tuning import tune
 from blindtune.training.loop import RunConfig, TrainingConfig, fit
 from blindtune.training.text import DataConfig, load_dataset_file
 from corpora import public_text
-from rows import alive, parse_options, run_rows
+from rows import alive, parse_options, run_parts
 
 MODEL = "smollm2-135m"
 LENGTH = 128
@@ -402,11 +402,7 @@ def main():
         "default": asdict(DEFAULT),
         "rates": {"adapter": ADAPTER_RATE, "FT": FT_RATE, "FT grid": FT_RATES},
     }
-    for part in options.parts:
-        run_rows(
-            "offsite", part, plan(bench, part), work=bench.work, facts=facts, only=options.only,
-            fresh=options.fresh, smoke=bench.smoke,
-        )  # fmt: skip
+    run_parts("offsite", options, lambda part: plan(bench, part), facts=facts)
 
 
 if __name__ == "__main__":

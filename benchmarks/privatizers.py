@@ -46,7 +46,7 @@ from blindtune.split.customer import predict, train
 from blindtune.split.private_states import privatize
 from figures import part as part_of
 from flops import counter
-from rows import parse_options, run_rows
+from rows import parse_options, run_parts
 from split import (
     BATCH,
     CTI,
@@ -342,11 +342,7 @@ def main():
     options = parse_options(__doc__, PARTS)
     bench = Bench(options.data, options.work, options.smoke)
     facts = {"batch": BATCH, "epochs": EPOCHS, "learning_rate": RATE, "max_length": LENGTH}
-    for part in options.parts:
-        run_rows(
-            "privatizers", part, plan(bench, part), work=bench.work, facts=facts, only=options.only,
-            fresh=options.fresh, smoke=bench.smoke,
-        )  # fmt: skip
+    run_parts("privatizers", options, lambda part: plan(bench, part), facts=facts)
 
 
 if __name__ == "__main__":

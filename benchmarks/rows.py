@@ -69,6 +69,15 @@ def run_rows(program, part, rows, *, work, facts, only="", fresh=False, smoke=Fa
     (folder / f"{program}-{part}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
+def run_parts(program, options, rows_of, *, facts, data=True):
+    """Run the parts that were asked for: `rows_of(part)` gives the rows of each, as `run_rows`."""
+    for part in options.parts:
+        run_rows(
+            program, part, rows_of(part), work=options.work, facts=facts, only=options.only,
+            fresh=options.fresh, smoke=options.smoke, data=data,
+        )  # fmt: skip
+
+
 def run_row(name, function, work):
     """Run one row, unless it is done or another process is at it."""
     path = row_path(work, name)

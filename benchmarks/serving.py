@@ -41,7 +41,7 @@ from blindtune.split.private_states import PrivateStates, privatize
 from blindtune.split.service import bottom
 from blindtune.split.terms import TuningConfig
 from blindtune.split.vendor import Vendor
-from rows import parse_options, run_rows
+from rows import parse_options, run_parts
 
 MODEL, BATCH, CONFIG = "minilm", 16, TuningConfig()
 PAIRS = [(2, "float16"), (2, "int8"), (5, "float16")]
@@ -265,11 +265,7 @@ def main():
                     for cut, precision in PAIRS],
         "customers": [(f"{count} at once", bench.customers(count)) for count in counts],
     }  # fmt: skip
-    for part in options.parts:
-        run_rows(
-            "serving", part, parts[part], work=options.work, facts={"model": MODEL, "batch": BATCH},
-            only=options.only, fresh=options.fresh, smoke=options.smoke,
-        )  # fmt: skip
+    run_parts("serving", options, parts.get, facts={"model": MODEL, "batch": BATCH})
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ from blindtune.split.ushape import Top, predict_u_shape, train_u_shape
 from blindtune.split.vendor import Vendor
 from blindtune.split.word_vectors import word_vectors
 from blindtune.training.optimizers import build_optimizer, build_scheduler
-from rows import parse_options, run_rows
+from rows import parse_options, run_parts
 
 SEEDS = (0, 1, 2)
 ETAS = (100.0, 80.0, 65.0)
@@ -155,10 +155,11 @@ def tuning(texts, seed, rate=RATE, epochs=EPOCHS):
 
 
 @contextmanager
-def job(vendor, bottom, config, **terms):
+def job(vendor, bottom, config, *, tap=None, wrap=lambda transport: transport, **terms):
+    """A job's transport; `tap` records what crosses, `wrap` goes around every connection."""
     with vendor.session("customer") as handler:
         transport = open_job(
-            lambda: InProcessTransport(handler), bottom, new_token(), config, **terms
+            lambda: wrap(InProcessTransport(handler, tap=tap)), bottom, new_token(), config, **terms
         )
         yield transport
         transport.close()
@@ -356,21 +357,10 @@ def wiki_row(bench, folder, seed, noise=None, *, split=True):
     unseen = privatize(bottom, test, mechanism=mechanism)
     top = Top(bottom, None)
 
-    def score(transport):
-        logits, begin, total, count = predict_u_shape(transport, top, unseen), 0, 0.0, 0
-        for logits_BLV in logits:
-            ids = unseen.ids[begin : begin + len(logits_BLV)]
-            begin += len(ids)
-            ids_BL, mask_BL = unpack(torch.cat(ids)[:, None], tuple(map(len, ids)))
-            tokens = int(mask_BL[:, 1:].sum())
-            total += tokens * float(next_token_loss(logits_BLV, ids_BL[..., 0], mask_BL))
-            count += tokens
-        return total / count
-
     with job(vendor, bottom, config, task="hidden") as transport:
-        before = score(transport)
+        before = nats_per_token(transport, top, unseen)
         losses = train_u_shape(transport, top, private, passes, language_model=True)
-        after = score(transport)
+        after = nats_per_token(transport, top, unseen)
     return {
         "nats before": before,
         "nats after": after,
@@ -378,6 +368,19 @@ def wiki_row(bench, folder, seed, noise=None, *, split=True):
         "changed in test": unseen.changed,
         "losses": {"all": losses},
     }
+
+
+def nats_per_token(transport, top, unseen):
+    """Of the true tokens, by a U-shape job."""
+    logits, begin, total, count = predict_u_shape(transport, top, unseen), 0, 0.0, 0
+    for logits_BLV in logits:
+        ids = unseen.ids[begin : begin + len(logits_BLV)]
+        begin += len(ids)
+        ids_BL, mask_BL = unpack(torch.cat(ids)[:, None], tuple(map(len, ids)))
+        tokens = int(mask_BL[:, 1:].sum())
+        total += tokens * float(next_token_loss(logits_BLV, ids_BL[..., 0], mask_BL))
+        count += tokens
+    return total / count
 
 
 def windows(bench, tokenizer, part, count, seed):
@@ -476,11 +479,7 @@ def main():
     options = parse_options(__doc__, ("leaks", "sst2", "fpb", "wikitext", "smollm2"))
     bench = Bench(options.data, options.work, options.smoke)
     facts = {"batch": BATCH, "epochs": EPOCHS, "learning_rate": RATE, "max_length": LENGTH}
-    for part in options.parts:
-        run_rows(
-            "split", part, plan(bench, part), work=bench.work, facts=facts, only=options.only,
-            fresh=options.fresh, smoke=bench.smoke,
-        )  # fmt: skip
+    run_parts("split", options, lambda part: plan(bench, part), facts=facts)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import warnings
 
 import msgspec
 import torch
-from torch.nn.functional import cross_entropy
 
 from blindtune.attacks.gradient_matching import GradientsView, tokens_from_gradients
 from blindtune.attacks.label_inference import groups_of_gradients
@@ -25,31 +24,33 @@ from blindtune.attacks.observation import seen_gradients, seen_texts
 from blindtune.evaluation.leakage import record_privacy
 from blindtune.exchange.messages import Backward, Forward
 from blindtune.exchange.transcript import Recorder
-from blindtune.exchange.transport import InProcessTransport
 from blindtune.models.encoders import load_any
 from blindtune.privacy.entropy import system_uniforms
 from blindtune.privacy.metric_dp import Mechanism
-from blindtune.split.customer import new_token, open_job
 from blindtune.split.partition import stack_of
 from blindtune.split.private_states import privatize
 from blindtune.split.ushape import Top, customers_head, predict_u_shape, train_u_shape
 from blindtune.training.private_sgd import add_clipped, gaussian
-from rows import parse_options, run_rows
-from split import BATCH, EPOCHS, LENGTH, RATE, SEEDS, Bench, accuracy, tuning, windows
+from rows import parse_options, run_parts
+from split import (
+    BATCH,
+    EPOCHS,
+    LENGTH,
+    RATE,
+    SEEDS,
+    Bench,
+    accuracy,
+    job,
+    nats_per_token,
+    tuning,
+    windows,
+)  # fmt: skip
 
 EPSILONS = (4.0, 2.0, 1.0)
 DP_EPSILON = 8.0
 ETAS = (60.0, 45.0, 35.0)  # of token mode; about 8, 30 and 57 % of the words change
+EXACT = {"task": "hidden", "precision": "float32"}  # of the terms of a recorded job
 UNIT = 1e-3  # every record's gradient is above it, so all are scaled to one norm
-
-
-def recorded_job(vendor, bottom, config, recorder, wrap=lambda transport: transport):
-    session = vendor.session("customer")
-    handler = session.__enter__()
-    return open_job(
-        lambda: wrap(InProcessTransport(handler, tap=recorder)), bottom, new_token(), config,
-        task="hidden", precision="float32",
-    )  # fmt: skip
 
 
 class NoisyGradients:
@@ -138,12 +139,11 @@ def label_row(bench, folder, seed, epsilon=None, dp=False):
         def wrap(transport):
             return NoisyGradients(transport, sigma, BATCH)
 
-    job = recorded_job(vendor, bottom, config, recorder, wrap)
-    losses = train_u_shape(job, top, private, passes, language_model=False)
-    if dp:
-        top.hooks.remove_hooks()
-    logits_NC = torch.cat(predict_u_shape(job, Top(bottom, head), unseen))
-    job.close()
+    with job(vendor, bottom, config, tap=recorder, wrap=wrap, **EXACT) as transport:
+        losses = train_u_shape(transport, top, private, passes, language_model=False)
+        if dp:
+            top.hooks.remove_hooks()
+        logits_NC = torch.cat(predict_u_shape(transport, Top(bottom, head), unseen))
     return {
         "UA": accuracy(logits_NC, test[1]),
         **read_labels(recorder.transcript(), passes, learn[1]),
@@ -197,28 +197,16 @@ def word_row(bench, folder, seed, eta, *, sent):
     private = privatize(bottom, learn, mechanism=mechanism, predict_sent=sent)
     unseen = privatize(bottom, test, mechanism=mechanism)
     recorder, top = Recorder(), Top(bottom, None)
-    job = recorded_job(vendor, bottom, config, recorder)
-    before = perplexity(job, top, unseen)
-    train_u_shape(job, top, private, passes, language_model=True)
-    after = perplexity(job, top, unseen)
-    job.close()
+    with job(vendor, bottom, config, tap=recorder, **EXACT) as transport:
+        before = nats_per_token(transport, top, unseen)
+        train_u_shape(transport, top, private, passes, language_model=True)
+        after = nats_per_token(transport, top, unseen)
     return {
         "nats before": before,
         "nats after": after,
         "changed in training": private.changed,
         **read_words(recorder.transcript(), passes, bottom.cut, private),
     }
-
-
-def perplexity(job, top, unseen):
-    """Nats a true token."""
-    nats, count = 0.0, 0
-    for logits_BLV, ids_L in zip(
-        predict_u_shape(job, top, unseen, batch_size=1), unseen.ids, strict=True
-    ):
-        nats += float(cross_entropy(logits_BLV[0, :-1].float(), ids_L[1:], reduction="sum"))
-        count += len(ids_L) - 1
-    return nats / count
 
 
 def plan(bench, part):
@@ -245,11 +233,7 @@ def main():
     options = parse_options(__doc__, ("labels", "words"))
     bench = Bench(options.data, options.work, options.smoke)
     facts = {"batch": BATCH, "epochs": EPOCHS, "learning_rate": RATE, "max_length": LENGTH}
-    for part in options.parts:
-        run_rows(
-            "targets", part, plan(bench, part), work=bench.work, facts=facts, only=options.only,
-            fresh=options.fresh, smoke=bench.smoke,
-        )  # fmt: skip
+    run_parts("targets", options, lambda part: plan(bench, part), facts=facts)
 
 
 if __name__ == "__main__":
