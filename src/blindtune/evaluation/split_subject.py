@@ -106,6 +106,7 @@ def open_subject(
     package = open_bottom(_needed(bottom if transcript else place, "bottom"), trust=trust)
     privatizer = privatizer or PrivatizerConfig()
     privatizer.check_whole()
+    privatizer = privatizer.for_task(reading.task, package.cut.partition)
     texts = read_audited(package, _needed(data, "data"), reading)
     if privatizer.cti_fraction and texts.labels is None:
         raise ConfigError("expected labelled texts with cti_fraction, got texts alone: leave CTI")
@@ -114,12 +115,10 @@ def open_subject(
     groups = None
     if grouping is not None and privatizer.public_text is not None:
         groups = make_groups(package, privatizer.public_text, grouping)
-    language_model = reading.task == "language-model"
-    privatizer.check_task(reading.task, package.cut.partition)
-    predicts_sent = language_model and privatizer.targets == "sent"
-    made = _Making(package, privatizer, eta, groups, len(texts.names), predicts_sent)
+    made = _Making(package, privatizer, eta, groups, len(texts.names))
     facts = {"texts": f"{len(texts.ids):,} in {Path(_needed(data, 'data')).name}"}
     if transcript is not None:
+        language_model = reading.task == "language-model"
         return _recorded(made, transcript, texts, tokens, facts, language_model=language_model)
     return _drawn(made, texts, tokens, facts)
 
@@ -156,7 +155,6 @@ class _Making:
     eta: float | None
     groups: WordGroups | None
     classes: int
-    predicts_sent: bool = False
 
     def draw(self, ids: Sequence[Tensor], labels: Tensor | None) -> PrivateStates:
         return privatize(
@@ -186,7 +184,7 @@ class _Making:
         private = PrivateStates(tuple(states), texts.labels, texts.ids, changed)
         statement = state_privacy(
             self.bottom, private, self.privatizer, self.eta, groups=self.groups,
-            classes=self.classes, predicts_sent=self.predicts_sent,
+            classes=self.classes,
         )  # fmt: skip
         ids = tuple(texts.ids[i] for i in some)
         count = f"{len(some):,} texts with {sum(map(len, ids)):,} tokens"
@@ -243,10 +241,7 @@ def _job(place: Path, bottom: str | Path | None, tokens: int, trust: Trust | Non
         privatizer = PrivatizerConfig(**job.record.options["privatizer"])  # type: ignore[arg-type]
     except (KeyError, TypeError) as error:
         raise DataError(f"{place / MARK}: options of another version: audit the bottom") from error
-    made = _Making(
-        package, privatizer, job.record.eta, job.groups(), len(job.record.names),
-        predicts_sent=private.sent_ids is not None,
-    )  # fmt: skip
+    made = _Making(package, privatizer, job.record.eta, job.groups(), len(job.record.names))
     facts = {"texts": f"{len(private):,} of the job", "states": "those that the job sends"}
     texts = PrivateTexts(ids=private.ids, labels=private.labels)
     some = spread_texts(texts.ids, tokens)

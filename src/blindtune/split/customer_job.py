@@ -72,6 +72,8 @@ class CustomerJob:
         try:
             content = (self.path / MARK).read_bytes()
             self.record = msgspec.json.decode(content, type=JobRecord)
+            # What jobs of earlier versions predict.
+            self.record.options.get("privatizer", {}).setdefault("targets", "true")
         except OSError as error:
             raise DataError(
                 f"{self.path}: expected a job's directory with {MARK}, there is none "
@@ -136,7 +138,6 @@ class CustomerJob:
     def check_same(self, wanted: JobRecord) -> None:
         """Raise ConfigError, naming what differs, unless the same is asked for as before."""
         before, now = _flat(self.record), _flat(wanted)
-        before.setdefault("privatizer.targets", "true")  # what jobs of earlier versions predict
         different = sorted(key for key in before | now if before.get(key) != now.get(key))
         if different:
             changes = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}"[:80] for k in different)

@@ -98,7 +98,6 @@ def state_privacy(
     classes: int = 0,
     epochs: int = 1,
     training: bool = True,
-    predicts_sent: bool = False,
 ) -> PrivacyStatement:
     """Say what sending these states spends.
 
@@ -110,10 +109,9 @@ def state_privacy(
         classes: number of classes, with CTI.
         epochs: how often each record is sent; one draw, however often.
         training: False for texts to predict.
-        predicts_sent: whether a language model learns to predict the words that are sent.
     """
     mechanism = config.mechanism(eta)
-    notes = _notes(bottom, private, config, training, predicts_sent)
+    notes = _notes(bottom, private, config, training)
     if mechanism is None:
         return PrivacyStatement(
             privatizer=config.privatizer, eta=None, noise_norm=None, typical_norm=None,
@@ -220,11 +218,7 @@ def _change_with_groups(bottom: Bottom, words: Tensor, groups: WordGroups, eta: 
 
 
 def _notes(
-    bottom: Bottom,
-    private: PrivateStates,
-    config: PrivatizerConfig,
-    training: bool,
-    predicts_sent: bool,
+    bottom: Bottom, private: PrivateStates, config: PrivatizerConfig, training: bool
 ) -> tuple[str, ...]:
     notes = ["sent besides the states: number of tokens of every text, their order, times"]
     if config.privatizer == "none":
@@ -241,7 +235,7 @@ def _notes(
             "token that changed shows it another word, one that did not shows it yours"
         )
     if training:
-        notes.append(_targets_said(bottom, private, config, predicts_sent))
+        notes.append(_targets_said(bottom, private, config))
     if training and config.cti_fraction:
         notes.append(
             f"contributing tokens have {config.cti_factor:g} of the noise in training texts; that "
@@ -252,11 +246,9 @@ def _notes(
     return tuple(notes)
 
 
-def _targets_said(
-    bottom: Bottom, private: PrivateStates, config: PrivatizerConfig, predicts_sent: bool
-) -> str:
+def _targets_said(bottom: Bottom, private: PrivateStates, config: PrivatizerConfig) -> str:
     """What leaves of labels, or of what a language model predicts."""
-    if private.labels is None and predicts_sent:
+    if private.labels is None and config.targets == "sent":
         return "the words that were sent are what is predicted: gradients tell nothing beside them"
     if private.labels is not None and config.label_epsilon is not None:
         did = "" if private.changed_labels is None else f" ({private.changed_labels:.1%} changed)"

@@ -5,7 +5,7 @@ Guarantee: none of its own; `privacy_statement` says what a choice spends.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from blindtune.errors import ConfigError
@@ -84,8 +84,12 @@ class PrivatizerConfig:
         self.importance()
         self.mechanism(1.0 if self.eta is None else self.eta)
 
-    def check_task(self, task: str, partition: Partition) -> None:
-        """Raise ConfigError where an option does not fit what the texts are for."""
+    def for_task(self, task: str, partition: Partition) -> PrivatizerConfig:
+        """The same for texts of a task: where no words are predicted, `targets` says true.
+
+        Raises:
+            ConfigError: an option does not fit the task.
+        """
         if self.cti_fraction and task != "classification":
             raise ConfigError(
                 f"contributing tokens tell classes apart, and {task} has none: leave cti_fraction "
@@ -95,14 +99,16 @@ class PrivatizerConfig:
             raise ConfigError(
                 f"labels are drawn anew among classes, and {task} has none: leave label_epsilon"
             )
+        if task != "language-model":
+            return replace(self, targets="true")
         vectors = self.privatizer in ("vector", "block-output")
-        predicts_sent = task == "language-model" and self.targets == "sent"
-        if predicts_sent and vectors and partition == "u-shape":
+        if self.targets == "sent" and vectors and partition == "u-shape":
             raise ConfigError(
                 f"privatizer {self.privatizer} sends no words that could be predicted: take "
                 "exponential, token or groups, or say targets true (--targets true), whose "
                 "gradients give your texts to the vendor"
             )
+        return self
 
     def _check_targets(self) -> None:
         if self.label_epsilon is not None and not 0 < self.label_epsilon <= MAX_EPSILON:

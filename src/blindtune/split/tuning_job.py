@@ -114,7 +114,7 @@ def split_tune(
     traffic = Traffic()
     connect = connector(vendor, access, traffic)
     package = open_bottom(bottom, trust=trust)
-    privatizer.check_task(reading.task, package.cut.partition)
+    privatizer = privatizer.for_task(reading.task, package.cut.partition)
     texts = read_training(package, data, reading)
     tuning = _with_length(tuning, passes, len(texts.ids))
     record = _record(package, bottom, texts, privatizer, tuning, passes, reading)
@@ -157,8 +157,6 @@ def _record(
     reading: ReadingConfig,
 ) -> JobRecord:
     labels = b"" if texts.labels is None else texts.labels.numpy().tobytes()
-    if reading.task != "language-model":  # then it decides nothing
-        privatizer = replace(privatizer, targets="true")
     return JobRecord(
         partition=package.cut.partition,
         bottom=package.id,
@@ -231,7 +229,7 @@ def _prepare(
             groups=groups,
             classes=classes,
             label_epsilon=privatizer.label_epsilon,
-            predict_sent=texts.labels is None and privatizer.targets == "sent",
+            predict_sent=privatizer.targets == "sent",
             on_progress=partial(on_part, "texts privatized"),
         )
         job.keep_states(private)
@@ -240,7 +238,6 @@ def _prepare(
         statement = state_privacy(
             package, private, privatizer, eta,
             groups=groups, classes=classes, epochs=passes.epochs,
-            predicts_sent=private.sent_ids is not None,
         )  # fmt: skip
         job.keep_statement("tuning", statement)
     return private, statement
