@@ -9,7 +9,7 @@ import torch
 from split_world import CONFIG, FAST, World
 
 from blindtune.errors import ConfigError, MismatchError, OutputError, PolicyError
-from blindtune.exchange.events import JobExpired
+from blindtune.exchange.events import JobClosed
 from blindtune.exchange.messages import (
     Backward,
     Batch,
@@ -240,12 +240,40 @@ def test_idle_jobs_are_forgotten_but_not_by_a_clock_that_jumps(tmp_path, monkeyp
     assert not list((tmp_path / "vendor").rglob("*.pt"))
     late = Stream(world, opened=ResumeJob(token=token))
     assert late.opened.state == "closed"
-    assert "expired" in late.ask(batch(2)).message
+    assert "has ended" in late.ask(batch(2)).message
     world.start()
-    with pytest.raises(PolicyError, match="has expired"):
+    with pytest.raises(PolicyError, match="has ended"):
         resume_job(world.connect, token, FAST)
     assert Stream(world, opened=opening(world, token=other)).opened.state == "open"
-    assert [event.customer for event in told if isinstance(event, JobExpired)] == ["anna"]
+    assert [event.customer for event in told if isinstance(event, JobClosed)] == ["anna"]
+
+
+def test_a_job_without_a_checkpoint_ends_and_gives_up_its_place(tmp_path):
+    world = World(tmp_path, limits=VendorLimits(max_jobs_per_customer=1))
+    token = new_token()
+    Stream(world, opened=opening(world, token=token)).ask(batch(1))
+    world.start()
+    for path in (tmp_path / "vendor").rglob("at-*.pt"):
+        path.unlink()
+    stream = Stream(world, opened=ResumeJob(token=token))
+    assert stream.opened.state == "closed"
+    assert "checkpoints were lost" in stream.ask(batch(1)).message
+    assert Stream(world, opened=opening(world)).opened.state == "open"
+    assert stream.ask(Cancel()).state == "cancelled"
+
+
+def test_a_checkpoint_that_cannot_be_read_is_said_to_be_the_vendors(tmp_path):
+    world = World(tmp_path)
+    token = new_token()
+    Stream(world, opened=opening(world, token=token)).ask(batch(1))
+    world.start()
+    (state,) = (tmp_path / "vendor").rglob("at-*.pt")
+    whole = state.read_bytes()
+    state.write_bytes(whole[: len(whole) // 2])
+    refused = Stream(world, opened=ResumeJob(token=token)).opened
+    assert (refused.code, "ask the vendor" in refused.message) == ("policy", True)
+    state.write_bytes(whole)
+    assert Stream(world, opened=ResumeJob(token=token)).opened.state == "open"
 
 
 def test_housekeeping_goes_on_after_a_failure(caplog):

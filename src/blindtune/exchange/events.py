@@ -96,8 +96,8 @@ class JobCancelled:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobExpired:
-    """The vendor removed a job that nobody had asked for in long."""
+class JobClosed:
+    """The vendor ended a job: nobody had asked for it in long, or its checkpoints were lost."""
 
     customer: str
     job: str
@@ -119,7 +119,7 @@ class Worked:
 
 Event = (
     TurnedAway | StreamOpened | StreamEnded | Crossed | Answered | JobOpened | JobSaved
-    | JobCancelled | JobExpired | Worked
+    | JobCancelled | JobClosed | Worked
 )  # fmt: skip
 Observer = Callable[[Event], None]
 """Is told events, by many threads at once; it must be quick and may not raise."""

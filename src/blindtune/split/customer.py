@@ -49,7 +49,7 @@ from blindtune.version import PROGRAM
 
 _ENDED = {
     "cancelled": "was cancelled",
-    "closed": "has expired: the vendor removes jobs that nobody asks for in long",
+    "closed": "has ended at the vendor: nobody had asked for it in long, or its checkpoints were lost",
 }
 
 
@@ -186,7 +186,7 @@ def check_open(transport: ResumingTransport) -> None:
     """Close the transport of a job that has ended at the vendor, and raise PolicyError."""
     if transport.job.state != "open":
         transport.close()
-        raise PolicyError(f"this job {_ENDED[transport.job.state]}: begin another job")
+        raise PolicyError(f"this job {_ENDED[transport.job.state]}: begin another job with another --out")
 
 
 def check_batches(welcome: Welcome, private: PrivateStates, config: PassConfig) -> None:

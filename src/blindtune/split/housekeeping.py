@@ -1,4 +1,4 @@
-"""Work that a service does every now and then: removing jobs that have expired."""
+"""Work that a service does every now and then: ending jobs that nobody asks for."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from typing import Literal, final
 
 import msgspec
 
-from blindtune.errors import MismatchError
-from blindtune.exchange.events import JobCancelled, JobExpired, JobOpened, JobSaved, Observer
+from blindtune.errors import DataError, MismatchError
+from blindtune.exchange.events import JobCancelled, JobClosed, JobOpened, JobSaved, Observer
 from blindtune.exchange.messages import Checkpointed, Message, OpenJob, Refusal
 from blindtune.split.admission import RefusedError, check_opening
 from blindtune.split.job import Job
@@ -24,7 +24,7 @@ from blindtune.split.shared_model import SharedModel
 from blindtune.split.store import JobRecord, JobStore
 from blindtune.split.terms import VendorLimits
 
-LOST = "no checkpoint of this job is left here: begin another job with another --out"
+UNREADABLE = "the checkpoint of this job cannot be read here: ask the vendor"
 EXPIRY_GRACE_SECONDS = 3600.0
 ENDED_KEPT = 32
 """Ended jobs of a customer that are remembered, to tell it that they have ended."""
@@ -102,9 +102,7 @@ class JobBook:
             raise RefusedError("unknown-job", "there is no such job: open it")
         with job.lock:
             if job.lora is None and job.record.state == "open":
-                if not (kept := self.store.states(name).numbers()):
-                    raise RefusedError("policy", LOST)
-                self._go_back(job, kept[-1])
+                self._wake(job)
             if job.record.state == "open":
                 self.store.touch(name)
         return job
@@ -165,8 +163,7 @@ class JobBook:
             elif now - self._overdue.setdefault(name, now) >= EXPIRY_GRACE_SECONDS:
                 with job.lock:
                     if job.record.state == "open" and now - job.asked > EXPIRY_GRACE_SECONDS:
-                        self._end(job, "closed")
-                        self._tell(JobExpired(customer=job.record.owner, job=name))
+                        self._close(job)
         with self._opening:
             self._forget_ended(limit)
             self.store.remove_unopened(EXPIRY_GRACE_SECONDS)
@@ -196,12 +193,26 @@ class JobBook:
                 raise
         return job
 
+    def _wake(self, job: Job) -> None:
+        """Read a job that rests on the disk; one without a state is closed."""
+        if kept := self.store.states(job.record.name).numbers():
+            self._go_back(job, kept[-1])
+        else:
+            self._close(job)
+
     def _go_back(self, job: Job, number: int) -> None:
-        state = self.store.states(job.record.name).load(number)
+        try:
+            state = self.store.states(job.record.name).load(number)
+        except DataError as error:
+            raise RefusedError("policy", UNREADABLE) from error
         with self._model.turn(job.record.owner):
             lora = job.lora or self._model.attach(job.record)
             lora.load(state["lora"])
         job.go_back(number, state, lora)
+
+    def _close(self, job: Job) -> None:
+        self._end(job, "closed")
+        self._tell(JobClosed(customer=job.record.owner, job=job.record.name))
 
     def _end(self, job: Job, state: Literal["cancelled", "closed"]) -> None:
         job.deliveries.take_over()

@@ -15,7 +15,7 @@ from blindtune.exchange.events import (
     Crossed,
     Event,
     JobCancelled,
-    JobExpired,
+    JobClosed,
     JobOpened,
     JobSaved,
     StreamEnded,
@@ -61,7 +61,7 @@ class Metrics:
             )
 
         gauge("jobs_open", "Jobs that are open now.").set_function(open_jobs)
-        self._jobs = counter("jobs", "Jobs opened, cancelled, expired.", "change")
+        self._jobs = counter("jobs", "Jobs opened, cancelled, closed.", "change")
         self._streams = gauge("streams", "Streams of customers that are open now.")
         self._ended = counter("streams_ended", "Streams that ended, and why.", "reason")
         self._away = counter("turned_away", "Calls that did not begin, and why.", "reason")
@@ -101,8 +101,8 @@ class Metrics:
                 self._jobs.labels("opened").inc()
             case JobCancelled():
                 self._jobs.labels("cancelled").inc()
-            case JobExpired():
-                self._jobs.labels("expired").inc()
+            case JobClosed():
+                self._jobs.labels("closed").inc()
             case JobSaved():
                 self._saving.observe(event.seconds)
 

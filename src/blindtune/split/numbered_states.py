@@ -15,6 +15,7 @@ from typing import Any, final
 import torch
 
 from blindtune.atomic import atomic_file, save_torch
+from blindtune.errors import DataError
 
 KEPT_STATES = 2
 """States of a job that a party keeps."""
@@ -53,10 +54,16 @@ class NumberedStates:
         self._remove(other for other in found if other not in kept)
 
     def load(self, number: int) -> dict[str, Any]:
-        """The state after request `number`, on the CPU; nothing in the file is executed."""
-        state: dict[str, Any] = torch.load(
-            self._path(number), map_location="cpu", weights_only=True
-        )
+        """The state after request `number`, on the CPU; nothing in the file is executed.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        path = self._path(number)
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError
+            raise DataError(f"{path}: expected a job's state, cannot read it") from error
         return state
 
     def drop_after(self, number: int) -> None:
