@@ -95,6 +95,17 @@ def test_so_is_one_of_a_prediction(tmp_path, data, partition):
     assert len(found.texts) == len(TEXTS)
 
 
+def test_so_is_one_that_is_too_large_with_its_padding(tmp_path, data):
+    world = World(tmp_path)
+    tune(world, data, tmp_path / "job")
+    uneven = write_table(tmp_path / "new.csv", ["bad"] * 9 + ["a new film " * 3], labels=None)
+    world.options["limits"] = VendorLimits(max_message_tokens=60)
+    world.start()
+    with pytest.raises(ConfigError, match=r"at most 120 tokens with padding.*lower batch_size"):
+        ask(world, uneven, asking=AskingConfig(batch_size=10))
+    assert len(ask(world, uneven, asking=AskingConfig(batch_size=3)).texts) == 10
+
+
 def test_a_job_is_its_owners_and_whole(tmp_path, data):
     world = World(tmp_path)
     tune(world, data, tmp_path / "job")

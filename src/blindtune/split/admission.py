@@ -10,7 +10,7 @@ from torch import Tensor
 from blindtune.errors import MismatchError, PolicyError, VerificationError
 from blindtune.exchange.messages import WINDOW, OpenJob, RefusalCode
 from blindtune.split.partition import Cut
-from blindtune.split.terms import VendorLimits, tuning_of
+from blindtune.split.terms import PADDED, VendorLimits, tuning_of
 
 
 class RefusedError(PolicyError):
@@ -68,10 +68,10 @@ def check_rows(
     if max(lengths) > longest:
         raise RefusedError("limit", f"a sequence is longer than {longest} tokens: cut it")
     padded, most = max(lengths) * len(lengths), limits.max_message_tokens
-    if len(hidden_TD) > most or padded > 2 * most:
+    if len(hidden_TD) > most or padded > PADDED * most:
         raise RefusedError(
             "limit",
-            f"{len(hidden_TD)} tokens, {padded} with padding: at most {most} and {2 * most}: "
+            f"{len(hidden_TD)} tokens, {padded} with padding: at most {most} and {PADDED * most}: "
             "send smaller batches, or such of more even lengths",
         )
 

@@ -44,12 +44,12 @@ from blindtune.exchange.resuming import ResumingTransport, RetryConfig
 from blindtune.exchange.transport import Transport
 from blindtune.split.bottom import Bottom
 from blindtune.split.private_states import PrivateStates
-from blindtune.split.terms import TuningConfig
+from blindtune.split.terms import PADDED, TuningConfig
 from blindtune.version import PROGRAM
 
 _ENDED = {
     "cancelled": "was cancelled",
-    "closed": "has ended at the vendor: nobody had asked for it in long, or its checkpoints were lost",
+    "closed": "has ended at the vendor: nobody asked for it in long, or its checkpoints were lost",
 }
 
 
@@ -186,7 +186,9 @@ def check_open(transport: ResumingTransport) -> None:
     """Close the transport of a job that has ended at the vendor, and raise PolicyError."""
     if transport.job.state != "open":
         transport.close()
-        raise PolicyError(f"this job {_ENDED[transport.job.state]}: begin another job with another --out")
+        raise PolicyError(
+            f"this job {_ENDED[transport.job.state]}: begin another job with another --out"
+        )
 
 
 def check_batches(welcome: Welcome, private: PrivateStates, config: PassConfig) -> None:
@@ -202,18 +204,22 @@ def check_batches(welcome: Welcome, private: PrivateStates, config: PassConfig) 
 def check_largest(
     welcome: Welcome, private: PrivateStates, batches: Iterable[Sequence[int]], remedy: str
 ) -> None:
-    """Whether the vendor takes the largest of some batches of texts.
+    """Whether the vendor takes the largest of some batches of texts, with and without padding.
 
     Raises:
         ConfigError: it does not; `remedy` says what to do.
     """
     lengths = [len(state_LD) for state_LD in private.states]
-    largest = max(sum(lengths[i] for i in texts) for texts in batches)
-    if largest > welcome.max_tokens:
-        raise ConfigError(
-            f"expected batches of at most {welcome.max_tokens:,} tokens, as the vendor says, the "
-            f"largest would have {largest:,} (nothing was sent): {remedy}"
-        )
+    sizes = [(sum(own := [lengths[i] for i in texts]), max(own) * len(own)) for texts in batches]
+    for largest, most, padded in (
+        (max(tokens for tokens, _ in sizes), welcome.max_tokens, ""),
+        (max(padded for _, padded in sizes), PADDED * welcome.max_tokens, " with padding"),
+    ):
+        if largest > most:
+            raise ConfigError(
+                f"expected batches of at most {most:,} tokens{padded}, as the vendor says, the "
+                f"largest would have {largest:,} (nothing was sent): {remedy}"
+            )
 
 
 def train(

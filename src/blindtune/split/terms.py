@@ -15,6 +15,8 @@ from blindtune.training.optimizers import SCHEDULES, ScheduleName
 Targets = Literal["attention", "all"]
 OPEN_MESSAGES = 4
 """Of the largest size, whose gradients a customer may owe where nothing else is said."""
+PADDED = 2
+"""Times the tokens of the largest message that a batch may take with its padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
