@@ -2,7 +2,10 @@
 
 import statistics
 
-from figures import SEEDS, part, spread
+from blindtune.evaluation import plots
+from blindtune.evaluation.figures import standalone
+from figures import SEEDS, efficient, part, spread
+from offsite_tables import best_rate
 
 # Rows that `offsite.py` has: name -> (part, prefix, the names of its figures).
 OFFSITE = {
@@ -22,8 +25,8 @@ def methods_of(rows):
     return dict.fromkeys(name.rpartition("-")[0] for name in rows)
 
 
-def wiki_table(wiki):
-    """Plug-in and gap of every method, best plug-in first."""
+def wiki_scores(wiki):
+    """Method -> nats of every seed: emulator untouched, emulator tuned, plug-in."""
     found = {
         name: [[wiki["rows"][f"{name}-{s}"][k] for k in KEYS] for s in SEEDS
                if f"{name}-{s}" in wiki["rows"]]
@@ -33,6 +36,33 @@ def wiki_table(wiki):
         rows = part(where)["rows"]
         found[name] = [[rows[f"{prefix}-{s}"][k] for k in theirs] for s in SEEDS
                        if f"{prefix}-{s}" in rows]  # fmt: skip
+    return found
+
+
+def wiki_figure(wiki):
+    """Recovery and gap of every method, and who has no better beside it.
+
+    Our cheaper studies lie beside our default and are in the table alone.
+    """
+    main = part("main")
+    rows, rate = main["rows"], best_rate(main)
+    zero = rows["ZS"]["ZS"]
+    gain = zero - statistics.mean(rows[f"FT-{rate}-{s}"]["FT"] for s in SEEDS)
+    direct = statistics.mean(rows[f"direct-{s}"]["Adapter tuned directly"] for s in SEEDS)
+    points = {}
+    for name, seeds in wiki_scores(wiki).items():
+        if name.startswith("ours, "):
+            continue
+        _, tuned, plugged = map(statistics.mean, zip(*seeds, strict=True))
+        points[name] = ((zero - plugged) / gain, tuned - plugged)
+    worth = {name: point for name, point in points.items() if point[0] > 0}
+    plot = plots.frontier(worth, efficient(worth), bound=(zero - direct) / gain)
+    return standalone(plot)
+
+
+def wiki_table(wiki):
+    """Plug-in and gap of every method, best plug-in first."""
+    found = wiki_scores(wiki)
     lines = [
         "| WikiText-2, nats a token | emulator ZS | emulator FT | plug-in | gap | seeds |",
         "|---|---:|---:|---:|---:|---:|",

@@ -22,3 +22,11 @@ def spread(values, digits):
         return ""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def efficient(points):
+    """Names of the points that no other one is at least as good as in both ways."""
+    return [
+        name for name, (x, y) in points.items()
+        if not any((a, b) != (x, y) and a >= x and b >= y for a, b in points.values())
+    ]  # fmt: skip

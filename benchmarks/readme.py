@@ -82,7 +82,11 @@ TABLES = {
     "ranking": offsite_tables.ranking_table,
     "cost": offsite_tables.cost_lines,
 }
-FIGURES = {"docs/figures/grid.svg": (offsite_tables.grid_figure, "grid")}
+FIGURES = {
+    "docs/figures/grid.svg": (offsite_tables.grid_figure, "grid"),
+    "docs/figures/emulators.svg": (competitor_tables.wiki_figure, "competitors-wiki"),
+    "docs/figures/split.svg": (split_tables.split_figure, "split-sst2"),
+}
 
 
 def render(path):

@@ -1,8 +1,11 @@
 """Tables of split tuning: a list of lines each, from what `split.py` wrote."""
 
 import math
+import statistics
 
-from figures import SEEDS, part, spread
+from blindtune.evaluation import plots
+from blindtune.evaluation.figures import standalone
+from figures import SEEDS, efficient, part, spread
 
 SPLIT_ROWS = {
     "centralised": "LoRA in one place",
@@ -29,6 +32,33 @@ def split_table(sst2):
         cells = [shown, spread(wrong, 2), spread([r["UA"] for r in rows], 3), str(len(rows))]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+DRAWN = {
+    "no-noise": "no noise",
+    "exponential": "exponential, eta 15",
+    "token-100": "d_chi, eta 100",
+    "token-80": "d_chi, eta 80",
+    "token-65": "d_chi, eta 65",
+    "CTI-80": "eta 80, CTI",
+    "CTI-65": "eta 65, CTI",
+    "groups-0.6-2": "word groups (another promise)",
+}
+
+
+def split_figure(sst2):
+    """What each setting keeps of utility, and what it hides; of those with the same promise."""
+    found = sst2["rows"] | part("privatizers-sst2")["rows"]
+    points = {}
+    for name, shown in DRAWN.items():
+        rows = seeds_of(found, name)
+        hidden = statistics.mean(r["changed in test"] or 0.0 for r in rows)
+        points[shown] = (statistics.mean(r["UA"] for r in rows), hidden)
+    promised = {name: at for name, at in points.items() if "promise" not in name}
+    plot = plots.frontier(
+        points, efficient(promised), xlabel="utility: accuracy (UA)", ylabel="privacy: EP"
+    )
+    return standalone(plot)
 
 
 NEWS_ROWS = {

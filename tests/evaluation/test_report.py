@@ -2,6 +2,7 @@ import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from itertools import combinations
 
 import pytest
 
@@ -149,6 +150,21 @@ def test_importance_leaves_replaced_layers_hollow():
     hollow = colours_of_bars(plots.importance([0.1, 0.2, 0.3], first_layer=2, replaced=[3]))
     assert filled.count("var(--accent)") == 3
     assert hollow.count("var(--accent)") == 2
+
+
+def test_names_of_points_that_lie_close_do_not_cover_each_other():
+    points = {f"setting {i}": (0.5 + 0.01 * (i % 3), 0.30 + 0.02 * (i // 3)) for i in range(6)}
+    points["far away"] = (0.0, 1.0)
+    svg = plots.frontier(points, efficient=list(points)).svg
+    drawn = re.findall(r'anchor: (\w+).*?x="([\d.]+)" y="([\d.]+)".*?>((?:sett|far )[^<]*)<', svg)
+    assert {name for *_, name in drawn} == set(points)
+    boxes = []
+    for anchor, x, y, name in drawn:
+        width = 4.2 * len(name)  # of 8 px
+        left = float(x) - {"start": 0, "end": width, "middle": width / 2}[anchor]
+        boxes.append((left, left + width, float(y)))
+    for (left, right, y), (other_left, other_right, other_y) in combinations(boxes, 2):
+        assert abs(y - other_y) > 7 or right < other_left or other_right < left
 
 
 def test_grid_deepens_with_quality():

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from html import escape
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 from blindtune.errors import ConfigError
@@ -59,6 +60,8 @@ STYLE = {
 }
 
 Points = Sequence[tuple[float, float]]
+NAME_SIDES = {"left": 6, "right": -6, "center": 0}
+"""Where a name may be aligned to its point, and how far beside it."""
 
 
 def five_rows(board: Scoreboard, *, caption: str = "") -> Plot:
@@ -260,15 +263,6 @@ def frontier(
             on = name in efficient
             axes.plot([x], [y], "o", color=ACCENT if on else MUTED, markersize=9 if name == chosen
                       else 5.5, alpha=1.0 if on else 0.5)  # fmt: skip
-            axes.annotate(
-                name,
-                (x, y),
-                xytext=(6, 4),
-                textcoords="offset points",
-                color=INK if on else MUTED,
-                weight="bold" if name == chosen else "normal",
-                fontsize=8,
-            )
         least_x, least_y = wanted
         if least_x is not None:
             axes.axvline(least_x, color=MID, linewidth=0.8, dashes=(1, 2))
@@ -280,9 +274,51 @@ def frontier(
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         _grid_lines(axes)
+        stressed_first = sorted(points, key=lambda name: (name != chosen, name not in efficient))
+        _name_points(axes, {name: points[name] for name in stressed_first}, {
+            name: {"color": INK if name in efficient else MUTED,
+                   "weight": "bold" if name == chosen else "normal"} for name in points
+        })  # fmt: skip
 
     title = f"{ylabel} over {xlabel}: {', '.join(efficient)} on the frontier"
     return Plot(svg=_svg(draw, size=(5.2, 3.4), title=title), caption=caption)
+
+
+def _name_points(
+    axes: Axes, points: Mapping[str, tuple[float, float]], styles: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write names beside points, the first ones first, each where it hides least of the others."""
+    from matplotlib.transforms import Bbox
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # the layout is known from here on
+    edge = axes.bbox
+    at = {name: axes.transData.transform(point) for name, point in points.items()}
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in at.values()]
+
+    def hidden(box: Bbox) -> float:
+        """Area of a name's box that lies on others or outside."""
+        shared = [Bbox.intersection(box, other) for other in taken]
+        inside = Bbox.intersection(box, edge)
+        outside = box.width * box.height - (inside.width * inside.height if inside else 0.0)
+        return outside + sum(both.width * both.height for both in shared if both)
+
+    for name, point in points.items():
+        best: tuple[float, Bbox, Any] | None = None
+        for y, (side, x) in product((4, -11, 15, -22), NAME_SIDES.items()):
+            text = axes.annotate(
+                name, point, xytext=(x, y), textcoords="offset points", ha=side, fontsize=8,
+                **styles[name],
+            )  # fmt: skip
+            box = text.get_window_extent()
+            found = (hidden(box), box, text)
+            better, worse = (found, best) if best is None or found[0] < best[0] else (best, found)
+            if worse is not None:
+                worse[2].remove()
+            best = better
+        assert best is not None
+        taken.append(best[1])
 
 
 def _heat_map(
