@@ -127,6 +127,14 @@ def test_a_lock_leaves_no_directory_behind(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_place_where_nothing_can_be_made_is_refused_at_once():
+    with (
+        pytest.raises(OutputError, match="No such file or directory"),
+        sole_writer("/proc/blindtune"),
+    ):
+        raise AssertionError
+
+
 def test_what_killed_writers_left_is_put_in_order(tmp_path):
     for name in (".out.00c0ffee.partial", ".out.work.00c0ffee.partial", ".out.00c0ffee.replaced"):
         (tmp_path / name).mkdir()

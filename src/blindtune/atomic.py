@@ -84,6 +84,8 @@ def check_free(target: Path, *, overwrite: bool, mark: str) -> None:
 
 COMPANIONS = ("work", "done.json", "options.yaml")
 """Endings of what stands beside a result NAME and belongs to it: `NAME.work`, ..."""
+OPENINGS = 100
+"""Times that a lock is tried to be made where it is told that there is no such directory."""
 _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
 """What this thread of work holds, so that a verb may hold what its parts hold again."""
 
@@ -132,12 +134,17 @@ def sole_writer(target: str | Path) -> Iterator[None]:
 
 
 def _lock(path: Path, final: Path) -> int:
+    refused = 0
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
-            continue  # the one before has removed the directory that it had made for itself
+            # The one before has removed the directory that it had made for itself; or nothing can
+            # be made here, as in /proc.
+            if (refused := refused + 1) < OPENINGS:
+                continue
+            raise
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):
