@@ -330,7 +330,7 @@ def test_estimates_are_near_what_is_made(tmp_path):
         state = next((world.out / "jobs").rglob("at-*.pt"))
         lora = next(iter(service._vendor._jobs)).lora
         numbers = sum(p.numel() for n, p in lora._parameters.items() if "lora" in n)
-    on_disk = found.sizes["a job on the disk"]
+    on_disk = found.sizes["a job on the disk, its replies not counted"]
     assert on_disk == 2 * 3 * 4 * numbers
     assert state.stat().st_size > 4 * numbers
 

@@ -80,7 +80,7 @@ def estimate_serve(
     sizes = {
         "the model": whole,
         f"a job in memory (rank {rank})": job,
-        "a job on the disk": KEPT_STATES * state,
+        "a job on the disk, its replies not counted": KEPT_STATES * state,
         f"work on {limits.max_message_tokens:,} tokens at once": work,
     }
     waiting, replies = 0, WINDOW * rows
