@@ -1,6 +1,7 @@
 """A recorded U-shape: gradients give tokens of a language model, labels of a classification."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,3 +94,33 @@ def test_without_labels_there_is_nothing_to_compare_with(run):
         config=AuditConfig(fresh_draws=1), reading=ReadingConfig(max_length=16),
     )  # fmt: skip
     assert "labels" in next(s.needs for s in found.not_run if s.attack == "gradients")
+
+
+def test_before_a_run_too_gradients_are_taken_to_give_what_is_predicted(run, tmp_path):
+    task, place = run
+    public = tmp_path / "public.csv"
+    rows = [[" ".join(WORDS[i % 9 : i % 9 + 6])] for i in range(40)]
+    with public.open("w", newline="") as file:
+        csv.writer(file).writerows([("text",), *rows])
+
+    def foretold(privatizer):
+        found = audit_split(
+            place / "bottom", data=place / "train.csv", public=public, privatizer=privatizer,
+            config=AuditConfig(fresh_draws=1, attack_seconds=2.0),
+            reading=ReadingConfig(task=task, max_length=16),
+        )  # fmt: skip
+        return found, {f.attack: f for f in found.findings if f.measure == "EP"}
+
+    token = PrivatizerConfig(privatizer="token", changed_share=0.4)
+    found, by = foretold(token)
+    if task == "classification":
+        assert "gradients of the tuning" not in by
+        assert "gradients" in {skipped.attack for skipped in found.not_run}
+        return
+    assert "gradients" not in {skipped.attack for skipped in found.not_run}
+    assert 0.1 < by["gradients of the tuning"].value < 0.8  # the share that came out changed
+    assert by["Bayes"].value < by["gradients of the tuning"].value + 0.1
+    assert by["gradients of the tuning"].value < by["nearest neighbour"].value
+    found, by = foretold(replace(token, targets="true"))
+    assert by["gradients of the tuning"].value == 0
+    assert found.findings[found.strongest].attack == "gradients of the tuning"

@@ -176,7 +176,8 @@ def job_of(world, place, privatizer, eta):
     texts = read_training(bottom, world / "train.csv", ReadingConfig())
     record = JobRecord(
         partition="two-part", bottom=bottom.id, bottom_path=str(world / "bottom0"), data="",
-        options={"privatizer": asdict(privatizer)}, eta=eta, names=texts.names,
+        options={"privatizer": asdict(privatizer), "reading": asdict(ReadingConfig())},
+        eta=eta, names=texts.names,
     )  # fmt: skip
     job = CustomerJob.begin(place, record, new_token())
     job.keep_states(privatize(bottom, texts.ids, texts.labels, mechanism=privatizer.mechanism(eta)))

@@ -209,12 +209,10 @@ def _notes(statement: PrivacyStatement) -> list[str]:
 
 def _gradients(seen: SplitSubject) -> tuple[NotRun, ...]:
     """What the U-shape sends besides states, where it was not recorded."""
-    if seen.bottom.cut.partition != "u-shape" or seen.passes:
+    if seen.bottom.cut.partition != "u-shape" or seen.passes or seen.predicted is not None:
         return ()
     needs = (
-        "a transcript with steps of the tuning, and --task and labels of the run; in language "
-        "modelling gradients give nearly every token that is predicted (the true ones, unless "
-        "targets are those sent), in classification they group texts by the label that was "
-        "trained on (docs/attacks.md)"
+        "a transcript with steps of the tuning, and --task and labels of the run; they group texts "
+        "by the label that was trained on (docs/attacks.md)"
     )
     return (NotRun(attack="gradients", needs=needs),)

@@ -20,6 +20,10 @@ KNEW_TOKENS = (
     "Had the gradient of each text's first backward pass, the model, and the trunk's outputs; took "
     "the next tokens whose loss has that gradient."
 )
+KNEW_TUNING = (
+    "Has the model, and gets the gradients of the tuning, which give nearly every word that is "
+    "predicted; it is taken to read them all."
+)
 KNEW_LABELS = (
     "Had the gradient of each text's first backward pass; grouped texts by its direction, and was "
     "told what each group is called."

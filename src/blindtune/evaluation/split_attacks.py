@@ -89,6 +89,7 @@ class SplitAttacks:
             mechanism=subject.mechanism, groups=subject.groups, public=self._learned,
             margins=subject.bottom.margins if subject.keeps_special else Margins(),
         )  # fmt: skip
+        self._words = self._words_view()
         self._inverters: dict[bool, Inverter] = {}
         self.settled = True
 
@@ -105,6 +106,8 @@ class SplitAttacks:
             self.not_run += [NotRun(attack=name, needs=needs) for name in names]
         if self._subject.gives_text_by_gradients:
             steps.append(("gradients", self._gradients))
+        if self._subject.predicted is not None:
+            steps.append(("gradients of the tuning", self._gradients_of_tuning))
         if self._subject.redraw is not None and self._config.fresh_draws > 1:
             steps.append(("fresh draws", self._fresh))
         for done, (name, step) in enumerate(steps):
@@ -128,6 +131,18 @@ class SplitAttacks:
         if self._subject.mechanism.replaces_words:
             return [("Bayes", self._bayes)]
         return [] if self._view.cut else [("noise density", self._density)]
+
+    def _words_view(self) -> StatesView:
+        """What tells most about the words that were sent.
+
+        Where a language model learns to predict these, its gradients give them behind any cut; they
+        tell as much as states at the embedding do.
+        """
+        subject, view = self._subject, self._view
+        if subject.predicted is None or not subject.predicts_sent:
+            return view
+        states = Imitation(view.model, 0).states(subject.predicted)
+        return replace(view, cut=0, states=tuple(states))
 
     def _nearest(self) -> None:
         self._add(
@@ -160,7 +175,9 @@ class SplitAttacks:
             "Knew the noise and how frequent words are in public text; computed, or drew the noise "
             "itself to see, which words come out as those that were sent"
         )
-        self._both("Bayes", knew, lambda view: token_candidates(view, self._sent(view)))
+        self._both(
+            "Bayes", knew, lambda view: token_candidates(view, self._sent(view)), view=self._words
+        )
 
     def _density(self) -> None:
         knew = (
@@ -182,12 +199,20 @@ class SplitAttacks:
         )
         prior_V = unigram(self._learned, len(self._view.table_VD))
         members = _members(groups, prior_V)
-        self._both("word of the group", knew, lambda view: _of_group(members, self._sent(view)))
+        self._both(
+            "word of the group", knew, lambda view: _of_group(members, self._sent(view)),
+            view=self._words,
+        )  # fmt: skip
 
     def _gradients(self) -> None:
         self._add(
             "gradients", gradient_attacks.KNEW_TOKENS, gradient_attacks.tokens_of(self._subject)
         )
+
+    def _gradients_of_tuning(self) -> None:
+        predicted = self._subject.predicted
+        assert predicted is not None
+        self._add("gradients of the tuning", gradient_attacks.KNEW_TUNING, predicted)
 
     def _guessing(self) -> None:
         content = [self._subject.bottom.margins.content(text) for text in self._learned]
@@ -222,13 +247,19 @@ class SplitAttacks:
         )
 
     def _both(
-        self, attack: str, knew: str, read: Callable[[StatesView], Candidates], note: str = ""
+        self,
+        attack: str,
+        knew: str,
+        read: Callable[[StatesView], Candidates],
+        note: str = "",
+        view: StatesView | None = None,
     ) -> None:
         """An attack by itself and with a prior of the language, after a rehearsal."""
-        found = read(self._view)
+        view = view or self._view
+        found = read(view)
         self._add(attack, f"{knew}.", found.first(), note)
         prior = NgramPrior(self._learned, len(self._view.table_VD))
-        weight = best_weight(read(self._rehearsal()), self._rehearsed, prior)
+        weight = best_weight(read(self._rehearsal(view)), self._rehearsed, prior)
         if not weight:
             note = (
                 f"{note} The rehearsal gave trigrams no weight: likelihoods decided alone.".strip()
@@ -236,9 +267,8 @@ class SplitAttacks:
         guess = decode(found, prior, weight=weight)
         self._add(f"{attack}, trigrams", f"{knew}; then {TRIGRAMS}.", guess, note)
 
-    def _rehearsal(self) -> StatesView:
+    def _rehearsal(self, view: StatesView) -> StatesView:
         """The attacker's own texts as this customer would send them."""
-        view = self._view
         imitation = Imitation(view.model, view.cut, view.mechanism, view.margins, view.groups)
         return replace(view, states=tuple(imitation.states(self._rehearsed)))
 

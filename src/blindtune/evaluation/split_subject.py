@@ -81,6 +81,11 @@ class SplitSubject:
     """Of every text, None where none was recorded; empty where no gradient was."""
     labels_N: Tensor | None = None
     """The classes of the texts, where gradients of a classification were recorded."""
+    predicted: tuple[Tensor, ...] | None = None
+    """[L] of every text: what a language model is tuned to predict, so that its gradients will give
+    it away. None for other tasks, and for transcripts, which have the gradients or none."""
+    predicts_sent: bool = False
+    """Whether these are the words that were sent, and not the true ones."""
 
     @property
     def gives_text_by_gradients(self) -> bool:
@@ -117,10 +122,10 @@ def open_subject(
         groups = make_groups(package, privatizer.public_text, grouping)
     made = _Making(package, privatizer, eta, groups, len(texts.names))
     facts = {"texts": f"{len(texts.ids):,} in {Path(_needed(data, 'data')).name}"}
+    language_model = reading.task == "language-model"
     if transcript is not None:
-        language_model = reading.task == "language-model"
         return _recorded(made, transcript, texts, tokens, facts, language_model=language_model)
-    return _drawn(made, texts, tokens, facts)
+    return _drawn(made, texts, tokens, facts, language_model=language_model)
 
 
 def read_audited(bottom: Bottom, path: str | Path, reading: ReadingConfig) -> PrivateTexts:
@@ -156,10 +161,13 @@ class _Making:
     groups: WordGroups | None
     classes: int
 
-    def draw(self, ids: Sequence[Tensor], labels: Tensor | None) -> PrivateStates:
+    def draw(
+        self, ids: Sequence[Tensor], labels: Tensor | None, *, predict_sent: bool = False
+    ) -> PrivateStates:
         return privatize(
             self.bottom, ids, labels, mechanism=self.privatizer.mechanism(self.eta),
             importance=self.privatizer.importance(), groups=self.groups, classes=self.classes,
+            predict_sent=predict_sent,
         )  # fmt: skip
 
     def subject(
@@ -213,16 +221,33 @@ class _Making:
 
 
 def _drawn(
-    made: _Making, texts: PrivateTexts, tokens: int, facts: Mapping[str, str]
+    made: _Making,
+    texts: PrivateTexts,
+    tokens: int,
+    facts: Mapping[str, str],
+    *,
+    language_model: bool,
 ) -> SplitSubject:
     """A sample, noised as a run would; with CTI, which counts in all texts, all of them are."""
+    predict_sent = language_model and made.privatizer.targets == "sent"
     some = spread_texts(texts.ids, tokens)
     if not made.privatizer.cti_fraction:
         labels = None if texts.labels is None else texts.labels[some]
         texts = PrivateTexts(ids=tuple(texts.ids[i] for i in some), labels=labels)
         some = list(range(len(some)))
-    private = made.draw(texts.ids, texts.labels)
-    return made.subject(texts, some, [private.states[i] for i in some], private.changed, facts)
+    private = made.draw(texts.ids, texts.labels, predict_sent=predict_sent)
+    states = [private.states[i] for i in some]
+    found = made.subject(texts, some, states, private.changed, facts)
+    return _predicting(found, private, some) if language_model else found
+
+
+def _predicting(found: SplitSubject, private: PrivateStates, some: Sequence[int]) -> SplitSubject:
+    """With what a language model is tuned to predict."""
+    return replace(
+        found,
+        predicted=tuple(private.targets[i] for i in some),
+        predicts_sent=private.sent_ids is not None,
+    )
 
 
 def _job(place: Path, bottom: str | Path | None, tokens: int, trust: Trust | None) -> SplitSubject:
@@ -239,13 +264,16 @@ def _job(place: Path, bottom: str | Path | None, tokens: int, trust: Trust | Non
         raise DataError(f"{place}: the job has no states yet: audit the bottom package instead")
     try:
         privatizer = PrivatizerConfig(**job.record.options["privatizer"])  # type: ignore[arg-type]
+        language_model = job.record.options["reading"]["task"] == "language-model"
     except (KeyError, TypeError) as error:
         raise DataError(f"{place / MARK}: options of another version: audit the bottom") from error
     made = _Making(package, privatizer, job.record.eta, job.groups(), len(job.record.names))
     facts = {"texts": f"{len(private):,} of the job", "states": "those that the job sends"}
     texts = PrivateTexts(ids=private.ids, labels=private.labels)
     some = spread_texts(texts.ids, tokens)
-    return made.subject(texts, some, [private.states[i] for i in some], private.changed, facts)
+    states = [private.states[i] for i in some]
+    found = made.subject(texts, some, states, private.changed, facts)
+    return _predicting(found, private, some) if language_model else found
 
 
 def _recorded(
