@@ -1,6 +1,7 @@
 """A tiny model on disk, public and private text, and the packages made from them."""
 
 import pydoc_data.topics
+from dataclasses import replace
 from types import SimpleNamespace
 
 from blindtune.offsite.adapter import AdapterConfig
@@ -33,9 +34,10 @@ def save_text(directory):
     (directory / "private.txt").write_text(text[6000:10000])
 
 
-def study_tiny(directory, dynamic=None):
+def study_tiny(directory, dynamic=None, **changes):
     dynamic = dynamic or DynamicConfig(steps=2, batch_size=2)
-    return study(directory / "model", directory / "public.txt", directory / "study", STUDY, dynamic)
+    place = (directory / "model", directory / "public.txt", directory / "study")
+    return study(*place, replace(STUDY, **changes), dynamic)
 
 
 def tune_tiny(directory, out="adapter", lora_rank=0, steps=3, **changes):

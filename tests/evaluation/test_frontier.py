@@ -115,6 +115,19 @@ def test_rows_are_shared_and_run_once(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
+def test_a_setting_that_changes_much_is_a_row_like_others(tmp_path):
+    save_tiny("llama", tmp_path / "model")
+    save_text(tmp_path)
+    config = FrontierConfig(
+        adapter_layers=(1,), alpha=(0.34,), beta=(0.8,), max_length=32, steps=3, batch_size=2,
+        learning_rate=0.3,
+    )  # fmt: skip
+    place = (tmp_path / "model", tmp_path / "private.txt", tmp_path / "out")
+    options = {"how": STUDY, "dynamic": module.DynamicConfig(steps=0)}
+    found = frontier(*place, config, public=tmp_path / "public.txt", **options)
+    assert len(found.settings) == 1
+
+
 def test_a_study_of_other_text_is_another_study(tmp_path, monkeypatch):
     save_tiny("llama", tmp_path / "model")
     save_text(tmp_path)

@@ -45,6 +45,14 @@ def test_whatever_computes_counts():
     assert len(seen) == 7
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_the_activation_counts_where_it_has_a_name_of_its_own(name):
+    model = tiny_model(name)
+    before = fingerprint(model)
+    model.config.hidden_activation = "relu"
+    assert fingerprint(model) != before
+
+
 def test_a_model_without_weights_has_none():
     with pytest.raises(ModelError, match="meta"):
         fingerprint(meta_model(tiny_config("llama")))

@@ -14,6 +14,7 @@ from blindtune.evaluation.evaluating import EvaluationConfig, evaluate
 from blindtune.exchange.package import open_package
 from blindtune.models.decoder import Decoder
 from blindtune.models.loading import load_model
+from blindtune.models.surgery import keep_layers
 from blindtune.offsite.emulation import EmulatorConfig, emulate, replaced_layers, uniform_choice
 from blindtune.offsite.emulator import adapter_parameters, open_emulator
 from blindtune.offsite.importance import DynamicConfig
@@ -195,6 +196,34 @@ def test_layer_drop_makes_a_shorter_plain_model(tmp_path):
         assert {type(layer).__name__ for layer in Decoder(opened.model).layers} == {
             "Gemma2DecoderLayer"
         }
+
+
+@pytest.mark.parametrize(("candidates", "batches"), [(0, 1), (3, 2)])
+def test_a_study_counts_the_tokens_of_all_its_steps(tmp_path, candidates, batches):
+    save_tiny("llama", tmp_path / "model")
+    save_text(tmp_path)
+    made = study_tiny(tmp_path, DynamicConfig(steps=2, batch_size=2, candidates=candidates))
+    assert made.tokens["learn"] == batches * 2 * 2 * 32  # steps, windows, their length
+
+
+def test_layers_are_not_chosen_by_scores_that_were_never_made(tmp_path):
+    save_tiny("llama", tmp_path / "model")
+    save_text(tmp_path)
+    made = study_tiny(tmp_path, DynamicConfig(steps=1, batch_size=2), initial_scores="zero")
+    with pytest.raises(ConfigError, match="--initial-scores"):
+        replaced_layers(made, EmulatorConfig(adapter_layers=1, alpha=0.5))
+    assert replaced_layers(made, EmulatorConfig(adapter_layers=1, alpha=0.5, choice="uniform"))
+    assert replaced_layers(made, EmulatorConfig(adapter_layers=1, alpha=0.0)) == ()
+
+
+def test_one_middle_layer_cannot_be_half_replaced(tmp_path):
+    save_tiny("llama", tmp_path / "model")
+    save_text(tmp_path)
+    model = load_model(tmp_path / "model")
+    keep_layers(model, range(5))
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="at least two middle layers"):
+        study_tiny(tmp_path, DynamicConfig(steps=1, practice="half"), min_adapter_layers=2)
 
 
 def test_uniform_choice_is_the_formula_of_offsite_tuning():

@@ -39,6 +39,8 @@ _ESSENTIAL = (
     "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx",
 )
+_WHERE_THERE = ("hidden_activation",)
+"""Essential too, and counted only where a config has them (Gemma 2 and 3)."""
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -51,7 +53,10 @@ def fingerprint(model: PreTrainedModel) -> str:
         ModelError: the model is on the meta device and has no weights to read.
     """
     digest = hashlib.sha256(b"blindtune model fingerprint 1\n")
-    digest.update(_line({key: getattr(model.config, key, None) for key in _ESSENTIAL}))
+    config = model.config
+    essential = {key: getattr(config, key, None) for key in _ESSENTIAL}
+    essential |= {key: getattr(config, key) for key in _WHERE_THERE if hasattr(config, key)}
+    digest.update(_line(essential))
     for name, parameter in sorted(model.named_parameters()):
         if parameter.is_meta:
             raise ModelError(

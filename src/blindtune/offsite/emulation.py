@@ -171,7 +171,8 @@ def replaced_layers(study: Study, config: EmulatorConfig) -> tuple[int, ...]:
     """Indices in the model of the layers that become harmonizers (or are dropped).
 
     Raises:
-        ConfigError: N_a does not fit the study, or alpha leaves no kept middle layer.
+        ConfigError: N_a does not fit the study, alpha leaves no kept middle layer, or the study has
+            no scores to choose by.
     """
     ends = config.adapter_layers
     if ends < study.first:
@@ -189,6 +190,11 @@ def replaced_layers(study: Study, config: EmulatorConfig) -> tuple[int, ...]:
     if config.choice == "uniform":
         kept = uniform_choice(len(middle), len(middle) - count)
         return tuple(i for k, i in enumerate(middle) if k not in kept)
+    if count and len(study.scores_M) > 1 and bool((study.scores_M == study.scores_M[0]).all()):
+        raise ConfigError(
+            "expected a study with scores, this one began with none and learned none: choose "
+            "uniform, or study again with --initial-scores greedy or --candidates"
+        )
     ranked = sorted(middle, key=lambda i: (float(study.scores_M[i - study.first]), i))
     return tuple(sorted(ranked[:count]))
 

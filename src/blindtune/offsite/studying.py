@@ -100,12 +100,18 @@ def study(
 def _begin(
     model: str | Path, decoder: Decoder, config: StudyConfig, dynamic: DynamicConfig
 ) -> Study:
-    """The study before its first stage; ConfigError if no middle layer is left."""
+    """The study before its first stage; ConfigError if too few middle layers are left."""
     middle = range(config.min_adapter_layers, decoder.layer_count - config.min_adapter_layers)
     if not middle:
         raise ConfigError(
             f"expected min_adapter_layers to leave a middle, got {config.min_adapter_layers} at "
             f"each end of {decoder.layer_count} layers: choose a smaller number"
+        )
+    halved = dynamic.candidates or dynamic.practice == "half"
+    if dynamic.steps and halved and len(middle) < 2:
+        raise ConfigError(
+            "expected at least two middle layers, of which half can be replaced, got one: give "
+            "--dynamic-steps 0, or a smaller --min-adapter-layers"
         )
     return Study(
         model=str(Path(model).absolute()) if Path(model).is_dir() else str(model),
@@ -218,12 +224,14 @@ class _Stages:
         self.work.load_dynamic(study, state)
         report, start = self._report("learn (alternations)", dynamic.steps), time.perf_counter()
         before = study.seconds.get("learn", 0.0)
+        batches = (state.optimizer is not None) + (dynamic.candidates > 0)
+        tokens = batches * dynamic.batch_size * self.train_NL.shape[1]
         steps = run_dynamic(state, network, self.train_NL, self.validation_NL, dynamic)
         for step in steps:
             study.scores_M = state.scores_M
             study.history.append(asdict(step))
             study.seconds["learn"] = before + time.perf_counter() - start
-            study.tokens["learn"] = state.step * dynamic.batch_size * self.train_NL.shape[1]
+            study.tokens["learn"] = state.step * tokens
             report(step.step - 1)
             if step.step % SAVE_EVERY == 0:
                 self.work.save_dynamic(study, state)

@@ -147,9 +147,22 @@ class CustomerJob:
             )
 
     def groups(self) -> WordGroups | None:
-        """The job's word groups, if they were made."""
+        """The job's word groups; None where it has none, or has not made them yet.
+
+        Raises:
+            DataError: its states were drawn with groups that are gone: without them words would
+                leave as they are.
+        """
         path = self.path / "groups.safetensors"
-        return WordGroups.load(path) if path.exists() else None
+        if path.exists():
+            return WordGroups.load(path)
+        wanted = self.record.options.get("privatizer", {}).get("privatizer") == "groups"
+        if wanted and (self.record.state != "begun" or self._states_path.exists()):
+            raise DataError(
+                f"{self.path}: the word groups that its texts were sent with are gone: put "
+                f"{path.name} back, or give the job up"
+            )
+        return None
 
     def keep_groups(self, groups: WordGroups) -> None:
         """Store the word groups: texts that are predicted get the same."""
@@ -157,12 +170,16 @@ class CustomerJob:
 
     def states(self) -> PrivateStates | None:
         """The private states, if they were drawn."""
-        path = self.path / "private.safetensors"
+        path = self._states_path
         return PrivateStates.load(path) if path.exists() else None
 
     def keep_states(self, private: PrivateStates) -> None:
         """Store the private states before any of them is sent."""
-        private.save(self.path / "private.safetensors")
+        private.save(self._states_path)
+
+    @property
+    def _states_path(self) -> Path:
+        return self.path / "private.safetensors"
 
     def asked_path(self, texts: str) -> Path:
         """Where the states of texts (by their hash) that are predicted are kept."""
