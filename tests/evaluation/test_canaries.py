@@ -56,6 +56,16 @@ def test_planted_ones_are_found_and_others_are_not(models, tokenizer, planted):
     assert "Codes planted 16 times come out" in canary_verdict((never, often))
 
 
+def test_a_canary_counts_as_often_as_it_was_trained_on(models, tokenizer, planted):
+    rows = [("x", c.with_code(c.code)) for c in planted for _ in range(c.repeats)]
+    kept = encode_rows(rows[:-3], "x", tokenizer, READING)  # three were set aside
+    leaks = canary_leakage(*models, tokenizer, planted, READING, trained=kept)
+    assert {leak.repeats: len(leak.exposures) for leak in leaks} == {0: 6, 13: 1, 16: 5}
+    windows = DataConfig(max_length=96)  # of plain text: nobody can tell where a canary is
+    leaks = canary_leakage(*models, tokenizer, planted, windows, trained=kept)
+    assert [leak.repeats for leak in leaks] == [0, 16]
+
+
 def test_without_tuning_nothing_is_found(models, tokenizer, planted):
     for leak in canary_leakage(models[1], models[1], tokenizer, planted, READING):
         assert (leak.bits, leak.p_value, leak.found_first) == (0, 1, 0)
@@ -93,3 +103,10 @@ def test_rows_say_what_was_seen():
 def test_canaries_that_are_cut_are_refused(models, tokenizer, planted):
     with pytest.raises(DataError, match="--max-length"):
         canary_leakage(*models, tokenizer, planted, DataConfig(max_length=24))
+
+
+@pytest.mark.parametrize("candidates", [2, 64])
+def test_what_unplanted_codes_have_on_average(candidates):
+    every = [Exposure(rank=r + 1, candidates=candidates) for r in range(candidates)]
+    one = CanaryLeakage(repeats=0, exposures=(every[0],))
+    assert one.blind_bits == pytest.approx(sum(e.bits for e in every) / candidates)

@@ -13,15 +13,41 @@ def test_by_hand() -> None:
     leakage = membership_leakage(torch.tensor([3.0, 2.0, 0.0]), torch.tensor([1.0, 2.0]))
     # Pairs: 3 beats both, 2 beats one and ties one, 0 beats none.
     assert leakage.auc == pytest.approx(3.5 / 6)
-    # Fewer than 100 others: none may be accused, so only 3 is found.
+    # Fewer than 99 others: the highest of them is the threshold, so only 3 is found.
     assert leakage.found == pytest.approx(1 / 3)
+    assert leakage.false_positive_rate == pytest.approx(1 / 3)
 
 
 def test_one_percent_of_the_others_may_be_accused() -> None:
     others = torch.arange(200.0)
     leakage = membership_leakage(torch.tensor([197.5, 198.5, 0.0, 0.0]), others)
-    # Two of 200 (198 and 199) may lie above the threshold, which is 197.
-    assert leakage.found == 0.5
+    # The second of 200 is the threshold, 198: it accuses 2 of 201 on average.
+    assert leakage.found == 0.25
+    assert leakage.false_positive_rate == pytest.approx(2 / 201)
+
+
+@pytest.mark.parametrize("others", [20, 99, 400])
+def test_where_nothing_leaks_as_many_are_found_as_are_accused(others: int) -> None:
+    generator = torch.Generator().manual_seed(others)
+    runs = [
+        membership_leakage(
+            torch.randn(300, generator=generator), torch.randn(others, generator=generator)
+        )
+        for _ in range(300)
+    ]
+    rate = runs[0].false_positive_rate
+    assert sum(run.found for run in runs) / 300 == pytest.approx(rate, rel=0.25)
+    assert sum(run.found_low > run.false_positive_high for run in runs) <= 8  # 2.5 % of them
+
+
+def test_a_few_records_that_leak_wholly_are_a_leak() -> None:
+    generator = torch.Generator().manual_seed(0)
+    members = torch.randn(400, generator=generator)
+    members[:40] += 9
+    leakage = membership_leakage(members, torch.randn(200, generator=generator))
+    assert leakage.auc_low < 0.5 or leakage.auc < 0.6
+    assert leakage.leaks
+    assert leakage.found == pytest.approx(0.1, abs=0.03)
 
 
 def test_all_told_apart_still_has_an_interval() -> None:

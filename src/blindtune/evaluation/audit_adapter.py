@@ -96,7 +96,7 @@ def audit_adapter(
     view = _view(tuned, untuned, (*members, *strangers), config)
     found = _attacked(view, len(members), config, on_progress)
     leaks = canary_leakage(
-        tuned, untuned, tokenizer, planted, reading, batch_size=config.batch_size
+        tuned, untuned, tokenizer, planted, reading, trained=trained, batch_size=config.batch_size
     )
     origin = "set aside by the tuning" if others is None else f"of {Path(others).name}"
     facts = {
@@ -151,7 +151,10 @@ def both_kinds(
     others: str | Path | None,
     reading: DataConfig,
 ) -> tuple[TokenDataset, TokenDataset]:
-    """(what was trained on, what was not), read and split as `tune` does."""
+    """(what was trained on, what was not), read and split as `tune` does.
+
+    Others that were trained on too, as copies of a record, are left out.
+    """
     trained, held_out = load_dataset_file(data, tokenizer, reading), None
     if reading.validation_split:
         trained, held_out = trained.split(reading.validation_split, reading.seed)
@@ -162,7 +165,12 @@ def both_kinds(
             "expected records that were not trained on: give them as --others, or the "
             "--validation-split that the tuning had"
         )
-    return trained, held_out
+    apart = held_out.without(trained)
+    if apart is None:
+        raise DataError(
+            "expected records that were not trained on, all of the others were: give others"
+        )
+    return trained, apart
 
 
 def _audit(
@@ -178,11 +186,11 @@ def _audit(
     ]
     if not leaks:
         not_run.append(NotRun(attack="canaries", needs="data from `blindtune plant`, --canaries"))
-    best = max(found, key=lambda name: found[name].auc)
+    best = max(found, key=lambda name: found[name].auc_low)
     return Audit(
         kind="adapter",
         subject=str(adapter),
-        verdict=_verdict(best, found[best]) + (f" {canary_verdict(leaks)}" if leaks else ""),
+        verdict=_verdict(found) + (f" {canary_verdict(leaks)}" if leaks else ""),
         guarantee=_guarantee(stated),
         findings=(*findings, *canary_findings(leaks)),
         strongest=next(k for k, f in enumerate(findings) if f.attack == best),
@@ -238,7 +246,7 @@ def _view(
 
 
 def _findings(name: str, leak: MembershipLeakage) -> tuple[Finding, Finding]:
-    rate = f"{leak.false_positive_rate:.0%}"
+    rate = f"{leak.false_positive_rate:.1%}"
     return (
         Finding(
             attack=name,
@@ -257,17 +265,29 @@ def _findings(name: str, leak: MembershipLeakage) -> tuple[Finding, Finding]:
             value=leak.found,
             low=leak.found_low,
             high=leak.found_high,
-            meaning=f"It names {leak.found:.0%} of the trained records while it accuses {rate} of "
-            f"the others falsely; guessing would name {rate}.",
+            meaning=f"It names {leak.found:.1%} of the trained records where it accuses {rate} of "
+            f"others falsely, at most {leak.false_positive_high:.1%}; guessing would name as many "
+            "as it accuses.",
         ),
     )
 
 
-def _verdict(name: str, leak: MembershipLeakage) -> str:
+def _verdict(found: Mapping[str, MembershipLeakage]) -> str:
+    name = max(found, key=lambda name: found[name].auc_low)
+    leak = found[name]
     if leak.auc_low > 0.5:
         return (
             f"The adapter tells which records it was tuned on: the {name} attack has an AUC of "
             f"{show(leak.auc)}, at least {show(leak.auc_low)}, where 0.5 is chance."
+        )
+    some = max(found, key=lambda name: found[name].found_low - found[name].false_positive_high)
+    part = found[some]
+    if part.leaks:
+        return (
+            f"The adapter tells of some records that it was tuned on them: the {some} attack names "
+            f"{part.found:.1%} of the trained ones, at least {part.found_low:.1%}, where it "
+            f"accuses {part.false_positive_rate:.1%} of others, at most "
+            f"{part.false_positive_high:.1%}."
         )
     return (
         f"No attack told trained records from others better than chance: the best AUC is "

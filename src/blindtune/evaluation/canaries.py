@@ -27,6 +27,7 @@ from blindtune.evaluation.audit import Finding
 from blindtune.evaluation.exposure import Exposure, exposure
 from blindtune.training.canaries import Canary
 from blindtune.training.dataset import TokenDataset
+from blindtune.training.records import record_shape
 from blindtune.training.text import DataConfig, encode_rows
 
 SMALL = 0.01
@@ -55,6 +56,13 @@ class CanaryLeakage:
         return sum(math.log2(e.candidates) for e in self.exposures) / len(self.exposures)
 
     @property
+    def blind_bits(self) -> float:
+        """Mean exposure of canaries that were never trained on: all ranks are equally likely."""
+        of = [e.candidates for e in self.exposures]
+        return sum(math.log2(count) - math.lgamma(count + 1) / math.log(2) / count for count in of
+                   ) / len(of)  # fmt: skip
+
+    @property
     def found_first(self) -> int:
         """How many came first of all candidates."""
         return sum(e.rank == 1 for e in self.exposures)
@@ -76,6 +84,7 @@ def canary_leakage(
     canaries: Sequence[Canary],
     reading: DataConfig | None = None,
     *,
+    trained: TokenDataset | None = None,
     batch_size: int = 32,
 ) -> tuple[CanaryLeakage, ...]:
     """Rank every canary among its candidates; fewest repeats first.
@@ -86,15 +95,18 @@ def canary_leakage(
         tokenizer: of both.
         canaries: from `training.canaries.read_canaries`.
         reading: as at tuning; candidates are never packed.
+        trained: what was trained on, where records stand by themselves: a canary counts as often
+            as it is in there, for one may have been set aside for validation. None: as planted.
         batch_size: candidates of one forward pass; changes no rank but by rounding.
 
     Raises:
         DataError: a canary does not fit into `reading.max_length`, or two codes read alike.
     """
+    reading = reading or DataConfig()
     pad = getattr(getattr(untuned, "config", None), "pad_token_id", None)
     found: dict[int, list[Exposure]] = {}
     for canary in canaries:
-        candidates = _encoded(canary, tokenizer, reading or DataConfig())
+        candidates = _encoded(canary, tokenizer, reading)
         view = AdapterView(
             tuned=tuned,
             untuned=untuned,
@@ -102,7 +114,11 @@ def canary_leakage(
             pad_token_id=pad if isinstance(pad, int) and pad >= 0 else 0,
             batch_size=batch_size,
         )
-        found.setdefault(canary.repeats, []).append(exposure(loss_drops(view), 0))
+        repeats = canary.repeats
+        packed = reading.pack and _is_text(canary, reading)
+        if trained is not None and not packed:
+            repeats = trained.count(candidates.input_ids[0])
+        found.setdefault(repeats, []).append(exposure(loss_drops(view), 0))
     return tuple(CanaryLeakage(repeats=r, exposures=tuple(found[r])) for r in sorted(found))
 
 
@@ -134,13 +150,17 @@ def _finding(leak: CanaryLeakage) -> Finding:
         value=leak.bits,
         meaning=f"The codes of {count} canaries planted {times} came at rank {ranks} of "
         f"{leak.exposures[0].candidates:,}; {leak.most_bits:.1f} bits would be first each time, "
-        f"1.4 is what unplanted codes have on average. Chance of ranks as good without any "
-        f"leak: {leak.p_value:.2g}.",
+        f"{leak.blind_bits:.1f} is what unplanted codes have on average. Chance of ranks as good "
+        f"without any leak: {leak.p_value:.2g}.",
     )
 
 
 def _times(repeats: int) -> str:
     return {0: "never", 1: "once"}.get(repeats, f"{repeats} times")
+
+
+def _is_text(canary: Canary, reading: DataConfig) -> bool:
+    return record_shape(canary.record, reading.text_column, "canary") == "text"
 
 
 def _encoded(

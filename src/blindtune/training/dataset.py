@@ -6,6 +6,7 @@ Shape legend: L tokens of one example (differs from example to example).
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, final
 
@@ -78,6 +79,8 @@ class TokenDataset:
     def split(self, fraction: float, seed: int) -> tuple[TokenDataset, TokenDataset]:
         """Split into (train, validation); the order within each part is kept.
 
+        An example that stands in the data more than once goes to training with all its copies, as
+        long as there are others: set aside, it would be validated on what its copy taught.
         Both parts keep the counts `dropped` and `truncated` of the whole.
 
         Args:
@@ -94,8 +97,29 @@ class TokenDataset:
             )
         count = min(max(1, round(fraction * len(self))), len(self) - 1)
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
-        validation = sorted(order[:count])
-        return self._subset(sorted(order[count:])), self._subset(validation)
+        marks = self._marks()
+        copies = Counter(marks)
+        alone = [i for i in order if copies[marks[i]] == 1]
+        validation = set((alone or order)[:count])
+        training = [i for i in range(len(self)) if i not in validation]
+        return self._subset(training), self._subset(sorted(validation))
+
+    def without(self, other: TokenDataset) -> TokenDataset | None:
+        """The examples that are not in another data set too; None if all are."""
+        known = set(other._marks())
+        kept = [i for i, mark in enumerate(self._marks()) if mark not in known]
+        return self._subset(kept) if kept else None
+
+    def count(self, input_ids: Tensor) -> int:
+        """How many examples have these ids [L]."""
+        return sum(torch.equal(input_ids, ids) for ids in self.input_ids)
+
+    def _marks(self) -> list[bytes]:
+        """What two examples have in common if they are the same."""
+        return [
+            ids.numpy().tobytes() + labels.numpy().tobytes()
+            for ids, labels in zip(self.input_ids, self.labels, strict=True)
+        ]
 
     def fingerprint(self) -> str:
         """sha256 (hex) over all ids and labels in order."""
