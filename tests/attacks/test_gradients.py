@@ -1,5 +1,8 @@
 """What a U-shape's gradients tell: the true next tokens, and which texts have one label."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from attacked import observe, open_tiny_bottom, sentences, share_right
@@ -160,6 +163,20 @@ def test_averaging_reads_fresh_draws_and_nothing_more_of_reused_ones(tmp_path, m
     reused = averaged_tokens(view, [view.states] * 24)
     assert share_right(reused, private.ids) == shares[0]
     assert len(fresh_draws([view.states] * 24)) == 1
+
+
+def test_of_words_read_equally_often_the_nearest_to_the_mean_is_taken(tmp_path):
+    view, _ = observe(open_tiny_bottom(tmp_path, "smollm2"), Mechanism(eta=9.0, mode="token"))
+    table_VD = view.table_VD.clone().zero_()
+    table_VD[:, 0] = torch.arange(len(table_VD))
+    plain = SimpleNamespace(
+        embedding=SimpleNamespace(weight=table_VD), layer_count=1, hidden_size=32
+    )
+    view = replace(view, model=plain, states=(torch.zeros(1, 32),))
+    readings = iter([0, 10, 0, 10, 12])  # two votes each for 0 and 10, the mean is 6.4
+    again = [(torch.full((1, 32), float(k)),) for k in range(1, 5)]
+    guess = averaged_tokens(view, again, lambda _: (torch.tensor([next(readings)]),))
+    assert guess[0].tolist() == [10]
 
 
 def test_epochs_of_split_tuning_are_one_draw(tmp_path):

@@ -38,7 +38,7 @@ def test_a_data_owner_audits_an_adapter_before_returning_it(made, blindtune, tmp
         "--max-length", 64, "--out", tmp_path / "audit",
     )  # fmt: skip
     assert done.code == 0, done.err
-    for word in ("There is no guarantee", "loss drop", "AUC", "found at 1% false alarms"):
+    for word in ("There is no guarantee", "loss drop", "AUC", "false alarms"):
         assert word in done.out
 
 

@@ -6,6 +6,7 @@ import torch
 from blindtune.attacks.emulator_misuse import HealingConfig
 from blindtune.evaluation.misuse import drop_to, judge_misuse
 from blindtune.models.decoder import Decoder
+from blindtune.offsite.emulation import EmulatorConfig
 from offsite_world import owners_world
 from tiny_models import tiny_model
 
@@ -31,6 +32,18 @@ def test_judge_scores_attack_and_control(tmp_path):
     assert found.healed_best.nats_per_token == min(healed)
     assert found.tuned not in (None, found.emulator)
     assert len(seen) == 6
+
+
+def test_an_emulator_with_all_layers_whole_has_no_control(tmp_path):
+    config = EmulatorConfig(adapter_layers=1, alpha=0.0, beta=0.5)
+    owners_world(tmp_path, "llama", config)
+    text = torch.randint(3, 90, (12, 16), generator=torch.Generator().manual_seed(0))
+    place = (tmp_path / "emulator", tmp_path / "model", text, text)
+    found = judge_misuse(*place, HealingConfig(steps=1, points=1))
+    assert (len(found.healed), found.control) == (2, ())
+    unhealed = judge_misuse(*place, heals=False)
+    assert (unhealed.healed, unhealed.control) == ((), ())
+    assert unhealed.emulator == found.emulator
 
 
 def test_the_control_keeps_both_ends():

@@ -104,7 +104,7 @@ def test_an_attack_that_was_ended_is_marked(world, tmp_path, monkeypatch, settle
 
 
 def setting(eta, ua, ep, cut=0, cti=0.0):
-    return SplitSetting(cut=cut, eta=eta, cti_fraction=cti, ua=ua, ep=ep, ep_low=ep - 0.1,
+    return SplitSetting(cut=cut, eta=eta, cti_fraction=cti, ua=ua, ep=ep, ep_low=max(0.0, ep - 0.1),
                         strongest="Bayes", ep_nearest=ep, settled=True)  # fmt: skip
 
 

@@ -64,14 +64,21 @@ def averaged_tokens(
 
 
 def _voted(view: StatesView, readings: Sequence[Guess]) -> Guess:
-    """The word that was read most often; among equals the nearest to the mean of all."""
+    """The word that was read most often, of equals the nearest to the mean of all.
+
+    If no word was read twice: the word nearest to the mean, read or not.
+    """
     table_VD = view.table_VD.cpu()
     rows = NearestRows(table_VD)
     found = []
     for of_text in zip(*readings, strict=True):
         read_ML = torch.stack(of_text)
         votes_ML = (read_ML[:, None] == read_ML[None]).sum(0)
-        won_L = read_ML.gather(0, votes_ML.argmax(0, keepdim=True))[0]
-        nearest_L = rows.find(table_VD[read_ML].double().mean(0))
-        found.append(torch.where(votes_ML.amax(0) > 1, won_L, nearest_L))
+        vector_MLD = table_VD[read_ML].double()
+        mean_LD = vector_MLD.mean(0)
+        away_ML = (vector_MLD - mean_LD).norm(dim=2)
+        tied_ML = votes_ML == votes_ML.amax(0)
+        best_1L = away_ML.masked_fill(~tied_ML, torch.inf).argmin(0, keepdim=True)
+        won_L = read_ML.gather(0, best_1L)[0]
+        found.append(torch.where(votes_ML.amax(0) > 1, won_L, rows.find(mean_LD)))
     return tuple(found)

@@ -34,6 +34,7 @@ from blindtune.exchange.manifest import PrivacyFacts
 from blindtune.exchange.package import open_package
 from blindtune.exchange.signing import Trust
 from blindtune.models.decoder import check_context
+from blindtune.models.loading import preferred_device
 from blindtune.offsite.tuning import read_privately
 from blindtune.training.canaries import read_canaries
 from blindtune.training.dataset import TokenDataset
@@ -93,6 +94,8 @@ def audit_adapter(
             f"{len(strangers)}: give more of them, the others as --others"
         )
     tuned, _, _ = open_any(model, adapter, trust=trust)
+    for one in (tuned, untuned):
+        one.to(preferred_device())
     view = _view(tuned, untuned, (*members, *strangers), config)
     found = _attacked(view, len(members), config, on_progress)
     leaks = canary_leakage(

@@ -76,7 +76,8 @@ def audit_emulator(
 
     found = judge_misuse(
         emulator, model, public_NL, test_NL, healing,
-        adapter=adapter, trust=trust, batch_size=config.batch_size, on_stop=on_stop,
+        heals=config.healing_steps > 0, adapter=adapter, trust=trust,
+        batch_size=config.batch_size, on_stop=on_stop,
     )  # fmt: skip
     findings = _findings(found, config, used_tokens=public_NL.numel())
     strongest = min(range(len(findings)), key=lambda k: _rank(findings[k]))
@@ -87,9 +88,13 @@ def audit_emulator(
         guarantee=GUARANTEE,
         findings=findings,
         strongest=strongest,
-        not_run=_not_run(adapter, config),
+        not_run=_not_run(found, adapter, config),
         facts=_facts(about, found, test, f"{public_NL.numel():,} tokens of {Path(public).name}"),
-        curves={"healed emulator": _points(found.healed), "control": _points(found.control)},
+        curves={
+            name: _points(curve)
+            for name, curve in (("healed emulator", found.healed), ("control", found.control))
+            if curve
+        },
     )
 
 
@@ -108,20 +113,23 @@ def _facts(
 def _healing(config: AuditConfig) -> HealingConfig:
     return HealingConfig(
         steps=max(1, config.healing_steps),
-        points=5 if config.healing_steps else 1,
+        points=5,
         batch_size=config.healing_batch_size,
         learning_rate=config.healing_learning_rate,
         seed=config.seed,
     )
 
 
-def _not_run(adapter: str | Path | None, config: AuditConfig) -> tuple[NotRun, ...]:
+def _not_run(found: Misuse, adapter: str | Path | None, config: AuditConfig) -> tuple[NotRun, ...]:
     skipped = []
     if adapter is None:
         needs = "--adapter, one that was tuned on it"
         skipped.append(NotRun(attack="free model, tuned", needs=needs))
     if not config.healing_steps:
         skipped.append(NotRun(attack="healing", needs="--healing-steps above 0"))
+    elif not found.control:
+        needs = "an emulator with fewer whole layers than the model; this one has all of them"
+        skipped.append(NotRun(attack="control, no attack", needs=needs))
     return tuple(skipped)
 
 
@@ -162,24 +170,35 @@ def _findings(found: Misuse, config: AuditConfig, used_tokens: int) -> tuple[Fin
             f"Healing {closed}{_gap(healed, full, begin='the emulator')}",
         )
     )  # fmt: skip
-    control = dict(found.control).get(tokens, found.control[-1][1])
-    better = control.nats_per_token - healed.nats_per_token
-    verdict = (
-        f"The healed emulator is {better:.2f} nats better: it gave away more than a model of as "
-        "many layers would have."
-        if better > 0
-        else f"The healed emulator is {-better:.2f} nats worse: it gave away no more than a model "
-        "of as many layers would have."
-    )
-    findings.append(
-        _finding(
-            "control, no attack", control, config,
-            "Evenly spaced layers of the full model itself, as many as the emulator has whole, "
-            "trained in the same way; the attacker does not have them.",
-            verdict,
-        )
-    )  # fmt: skip
+    if found.control:
+        control = dict(found.control).get(tokens, found.control[-1][1])
+        findings.append(
+            _finding(
+                "control, no attack", control, config,
+                "Evenly spaced layers of the full model itself, as many as the emulator has whole, "
+                "trained in the same way; the attacker does not have them.",
+                _beside_control(healed, control, config),
+            )
+        )  # fmt: skip
     return tuple(findings)
+
+
+def _beside_control(healed: Perplexity, control: Perplexity, config: AuditConfig) -> str:
+    """Whether healing gets further than a model of as many layers; beyond the error of both."""
+    better = control.nats_per_token - healed.nats_per_token
+    errors = [loss.standard_error or 0.0 for loss in (healed, control)]
+    reach = NormalDist().inv_cdf(0.5 + config.confidence / 2) * math.hypot(*errors)
+    as_many = "a model of as many layers would have"
+    if better > reach:
+        return f"The healed emulator is {better:.2f} nats better: it gave away more than {as_many}."
+    if better < -reach:
+        return (
+            f"The healed emulator is {-better:.2f} nats worse: it gave away no more than {as_many}."
+        )
+    return (
+        f"The healed emulator is {abs(better):.2f} nats {'better' if better > 0 else 'worse'}, "
+        f"within the error ({reach:.2f}): nothing shows that it gave away more than {as_many}."
+    )
 
 
 def _finding(

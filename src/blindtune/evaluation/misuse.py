@@ -23,7 +23,7 @@ from blindtune.attacks.emulator_misuse import EmulatorView, HealingConfig, Stop,
 from blindtune.evaluation.utility import Perplexity, perplexity
 from blindtune.exchange.signing import Trust
 from blindtune.models.decoder import Decoder
-from blindtune.models.loading import load_model
+from blindtune.models.loading import load_model, preferred_device
 from blindtune.models.surgery import keep_layers
 from blindtune.offsite.adapter import tuned_emulator
 from blindtune.offsite.emulation import uniform_choice
@@ -45,6 +45,8 @@ class Misuse:
     """With its adapter (Emulator FT); None without one."""
     healed: Curve
     control: Curve
+    """Both empty where healing was not asked for; the control also where it would be the full
+    model: an emulator with as many layers whole has no smaller model to be compared with."""
 
     @property
     def healed_best(self) -> Perplexity:
@@ -67,6 +69,7 @@ def judge_misuse(
     test_NL: Tensor,
     config: HealingConfig | None = None,
     *,
+    heals: bool = True,
     adapter: str | Path | None = None,
     trust: Trust | None = None,
     batch_size: int = 8,
@@ -80,6 +83,7 @@ def judge_misuse(
         public_NL: what the attacker trains on.
         test_NL: what is scored.
         config: the attacker's.
+        heals: False: the emulator is used as it is, and nothing is trained.
         adapter: tuned on this emulator; scored only.
         trust: whose packages are opened; None: anybody's.
         batch_size: windows of one forward pass when scoring.
@@ -103,18 +107,24 @@ def judge_misuse(
         return tuple(points)
 
     victim = open_emulator(emulator, dtype=torch.float32, trust=trust)
+    victim.model.to(preferred_device())
     tuned = None
     if adapter is not None:
         other = open_emulator(emulator, dtype=torch.float32, trust=trust)
-        tuned = score(tuned_emulator(other, adapter, trust=trust).model)
-    full = load_model(model)
-    scored_full = score(full)
-    small = drop_to(full, _full_layers(victim))
-    control = curve("control", small, train_on(small, public_NL, config))
-    del full, small
+        tuned = score(tuned_emulator(other, adapter, trust=trust).model.to(preferred_device()))
+    full = load_model(model, device=preferred_device())
+    scored_full, left = score(full), _full_layers(victim)
+    control: Curve = ()
+    if heals and left < Decoder(full).layer_count:
+        small = drop_to(full, left)
+        control = curve("control", small, train_on(small, public_NL, config))
+        del small
+    del full
     untouched = score(victim.model)
-    stops = heal(EmulatorView(model=victim.model, public_NL=public_NL), config)
-    healed = curve("healed", victim.model, stops)
+    healed: Curve = ()
+    if heals:
+        stops = heal(EmulatorView(model=victim.model, public_NL=public_NL), config)
+        healed = curve("healed", victim.model, stops)
     return Misuse(full=scored_full, emulator=untouched, tuned=tuned, healed=healed, control=control)
 
 

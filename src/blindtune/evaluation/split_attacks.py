@@ -41,6 +41,8 @@ REHEARSED = 24
 """Public texts, at most, on which the attacker rehearses."""
 KEPT = 16
 """Candidates of a token."""
+EPOCHS = 1000
+"""Of an attack's training, at most: the seconds that it is given end it, or that it has settled."""
 TRIGRAMS = "weighed by trigrams of public text"
 Told = Callable[[str, int, int], None]
 
@@ -284,7 +286,7 @@ class SplitAttacks:
             learned = self._learned
             if groups is not None and not adaptive:
                 learned = tuple(groups.apply(ids, self._view.margins.mask(ids)) for ids in learned)
-            fit = FitConfig(limit_seconds=config.attack_seconds, seed=config.seed)
+            fit = FitConfig(epochs=EPOCHS, limit_seconds=config.attack_seconds, seed=config.seed)
             inverter, result = train_inverter(
                 replace(self._view, public=learned),
                 InverterConfig(adaptive=adaptive, draws=2, fit=fit),

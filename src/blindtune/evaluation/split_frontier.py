@@ -151,9 +151,10 @@ class SplitFrontier:
     def largest_eta(self, ep: float) -> SplitSetting | None:
         """The least noise that holds every attack at this EP; of equal ones, the best UA.
 
-        A setting without noise that does counts as the largest eta.
+        It holds them with the confidence of `ep_low`, each setting's own. A setting without noise
+        that does counts as the largest eta.
         """
-        held = [s for s in self.settings if s.ep >= ep]
+        held = [s for s in self.settings if s.ep_low >= ep]
         return max(
             held, key=lambda s: (float("inf") if s.eta is None else s.eta, s.ua), default=None
         )

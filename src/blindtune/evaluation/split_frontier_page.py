@@ -23,7 +23,6 @@ def write_split_frontier(
     Args:
         found: what was measured.
         out: an existing directory.
-        config: of the sweep, for the record.
         ep: what the strongest attack must be held at; the largest eta that does is the answer.
 
     Raises:
@@ -61,10 +60,11 @@ def _how(trial: Trial) -> dict[str, dict[str, Any]]:
 def answer_sentence(found: SplitFrontier, answer: SplitSetting | None, ep: float) -> str:
     """The answer to "the largest eta with EP >= z under every attack", in words."""
     if answer is None:
-        best = max(found.settings, key=lambda s: s.ep)
+        best = max(found.settings, key=lambda s: s.ep_low)
         return (
             f"No setting tried holds every attack at an EP of {ep:g}: the most private is "
-            f"{best.name}, with {best.ep:.3f} under {best.strongest}."
+            f"{best.name}, with {best.ep:.3f} under {best.strongest}, at least {best.ep_low:.3f} "
+            "with 95 % confidence."
         )
     return (
         f"The least noise that holds every attack at an EP of {ep:g} is {answer.name}: "

@@ -24,6 +24,7 @@ from blindtune.errors import BlindtuneError, ConfigError
 from blindtune.exchange.manifest import MANIFEST_NAME, PrivacyFacts
 from blindtune.exchange.signing import Signer, Trust
 from blindtune.models.decoder import Decoder, check_context, context_limit
+from blindtune.models.loading import preferred_device
 from blindtune.offsite.adapter import AdapterConfig, write_adapter
 from blindtune.offsite.emulator import Emulator, open_emulator
 from blindtune.privacy.entropy import system_uniforms
@@ -125,6 +126,7 @@ def _fitting(
     """
     if plan is None:
         return partial(fit, model, train, held_out, training, work)
+    model.to(preferred_device())  # `fit` does so by itself
     return partial(fit_private, model, train, training, plan, work, system_uniforms)
 
 

@@ -82,7 +82,8 @@ def fit_private(
 
     Raises:
         ConfigError: no per-record gradients of this model; activation checkpointing; several
-            processes; checkpoints of another run. TrainingError: a gradient is not finite.
+            processes; tensorboard; checkpoints of another run.
+        TrainingError: a gradient is not finite.
     """
     run = run or RunConfig()
     _check_alone(run)
@@ -120,6 +121,11 @@ def _check_alone(run: RunConfig) -> None:
         raise ConfigError(
             "expected one process without gradient_checkpointing for differential privacy: "
             "per-record gradients need every activation once"
+        )
+    if run.tensorboard:
+        raise ConfigError(
+            "expected no tensorboard with differential privacy, whose steps it is not told of: "
+            "leave it, progress is on standard error"
         )
 
 
