@@ -74,6 +74,20 @@ def steps(count):
     return [frame for n in range(1, count + 1) for frame in encode(Step(sequence=n), n)]
 
 
+def test_memory_is_counted_as_it_is_held_and_given_back():
+    memory = RequestMemory(100)
+    share = Share(memory)
+    assert share.reserve(40)
+    share.grow(80)  # float32 of what came as int8
+    assert memory.used == 120
+    assert not Share(memory).reserve(1)
+    share.release()
+    assert memory.used == 0
+    share.close()
+    share.grow(5)
+    assert memory.used == 0
+
+
 def test_a_customer_who_ends_it_gets_all_replies():
     assert World(steps(3)).finish() == ([1, 2, 3], None, "customer")
 

@@ -11,6 +11,7 @@ from split_world import LABELS, TEXTS, World
 
 import blindtune
 from blindtune.errors import ConfigError, DataError, NetworkError, OutputError, PolicyError
+from blindtune.exchange.codec import MessageLimits
 from blindtune.exchange.messages import Numbered
 from blindtune.exchange.transcript import Recorder
 from blindtune.exchange.transport import LostError
@@ -79,6 +80,12 @@ def test_a_batch_that_the_vendor_would_not_take_is_known_before_anything_is_sent
     assert sent.isdisjoint({"Batch", "Forward"})
 
 
+def test_so_is_one_with_too_many_bytes(tmp_path, data):
+    world = World(tmp_path, payload=MessageLimits(max_payload_bytes=1024))
+    with pytest.raises(ConfigError, match=r"at most 1,024 bytes at .*lower batch_size"):
+        tune(world, data, tmp_path / "job")
+
+
 @pytest.mark.parametrize("partition", ["two-part", "u-shape"])
 def test_so_is_one_of_a_prediction(tmp_path, data, partition):
     world = World(tmp_path, "bert", partition, cut=1, last=int(partition == "u-shape"))
@@ -104,6 +111,27 @@ def test_so_is_one_that_is_too_large_with_its_padding(tmp_path, data):
     with pytest.raises(ConfigError, match=r"at most 120 tokens with padding.*lower batch_size"):
         ask(world, uneven, asking=AskingConfig(batch_size=10))
     assert len(ask(world, uneven, asking=AskingConfig(batch_size=3)).texts) == 10
+
+
+def test_a_job_that_the_vendor_never_had_is_cancelled_as_often_as_one_likes(tmp_path, data):
+    world = World(tmp_path)
+
+    def gone():
+        raise LostError("nobody is there")
+
+    with pytest.raises(NetworkError):
+        tune(world, data, tmp_path / "job", connect=gone)
+    for _ in range(2):
+        assert blindtune.cancel(world.connect, tmp_path / "job", access=QUICK).job is None
+
+
+def test_a_head_that_is_gone_is_said_to_be(tmp_path, data):
+    world = World(tmp_path, "bert", "u-shape", cut=1, last=1)
+    tune(world, data, tmp_path / "job")
+    for path in (tmp_path / "job").glob("top-*.pt"):
+        path.unlink()
+    with pytest.raises(DataError, match="head is gone"):
+        ask(world, write_table(tmp_path / "new.csv", ["a new film"], labels=None))
 
 
 def test_a_job_is_its_owners_and_whole(tmp_path, data):
@@ -245,8 +273,14 @@ def test_contributing_tokens_are_spared_in_training_alone(tmp_path, data):
     spared = replace(VECTOR, cti_fraction=0.05)
     done = tune(world, data, tmp_path / "job", spared)
     assert done.privacy.spending["unprotected_tokens"] > 0
-    assert done.privacy.spending["epsilon_per_run"] == float("inf")
+    assert done.privacy.spending["epsilon_per_run"] == "inf"
+    assert CustomerJob(tmp_path / "job").statements()["tuning"] == done.privacy
     assert any("contributing" in note for note in done.privacy.notes)
+    assert "between contributing tokens and others nothing is bounded" in done.privacy.account
+    half = replace(spared, eta=None, changed_share=0.6, privatizer="token", cti_fraction=0.5)
+    told = tune(world, data, tmp_path / "half", half).privacy
+    assert told.expected_change < 0.4  # of 0.6: most tokens are spared
+    assert told.expected_change == pytest.approx(told.changed, abs=0.15)
     asked = ask(world, data)
     assert asked.privacy.spending["unprotected_tokens"] == 0
     with pytest.raises(ConfigError, match="contributing"):
@@ -403,3 +437,23 @@ def test_what_is_prepared_is_told(tmp_path, data):
     assert list(parts) == ["meanings of words", "grouping words", "texts privatized"]
     assert all(done == total for done, total in parts.values())
     assert parts["texts privatized"] == (len(TEXTS), len(TEXTS))
+
+
+def test_word_groups_that_are_gone_are_not_done_without(tmp_path, data):
+    world = World(tmp_path)
+    text = "\n".join(pydoc_data.topics.topics.values())
+    (tmp_path / "public.txt").write_text(text[:60_000])
+    grouped = PrivatizerConfig(privatizer="groups", public_text=str(tmp_path / "public.txt"))
+    with pytest.raises(ConfigError, match="wrong_guesses"):
+        PrivatizerConfig(privatizer="groups", public_text="x", wrong_guesses=2.0)
+    wrong = replace(grouped, public_text=str(tmp_path / "none.txt"))
+    with pytest.raises(DataError):
+        tune(world, data, tmp_path / "job", wrong)
+    assert not (tmp_path / "job").exists()
+    tune(world, data, tmp_path / "job", grouped)
+    (tmp_path / "job" / "groups.safetensors").unlink()
+    new = write_table(tmp_path / "new.csv", ["a new film"], labels=None)
+    for act in (lambda: ask(world, new), lambda: tune(world, data, tmp_path / "job", grouped)):
+        with pytest.raises(DataError, match="put groups"):
+            act()
+    assert not list((tmp_path / "job").glob("asked-*"))

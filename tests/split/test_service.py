@@ -277,7 +277,12 @@ def test_tokens(tmp_path):
     with pytest.raises(OutputError, match="something is there"):
         admit("bert", out, token_file=file)
     with pytest.raises(ConfigError, match="name a customer"):
-        admit("a/b", out)
+        admit("a/b", out, token_file=tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    known = (out / "customers.json").read_text()
+    with pytest.raises(OutputError):
+        admit("anna", out, token_file=file / "below-a-file")
+    assert (out / "customers.json").read_text() == known  # the token that she has still holds
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
     with pytest.raises(OutputError, match="something else"):

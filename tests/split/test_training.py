@@ -292,6 +292,7 @@ def test_models_agree_before_training(tmp_path):
         {Step: lambda m: Checkpointed(sequence=m.sequence)},
         {Checkpoint: lambda m: Checkpointed(sequence=m.sequence - 1)},
         {Predict: lambda m: Predictions(logits_BC=torch.zeros(len(m.lengths) + 1, 2))},
+        {Predict: lambda m: Predictions(logits_BC=torch.zeros(len(m.lengths), 3))},
         {Predict: lambda m: Outputs(sequence=None, hidden_TD=m.hidden_TD)},
         {Forward: lambda m: Outputs(sequence=m.sequence, hidden_TD=m.hidden_TD[:, :-1])},
         {Forward: lambda m: Gradients(sequence=m.sequence)},
@@ -317,7 +318,7 @@ def test_a_vendor_that_answers_something_else_is_noticed(tmp_path, lie):
             top = Top(world.bottom, head_of(world))
             return train_u_shape(job, top, private, PLAN, language_model=False)
         train(job, private, PLAN)
-        return predict(job, private)
+        return predict(job, private, outputs=2)
 
     with pytest.raises(VerificationError):
         run()

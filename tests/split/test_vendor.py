@@ -276,6 +276,22 @@ def test_a_checkpoint_that_cannot_be_read_is_said_to_be_the_vendors(tmp_path):
     assert Stream(world, opened=ResumeJob(token=token)).opened.state == "open"
 
 
+def test_a_record_that_cannot_be_read_keeps_no_other_job_from_its_customer(tmp_path, caplog):
+    world = World(tmp_path)
+    token, other = new_token(), new_token()
+    for one in (token, other):
+        Stream(world, opened=opening(world, token=one))
+    broken, _ = sorted((tmp_path / "vendor").rglob("job.json"))
+    broken.write_bytes(broken.read_bytes()[:20])
+    world.start()
+    assert broken.parent.name in caplog.text
+    files = sorted(broken.parent.iterdir())
+    for ask in (lambda t: ResumeJob(token=t), lambda t: opening(world, token=t)):
+        found = {getattr(Stream(world, opened=ask(t)).opened, "code", "") for t in (token, other)}
+        assert found == {"", "policy"}
+    assert sorted(broken.parent.iterdir()) == files
+
+
 def test_housekeeping_goes_on_after_a_failure(caplog):
     calls, seen = [], threading.Event()
 

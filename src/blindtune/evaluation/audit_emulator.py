@@ -90,12 +90,13 @@ def audit_emulator(
         strongest=strongest,
         not_run=_not_run(found, adapter, config),
         facts=_facts(about, found, test, f"{public_NL.numel():,} tokens of {Path(public).name}"),
-        curves={
-            name: _points(curve)
-            for name, curve in (("healed emulator", found.healed), ("control", found.control))
-            if curve
-        },
+        curves=_curves(found),
     )
+
+
+def _curves(found: Misuse) -> dict[str, list[tuple[int, float]]]:
+    curves = {"healed emulator": found.healed, "control": found.control}
+    return {name: _points(curve) for name, curve in curves.items() if curve}
 
 
 def _facts(

@@ -187,11 +187,13 @@ def guarantee(statement: PrivacyStatement) -> tuple[str, ...]:
     if spending is None:
         return (*said, f"{statement.account[:1].upper()}{statement.account[1:]}.",
                 *_notes(statement))  # fmt: skip
-    epsilon = spending["epsilon_per_token"]
+    epsilon, mean, most = (
+        float(spending[f"epsilon_per_{what}"]) for what in ("token", "record_mean", "record_max")
+    )
     said.append(
         f"For a word that lies {spending['distance']:.3g} away, that is epsilon {epsilon:.4g} per "
-        f"token; {spending['epsilon_per_record_mean']:.4g} per text on average and "
-        f"{spending['epsilon_per_record_max']:.4g} at most, for a text that differs in every word."
+        f"token; {mean:.4g} per text on average and {most:.4g} at most, for a text that differs in "
+        "every word."
     )
     if epsilon > LARGE_EPSILON:
         said.append(

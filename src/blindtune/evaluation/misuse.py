@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ def judge_misuse(
     adapter: str | Path | None = None,
     trust: Trust | None = None,
     batch_size: int = 8,
-    on_stop: Callable[[str, int, float], None] | None = None,
+    on_stop: Callable[[str, int, float], None] = lambda *_: None,
 ) -> Misuse:
     """Run the attack and its control, and score both.
 
@@ -98,13 +99,7 @@ def judge_misuse(
         return perplexity(model, test_NL, batch_size=batch_size)
 
     def curve(name: str, model: PreTrainedModel, stops: Iterator[Stop]) -> Curve:
-        points = []
-        for stop in stops:
-            found = score(model)
-            points.append((stop.tokens, found))
-            if on_stop is not None:
-                on_stop(name, stop.tokens, found.nats_per_token)
-        return tuple(points)
+        return tuple(_followed(stops, lambda: score(model), partial(on_stop, name)))
 
     victim = open_emulator(emulator, dtype=torch.float32, trust=trust)
     victim.model.to(preferred_device())
@@ -126,6 +121,16 @@ def judge_misuse(
         stops = heal(EmulatorView(model=victim.model, public_NL=public_NL), config)
         healed = curve("healed", victim.model, stops)
     return Misuse(full=scored_full, emulator=untouched, tuned=tuned, healed=healed, control=control)
+
+
+def _followed(
+    stops: Iterator[Stop], score: Callable[[], Perplexity], told: Callable[[int, float], None]
+) -> Iterator[tuple[int, Perplexity]]:
+    """The points of a curve, told as they come."""
+    for stop in stops:
+        found = score()
+        told(stop.tokens, found.nats_per_token)
+        yield stop.tokens, found
 
 
 def drop_to(model: PreTrainedModel, count: int) -> PreTrainedModel:

@@ -123,6 +123,17 @@ def stored_bytes(message: Message) -> int:
     return total
 
 
+def held_bytes(message: Message) -> int:
+    """Bytes of a message's tensors in memory."""
+    values = (getattr(message, name) for name in message.__struct_fields__)
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+
+
+def row_bytes(precision: Precision, width: int) -> int:
+    """Of one token's states [width] on the wire."""
+    return {"float32": 4 * width, "float16": 2 * width, "int8": width + 4}[precision]
+
+
 def _each(facts: list[_Facts]) -> Callable[[Any], Any]:
     """A hook that writes the next facts in the place of each tensor, in the order of fields."""
     order = iter(facts)
@@ -246,6 +257,7 @@ class FrameReader:
             return None
         message = _parse(kind, bytes(self._header), self._payload)
         self._stated = None
+        self._header, self._payload = bytearray(), torch.empty(0, dtype=torch.uint8)
         return sizes[0], message
 
     def _begin(self, kind: int, exchange: int, header_bytes: int, payload_bytes: int) -> None:

@@ -16,7 +16,7 @@ import secrets
 import socket
 import ssl
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -183,14 +183,20 @@ def open_customers(path: Path) -> Customers:
     return Customers(_hashes(path))
 
 
-def add_customer(path: Path, name: str) -> str:
-    """Give a customer a new token, in the place of any older one, and return it; it is not kept."""
+def add_customer(
+    path: Path, name: str, deliver: Callable[[str], object] = lambda _token: None
+) -> str:
+    """Give a customer a new token, in the place of any older one, and return it; it is not kept.
+
+    `deliver` gets it before the older one ends; if that fails, nothing has changed.
+    """
     token = secrets.token_urlsafe(32)
     hashes = {**(_hashes(path) if path.exists() else {}), name: token_hash(token)}
     try:
         msgspec.convert(hashes, dict[Name, Sha256])
     except msgspec.ValidationError as error:
         raise ConfigError(f"`{name}` cannot name a customer ({error}): use letters") from error
+    deliver(token)
     _write_hashes(path, hashes)
     return token
 

@@ -284,4 +284,8 @@ def _translate(error: Any, grpc: Any) -> BlindtuneError:
             "the vendor's certificate is expired, names another host, or comes from an authority "
             "that is not trusted: ask the vendor"
         )
+    if "CERTIFICATE_REQUIRED" in (error.details() or ""):
+        return PolicyError(
+            "the vendor asks for a client's certificate: give --client-certificate and --client-key"
+        )
     return LostError(f"the connection was lost ({code.name}: {details}): the work can be resumed")

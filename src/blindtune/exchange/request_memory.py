@@ -39,6 +39,16 @@ class Share:
             self._sizes.append(size)
             return True
 
+    def grow(self, size: int) -> None:
+        """Count what the newest request takes beyond what was reserved, now that it is known.
+
+        It has been taken already, so it is counted even where there is not so much.
+        """
+        with self._memory.lock:
+            if self._sizes:
+                self._memory.used += size
+                self._sizes[-1] += size
+
     def release(self) -> None:
         """Give back what the oldest request took."""
         with self._memory.lock:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import final
 
 from blindtune.errors import VerificationError
-from blindtune.exchange.codec import FrameReader, MessageLimits, encode
+from blindtune.exchange.codec import FrameReader, MessageLimits, encode, held_bytes
 from blindtune.exchange.events import (
     Answered,
     Crossed,
@@ -97,6 +97,7 @@ class Stream:
         self._working = False
         self._writing_since: float | None = None
         self._requests, self._bytes_in, self._bytes_out = 0, 0, 0
+        self._admitted = 0
 
     def run(self, frames: Iterator[bytes], handler: Handler) -> Iterator[bytes]:
         """The frames of the replies, to the end of the stream."""
@@ -106,7 +107,10 @@ class Stream:
         try:
             while (request := self._next()) is not None:
                 self._working = True
-                yield from self._write(self._answer(handler, request))
+                frames_out = self._answer(handler, request)
+                del request  # its memory is given back, while the next one is waited for
+                yield from self._write(frames_out)
+                del frames_out
                 self._heard = time.monotonic()
                 self._working = False
             if (last := self._ending.last) is not None:
@@ -160,6 +164,7 @@ class Stream:
                 self._tell(Crossed(direction="in", bytes=len(frame)))
                 if (arrived := self._reader.feed(frame)) is not None:
                     exchange, message = arrived
+                    self._share.grow(max(0, held_bytes(message) - self._admitted))
                     self._queue.put(
                         _Request(exchange=exchange, message=message, arrived=time.monotonic())
                     )
@@ -176,6 +181,7 @@ class Stream:
         """Make room for the next request, before its memory is taken."""
         if self._queue.qsize() >= WINDOW or not self._share.reserve(size):
             raise BusyError(self._retry_after_seconds)
+        self._admitted = size
 
     def _next(self) -> _Request | None:
         """The request that is to be answered now; None: the stream ends."""

@@ -16,6 +16,9 @@ Composition (Dwork and Roth 2014, theorem 3.16, word for word with d_chi):
 - Run: records of different persons do not add up: what anyone spends is their own record. The sum
   over the run is what a person spends whose text is in all of its records.
 
+With noise factors that depend on the word (contributing tokens) every epsilon is for alternatives
+that have the same factor; between words of different factors nothing is bounded.
+
 Not covered: texts of different length (their distance is infinite), tokens that are not counted
 (special tokens, padding: public by assumption), labels, the choice of contributing tokens by
 private counts, and the same sentence in several records (each spends).
@@ -76,7 +79,8 @@ class Spending:
     tokens: int
     """Tokens counted, over all records."""
     weakened_tokens: int
-    """Tokens with a noise factor between 0 and 1: they spend 1 / factor as much."""
+    """Tokens with a noise factor between 0 and 1: they spend 1 / factor as much, against
+    alternatives of the same factor."""
     unprotected_tokens: int
     """Tokens without noise: no guarantee at all."""
 
@@ -91,6 +95,11 @@ class Spending:
             f"run     epsilon {self.epsilon_per_run:.4g} per run of {self.tokens} tokens, for "
             "somebody whose text is in every record",
         ]
+        if self.weakened_tokens or self.unprotected_tokens:
+            lines.append(
+                "        for alternatives with as much noise: between contributing tokens and "
+                "others nothing is bounded"
+            )
         if self.weakened_tokens:
             lines.append(f"        {self.weakened_tokens} tokens with less noise spend more")
         if self.unprotected_tokens:

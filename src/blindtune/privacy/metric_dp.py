@@ -35,8 +35,9 @@ Not covered, in any mode
   word far from all others, or a topic told by many words, shows through.
 - How many tokens a text has, where special tokens and padding are, labels, and how often and when
   something is sent.
-- Tokens with a noise factor below 1: factor f spends eta / f; factor 0 sends the token as it is
-  (see `token_importance`).
+- Noise factors that depend on the word: the formula holds between words of one factor f, with
+  eta / f, and not between words of different ones; factor 0 sends the token as it is (see
+  `token_importance`).
 - Repetition: every fresh draw for the same text spends eta again; averaging removes the noise.
 - What the later model, its gradients or its predictions tell; only what is computed from the
   noised values alone is safe.

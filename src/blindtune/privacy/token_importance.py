@@ -10,8 +10,11 @@ of class y their noise is multiplied by a factor, where 0 is no noise at all. Al
 all tokens of texts without a label, get full noise.
 
 Guarantee: none of its own. What it takes from the mechanism's (`metric_dp`):
-- A contributing token spends eta / factor; with factor 0 it is sent as it is. State empirical
-  privacy for contributing and other tokens separately; an average hides them.
+- The formula holds between words that have the same factor, once the lists are taken as known: eta
+  for two that have full noise, eta / factor for two that contribute. Between a contributing word
+  and another there is no bound, however near they are: how much noise there is tells them apart.
+- With factor 0 a contributing token is sent as it is. State empirical privacy for contributing and
+  other tokens separately; an average hides them.
 - Which tokens are spared depends on the label, so the outputs of a training text show its label,
   and the chosen tokens show what is frequent in the private texts of a class. The sets are counted
   from private data without noise: never send them, or anything chosen by them except through the

@@ -62,7 +62,8 @@ def cancel(
                 retries,
             )
         except PolicyError as error:
-            if found.record.state != "begun" or "(unknown-job)" not in str(error):
+            unopened = found.record.state in ("begun", "cancelled")
+            if not unopened or "(unknown-job)" not in str(error):
                 raise
             found.mark("cancelled")
             return Cancellation(job=None, steps=0, tokens=0, kept=found.path)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import ConfigError, DataError, PolicyError, VerificationError
+from blindtune.exchange.codec import row_bytes
 from blindtune.exchange.messages import (
     WINDOW,
     Batch,
@@ -55,6 +56,10 @@ _ENDED = {
 
 REQUESTS_OF_A_BATCH: dict[Partition, int] = {"two-part": 1, "u-shape": 2}
 """batch; or forward and backward. A step follows as a request of its own."""
+
+
+LABEL_BYTES = 64
+"""Of a text's label on the wire, and what its message needs besides, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,27 +203,40 @@ def check_batches(welcome: Welcome, private: PrivateStates, config: PassConfig) 
         ConfigError: it does not.
     """
     batches = (texts for step in config.steps(len(private)) for texts in step)
-    check_largest(welcome, private, batches, "lower batch_size or max_length in a new job")
+    remedy = "lower batch_size or max_length in a new job"
+    check_largest(welcome, private, batches, config.precision, remedy)
 
 
 def check_largest(
-    welcome: Welcome, private: PrivateStates, batches: Iterable[Sequence[int]], remedy: str
+    welcome: Welcome,
+    private: PrivateStates,
+    batches: Iterable[Sequence[int]],
+    precision: Precision,
+    remedy: str,
 ) -> None:
-    """Whether the vendor takes the largest of some batches of texts, with and without padding.
+    """Whether the vendor takes the largest of some batches of texts: tokens, padding, bytes.
 
     Raises:
         ConfigError: it does not; `remedy` says what to do.
     """
     lengths = [len(state_LD) for state_LD in private.states]
-    sizes = [(sum(own := [lengths[i] for i in texts]), max(own) * len(own)) for texts in batches]
-    for largest, most, padded in (
-        (max(tokens for tokens, _ in sizes), welcome.max_tokens, ""),
-        (max(padded for _, padded in sizes), PADDED * welcome.max_tokens, " with padding"),
+    groups = [[lengths[i] for i in texts] for texts in batches]
+    tokens = max(map(sum, groups))
+    row = row_bytes(precision, welcome.hidden_size)
+    labels = LABEL_BYTES * max(map(len, groups))
+    for largest, most, unit in (
+        (tokens, welcome.max_tokens, "tokens"),
+        (
+            max(max(own) * len(own) for own in groups),
+            PADDED * welcome.max_tokens,
+            "tokens with padding",
+        ),
+        (tokens * row + labels, welcome.max_payload_bytes, f"bytes at {precision}"),
     ):
         if largest > most:
             raise ConfigError(
-                f"expected batches of at most {most:,} tokens{padded}, as the vendor says, the "
-                f"largest would have {largest:,} (nothing was sent): {remedy}"
+                f"expected batches of at most {most:,} {unit}, as the vendor says, the largest "
+                f"would have {largest:,} (nothing was sent): {remedy}"
             )
 
 
@@ -318,13 +336,15 @@ def predict(
     transport: Transport,
     private: PrivateStates,
     *,
+    outputs: int | None = None,
     batch_size: int = 16,
     precision: Precision = "float16",
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Tensor:
     """Two-part: the tuned model's outputs [N, C] (logits of classes, or targets).
 
-    `on_progress` is told how many texts are done, and how many there are.
+    `outputs` is the C that the job was opened with; None: whatever comes is taken. `on_progress` is
+    told how many texts are done, and how many there are.
 
     Raises:
         VerificationError: the vendor's reply does not fit the texts.
@@ -334,9 +354,12 @@ def predict(
         hidden_TD, lengths = private.rows(indices)
         request = Predict(precision=precision, hidden_TD=hidden_TD, lengths=lengths)
         reply = transport.call(request)
-        if not isinstance(reply, Predictions) or len(reply.logits_BC) != len(indices):
+        shape = reply.logits_BC.shape if isinstance(reply, Predictions) else (0, 0)
+        if not isinstance(reply, Predictions) or tuple(shape) != (
+            len(indices), shape[1] if outputs is None else outputs,
+        ):  # fmt: skip
             raise VerificationError(
-                f"expected predictions for {len(indices)} texts, got {named(reply)}"
+                f"expected predictions for {len(indices)} texts, got {named(reply)} {list(shape)}"
             )
         found.append(reply.logits_BC)
         on_progress(indices[-1] + 1, len(private))

@@ -1,4 +1,4 @@
-"""A customer's job on its own disk; every file whole or absent, all readable by their owner only.
+"""A customer's job on its own disk; every file whole or absent, the directory its owner's only.
 
     job.json             what was asked for, the classes' names, how far it is
     token                the job's secret, drawn before the vendor hears of the job

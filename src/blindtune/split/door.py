@@ -139,14 +139,16 @@ def admit(name: str, out: str | Path, *, token_file: str | Path | None = None) -
     if target is not None and target.exists():
         raise OutputError(f"{target}: expected a new file for the token, something is there")
     customers = prepare(Path(out))
+
+    def deliver(token: str) -> None:
+        if target is not None:
+            with atomic_file(target) as partial:
+                partial.touch(mode=0o600)
+                partial.write_text(token + "\n")
+
     with FileLock(customers.with_suffix(".lock"), mode=0o600):
         put_in_order(customers)
-        token = add_customer(customers, name)
-    if target is not None:
-        with atomic_file(target) as partial:
-            partial.touch(mode=0o600)
-            partial.write_text(token + "\n")
-    return token
+        return add_customer(customers, name, deliver)
 
 
 def revoke(name: str, out: str | Path) -> None:

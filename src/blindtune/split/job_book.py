@@ -24,7 +24,7 @@ from blindtune.split.shared_model import SharedModel
 from blindtune.split.store import JobRecord, JobStore
 from blindtune.split.terms import VendorLimits
 
-UNREADABLE = "the checkpoint of this job cannot be read here: ask the vendor"
+UNREADABLE = "what is kept of this job cannot be read here: ask the vendor"
 EXPIRY_GRACE_SECONDS = 3600.0
 ENDED_KEPT = 32
 """Ended jobs of a customer that are remembered, to tell it that they have ended."""
@@ -69,6 +69,7 @@ class JobBook:
         """Open a job, or find it again; durable before it is returned."""
         check_opening(opening, self._model.served.cut, self._bottom, self._limits)
         name, digest = _name_of(opening.token)
+        self._check_readable(name)
         self.expire()
         with self._opening:
             if name not in self._jobs:
@@ -93,6 +94,7 @@ class JobBook:
     def find(self, customer: str, token: str) -> Job:
         """A customer's job by its token; PolicyError to everybody else."""
         name, digest = _name_of(token)
+        self._check_readable(name)
         job = self._jobs.get(name)
         if (
             job is None
@@ -224,6 +226,10 @@ class JobBook:
             with self._model.turn(job.record.owner):
                 self._model.detach(job.record)
             job.lora = None
+
+    def _check_readable(self, name: str) -> None:
+        if name in self.store.unreadable:
+            raise RefusedError("policy", UNREADABLE)
 
     def _check_room(self, customer: str) -> None:
         live = [job.record.owner for job in self if job.record.state == "open"]

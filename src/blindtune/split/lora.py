@@ -288,7 +288,7 @@ class JobLora:
         return out
 
     def state(self) -> dict[str, Any]:
-        """Copies of everything that training changes."""
+        """Everything that training changes: copies of weights, of the rest what is there now."""
         assert self.settled, "a checkpoint is made after a step"
         return {
             "parameters": {n: p.detach().cpu().clone() for n, p in self._parameters.items()},

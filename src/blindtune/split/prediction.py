@@ -221,22 +221,27 @@ def _ask(
     batch_size: int,
     on_progress: OnTexts,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    check_largest(
-        transport.welcome, private, portions(len(private), batch_size),
-        remedy="lower batch_size, or leave out texts that are longer",
-    )  # fmt: skip
     options = job.record.options
     precision: Precision = options["passes"]["precision"]  # type: ignore[assignment]
-    if job.record.partition == "two-part":
-        outputs_NC = predict_two_part(
-            transport, private, batch_size=batch_size, precision=precision, on_progress=on_progress
-        )
-        return _labelled(texts, outputs_NC)
+    check_largest(
+        transport.welcome, private, portions(len(private), batch_size), precision,
+        remedy="lower batch_size, or leave out texts that are longer",
+    )  # fmt: skip
     language_model = options["reading"]["task"] == "language-model"
     outputs = 0 if language_model else len(job.record.names) or 1
+    if job.record.partition == "two-part":
+        outputs_NC = predict_two_part(
+            transport, private, outputs=outputs, batch_size=batch_size, precision=precision,
+            on_progress=on_progress,
+        )  # fmt: skip
+        return _labelled(texts, outputs_NC)
     tuning = TuningConfig(**options["tuning"])  # type: ignore[arg-type]
     top = Top(package, customers_head(package, outputs, tuning), directory=job.path)
-    top.load(top.numbers()[-1])
+    if not (kept := top.numbers()):
+        raise DataError(
+            f"{job.path}: the job's head is gone: put its top-<number>.pt back, or tune another"
+        )
+    top.load(kept[-1])
     done, found, windows = 0, [], []
     for part in each_u_shape(transport, top, private, batch_size=batch_size, precision=precision):
         if language_model:

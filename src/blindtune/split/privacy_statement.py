@@ -10,7 +10,8 @@ Guarantee: none of its own; it states the mechanism's (`privacy.metric_dp`). An 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -126,7 +127,7 @@ def state_privacy(
         words = _words(bottom, private.ids)
         level = _survey(bottom, words, config.privatizer, groups).at(mechanism.eta)
         norm, typical = level.mean_norm, level.neighbour_distance
-        change = level.changed_share
+        change = level.changed_share * _noised_share(bottom, private, config, classes)
         if groups is not None:
             change = _change_with_groups(bottom, words, groups, mechanism.eta)
     spending, text = _account(bottom, private, config, mechanism, typical, classes, epochs)
@@ -137,10 +138,35 @@ def state_privacy(
         typical_norm=typical,
         expected_change=change,
         changed=private.changed,
-        spending=None if spending is None else asdict(spending),
+        spending=None if spending is None else _plain(spending),
         account=text,
         notes=notes,
     )
+
+
+def _plain(spending: Spending) -> dict[str, Any]:
+    """As JSON can hold it: what has no bound is "inf"."""
+    return {k: "inf" if v == math.inf else v for k, v in asdict(spending).items()}
+
+
+def _noised_share(
+    bottom: Bottom, private: PrivateStates, config: PrivatizerConfig, classes: int
+) -> float:
+    """The share of tokens that CTI leaves their full noise; those with less are taken to stay."""
+    if not config.cti_fraction:
+        return 1.0
+    factors = torch.cat(list(_factors(bottom, private, config, classes)))
+    return float((factors == 1).double().mean())
+
+
+def _factors(
+    bottom: Bottom, private: PrivateStates, config: PrivatizerConfig, classes: int
+) -> Iterator[Tensor]:
+    """Noise factors [L] of the tokens of every text that count."""
+    labels, importance = private.labels, config.importance()
+    content = [bottom.margins.content(text_L) for text_L in private.ids]
+    contributing = contributing_tokens(bottom, content, labels, importance, classes)
+    return noise_factors(contributing, bottom.margins, private.ids, labels)
 
 
 def _without_noise(groups: WordGroups | None, changed: float | None) -> str:
@@ -172,10 +198,7 @@ def _account(
                 "how far one changed word moves the states"
             )
         distance = 2 * mechanism.clip_norm
-    labels, importance = private.labels, config.importance()
-    content = [bottom.margins.content(text_L) for text_L in private.ids]
-    contributing = contributing_tokens(bottom, content, labels, importance, classes)
-    factors = noise_factors(contributing, bottom.margins, private.ids, labels)
+    factors: Iterable[Tensor] = _factors(bottom, private, config, classes)
     if mechanism.mode == "block-output":  # every position is noised, those around a text too
         factors = map(torch.ones, map(len, private.ids))
     found = account(mechanism, factors, distance, Releases(epochs=epochs))
@@ -239,7 +262,7 @@ def _notes(
     if training and config.cti_fraction:
         notes.append(
             f"contributing tokens have {config.cti_factor:g} of the noise in training texts; that "
-            "shows them, and the label, to the vendor"
+            "shows them, and the label, to the vendor: no epsilon covers which words contribute"
         )
     again = "in every epoch" if training else "when these texts are predicted again for this job"
     notes.append(f"drawn once, and sent again {again}: that spends nothing more")

@@ -130,6 +130,7 @@ class PrivatizerConfig:
                 "expected public_text (--public-text) with privatizer groups, and only then: words "
                 "are counted in public text, because counts of private text would tell about it"
             )
+        self.grouping()
         if self.privatizer == "groups" and (self.changed_share or self.cti_fraction):
             raise ConfigError(
                 "with groups the share of tokens that change follows from wrong_guesses, and none "

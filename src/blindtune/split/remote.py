@@ -24,6 +24,7 @@ from blindtune.errors import VerificationError
 from blindtune.exchange.messages import (
     Backward,
     Checkpoint,
+    Checkpointed,
     Forward,
     Gradients,
     Outputs,
@@ -78,7 +79,9 @@ class RemoteTrunk:
 
     def checkpoint(self) -> None:
         """Make what was done so far durable at the vendor; after a step."""
-        self._transport.call(Checkpoint(sequence=self.applied))
+        reply = self._transport.call(Checkpoint(sequence=self.applied))
+        if not isinstance(reply, Checkpointed) or reply.sequence < self.applied:
+            raise VerificationError(f"expected a checkpoint, got {named(reply)}: ask the vendor")
 
     def predict(self, hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """What leaves the trunk [B, L, D], without training."""

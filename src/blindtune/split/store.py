@@ -8,6 +8,7 @@ Never leaves the vendor. Checkpoints are read with `weights_only=True`.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -21,6 +22,7 @@ from blindtune.errors import OutputError
 from blindtune.exchange.messages import OpenJob
 from blindtune.split.numbered_states import NumberedStates
 
+logger = logging.getLogger(__name__)
 _NAME = re.compile(r"job_[0-9a-f]{16}")
 
 
@@ -59,6 +61,8 @@ class JobStore:
 
     def __init__(self, root: str | Path, bottom: str) -> None:
         self._jobs = Path(root) / "jobs"
+        self.unreadable: set[str] = set()
+        """Names of jobs whose record cannot be read; nothing of them is touched."""
         mark = Path(root) / "bottom.sha256"
         if mark.exists() and mark.read_text() != bottom:
             raise OutputError(
@@ -73,13 +77,17 @@ class JobStore:
             remove_left_overs(job)
 
     def records(self) -> list[JobRecord]:
-        """Every job that was opened."""
-        found = sorted(self._jobs.glob("*/job.json"))
-        return [
-            msgspec.json.decode(path.read_bytes(), type=JobRecord)
-            for path in found
-            if _NAME.fullmatch(path.parent.name)
-        ]
+        """Every job that was opened; one whose record cannot be read is left as it lies, logged."""
+        found = []
+        for path in sorted(self._jobs.glob("*/job.json")):
+            if not _NAME.fullmatch(path.parent.name):
+                continue
+            try:
+                found.append(msgspec.json.decode(path.read_bytes(), type=JobRecord))
+            except msgspec.MsgspecError as error:
+                self.unreadable.add(path.parent.name)
+                logger.error("%s is left out: it cannot be read (%s)", path, error)
+        return found
 
     def write(self, record: JobRecord) -> None:
         """Store what was agreed, durably."""

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from blindtune.exchange.codec import HEAD_BYTES
-from blindtune.exchange.messages import Precision
+from blindtune.exchange.codec import HEAD_BYTES, row_bytes
 from blindtune.models.costs import (
     FLOAT,
     READ_BYTES_PER_SECOND,
@@ -129,8 +128,3 @@ def _wire(
             2 * requests + steps
         ) * frame
     return tokens * row + (requests + steps) * frame, (requests + steps) * frame
-
-
-def row_bytes(precision: Precision, width: int) -> int:
-    """Of one token's states on the wire."""
-    return {"float32": 4 * width, "float16": 2 * width, "int8": width + 4}[precision]

@@ -21,6 +21,7 @@ import msgspec
 from blindtune.errors import DataError, OutputError, PolicyError
 from blindtune.exchange.signing import Trust
 from blindtune.privacy.entropy import system_uniforms
+from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.access import (
     AccessConfig,
     Connect,
@@ -118,7 +119,7 @@ def split_tune(
     texts = read_training(package, data, reading)
     tuning = _with_length(tuning, passes, len(texts.ids))
     record = _record(package, bottom, texts, privatizer, tuning, passes, reading)
-    job = _begin_or_find(package, Path(out), record, privatizer, texts, resume)
+    job = _begin_or_find(package, Path(out), record, privatizer, texts, resume, on_part)
     with job.working():
         _check_open(job)
         private, statement = _prepare(job, package, texts, privatizer, passes, on_part)
@@ -180,11 +181,17 @@ def _begin_or_find(
     privatizer: PrivatizerConfig,
     texts: PrivateTexts,
     resume: str,
+    on_part: OnPart,
 ) -> CustomerJob:
+    """The job; what its options can be wrong about is known before it is there."""
     if not (out / MARK).exists():
         eta = choose_eta(package, texts.ids, privatizer)
+        groups = _made_groups(package, privatizer, on_part)
         chosen = msgspec.structs.replace(record, eta=eta)
-        return CustomerJob.begin(out, chosen, new_token())
+        job = CustomerJob.begin(out, chosen, new_token())
+        if groups is not None:
+            job.keep_groups(groups)
+        return job
     if resume == "never":
         raise OutputError(
             f"{out}: a job is there, and another draw for the same texts would spend again: go on "
@@ -193,6 +200,15 @@ def _begin_or_find(
     job = CustomerJob(out)
     job.check_same(record)
     return job
+
+
+def _made_groups(
+    package: Bottom, privatizer: PrivatizerConfig, on_part: OnPart
+) -> WordGroups | None:
+    grouping = privatizer.grouping()
+    if grouping is None or privatizer.public_text is None:
+        return None
+    return make_groups(package, privatizer.public_text, grouping, on_part=on_part)
 
 
 def _prepare(
@@ -206,10 +222,7 @@ def _prepare(
     """The private states and what sending them spends: made once, found again later."""
     eta, classes = job.record.eta, len(texts.names)
     private, groups = job.states(), job.groups()
-    grouping = privatizer.grouping()
-    if grouping is not None and groups is None:
-        assert privatizer.public_text is not None
-        groups = make_groups(package, privatizer.public_text, grouping, on_part=on_part)
+    if groups is None and (groups := _made_groups(package, privatizer, on_part)) is not None:
         job.keep_groups(groups)
     if private is None:
         if job.record.state != "begun":

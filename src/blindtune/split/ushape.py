@@ -5,6 +5,9 @@ customer's head is trained here; its layers and, for language models, the model'
 they are. What the customer learns is stored before the vendor is asked for the checkpoint that
 belongs to it, so both can be taken back to the same step.
 
+The head is not sent, and is no secret: its first weights follow from the seed that the vendor has,
+and its training from the outputs and gradients that cross (docs/split.md).
+
 Shapes: B batch, L length, T tokens, D hidden, F features, C outputs, N texts.
 """
 

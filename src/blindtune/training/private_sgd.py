@@ -82,8 +82,7 @@ def fit_private(
 
     Raises:
         ConfigError: no per-record gradients of this model; activation checkpointing; several
-            processes; tensorboard; checkpoints of another run.
-        TrainingError: a gradient is not finite.
+            processes; tensorboard; checkpoints of another run. TrainingError: gradients not finite.
     """
     run = run or RunConfig()
     _check_alone(run)
