@@ -72,6 +72,12 @@ def test_two_newcomers(made, blindtune, home, fingerprint, tmp_path):
     assert blindtune(*trust).code == 0
     facts = blindtune("unseal", tmp_path / "a.age", tmp_path / "back", "--json").facts
     assert facts["signed_by"] == f"mate ({mine})"
+    again = ["unseal", tmp_path / "a.age", tmp_path / "back"]
+    done = blindtune(*again)
+    assert (done.code, "--overwrite" in done.err) == (2, True)
+    assert blindtune(*again, "--overwrite").code == 0
+    done = blindtune("unseal", tmp_path / "none.age", tmp_path / "y")
+    assert (done.code, "check the path" in done.err) == (2, True)
     done = blindtune("plug-in", made / "llama", tmp_path / "back", "--out", tmp_path / "t")
     assert (done.code, f"mate ({mine})" in done.out) == (0, True)
 

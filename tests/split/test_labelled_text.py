@@ -40,6 +40,7 @@ def test_names_and_columns(tmp_path):
         ("a.csv", "", "got none"),
         ("a.csv", "text,label\nx,1\n", "1 texts of 1"),
         ("a.jsonl", '{"text": 3, "label": 1}', "a.jsonl:1"),
+        ("a.csv", "text,label\nx,1\ny\n", "a value in 'label'"),
         ("a.jsonl", '{"text": "x", "label": 0.5}', "class"),
         ("a.jsonl", "[1]", "object"),
         ("a.jsonl", "{", "a.jsonl:1: expected JSON"),

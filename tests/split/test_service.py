@@ -294,6 +294,9 @@ def test_certificates(tmp_path):
     files = {"certificate": str(chain.certificate), "key": str(chain.key)}
     with pytest.raises(ConfigError, match="got neither"):
         credentials_of(CertificateConfig(), tmp_path, "127.0.0.1")
+    with pytest.raises(ConfigError, match="got neither"):
+        serve("nowhere", tmp_path / "made", 1, access=CertificateConfig())
+    assert not (tmp_path / "made").exists()
     with pytest.raises(ConfigError, match="self-signed"):
         credentials_of(CertificateConfig(**files), tmp_path, "127.0.0.1")
     for wrong in (

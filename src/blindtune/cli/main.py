@@ -6,6 +6,7 @@ resumed), 70 an error of ours, 130 interrupted.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -101,6 +102,7 @@ def _group() -> click.Group:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code."""
     debug = "--debug" in arguments
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own lines would stand between ours
     try:
         code = _group().main(list(arguments), prog_name="blindtune", standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -46,7 +46,10 @@ def act(settings: Settings) -> Facts:
             f"`{unknown[0][:80]}`: blindtune keys trust NAME FILE"
         )
     recipients = {name: known[name] for name in settings["to"]}
-    identity = seal(settings["package"], settings["file"], list(recipients.values()))
+    identity = seal(
+        settings["package"], settings["file"], list(recipients.values()),
+        overwrite=settings.overwrite,
+    )  # fmt: skip
     return {
         "path": settings["file"],
         "id": identity,
@@ -75,6 +78,7 @@ VERB = Verb(
         click.Option(
             ["--to"], required=True, multiple=True, metavar="NAME", help="Who can open it."
         ),
+        click.Option(["--overwrite"], is_flag=True, help="Replace the file that is there."),
     ),
     act=act,
     show=show,

@@ -52,10 +52,7 @@ Example:
 
 def act(settings: Settings) -> Facts:
     """Serve until a signal comes."""
-    import os
     from pathlib import Path
-
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own lines would stand between the log's
 
     from blindtune.exchange.guard import GuardConfig
     from blindtune.exchange.serving import ServerConfig

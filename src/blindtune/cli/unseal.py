@@ -42,8 +42,9 @@ def act(settings: Settings) -> Facts:
             "expected a key of yours that it was sealed to, you have none: blindtune keys new"
         )
     identity, signature = unseal(
-        settings["file"], settings["package"], key, trust=trust_of(settings)
-    )
+        settings["file"], settings["package"], key, trust=trust_of(settings),
+        overwrite=settings.overwrite,
+    )  # fmt: skip
     return {"path": settings["package"], "id": identity, "signed_by": signed_by(signature)}
 
 
@@ -63,6 +64,7 @@ VERB = Verb(
     parameters=(
         click.Argument(["file"], metavar="FILE"),
         click.Argument(["package"], metavar="PACKAGE"),
+        click.Option(["--overwrite"], is_flag=True, help="Replace the package that is there."),
         *OPENING,
     ),
     act=act,

@@ -197,6 +197,7 @@ def _run(verb: Verb, values: dict[str, Any]) -> None:
     resolved: dict[str, Any] = {
         name: tuple(values[name]) if isinstance(values[name], list) else values[name]
         for name in verb.known()
+        if name not in flags
     }
     output = sys.stdout
 

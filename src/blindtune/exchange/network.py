@@ -282,7 +282,8 @@ def _translate(error: Any, grpc: Any) -> BlindtuneError:
     if any(reason in (error.details() or "") for reason in untrusted):
         return VerificationError(
             "the vendor's certificate is expired, names another host, or comes from an authority "
-            "that is not trusted: ask the vendor"
+            "that is not trusted: if it is self-signed, give --fingerprint (read to you by the "
+            "vendor), or --roots; else ask the vendor"
         )
     if "CERTIFICATE_REQUIRED" in (error.details() or ""):
         return PolicyError(

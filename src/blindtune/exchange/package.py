@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar, final, overload
@@ -196,9 +196,7 @@ def open_package(
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror or error}): check its permissions"
         ) from error
-    for name in (MANIFEST_NAME, DIGEST_NAME):
-        if name not in names:
-            raise PackageError(f"{path}: {name} is missing: ask for the package again")
+    _check_names(path, names)
     manifest_bytes = _read_manifest(path)
     signature = read_signature(path, manifest_bytes) if SIGNATURE_NAME in names else None
     if trust is not None:  # before a byte of what it says is parsed
@@ -211,8 +209,8 @@ def open_package(
         )
     if kind != "any" and manifest.format != f"blindtune-{kind}":
         raise MismatchError(
-            f"{path}: expected an {kind} package, this is a {manifest.format} package: "
-            "give the other directory"
+            f"{path}: expected {'a' if kind == 'bottom' else 'an'} {kind} package, this is a "
+            f"{manifest.format} package: give the other directory"
         )
     weights = _check_entries(path, manifest, names, max_bytes)
     for name, entry in manifest.files.items():
@@ -270,6 +268,18 @@ def shard_names(count: int) -> list[str]:
 def digest_line(manifest_bytes: bytes) -> bytes:
     """The content of manifest.sha256, in the form that `sha256sum --check` reads."""
     return f"{hashlib.sha256(manifest_bytes).hexdigest()}  {MANIFEST_NAME}\n".encode()
+
+
+def _check_names(path: Path, names: Collection[str]) -> None:
+    """Whether there is a package at all."""
+    missing = [name for name in (MANIFEST_NAME, DIGEST_NAME) if name not in names]
+    if len(missing) == 2:
+        raise PackageError(
+            f"{path}: expected a package, this directory is none (it has no {MANIFEST_NAME}): name "
+            "the one that emulate, tune or serve has made"
+        )
+    if missing:
+        raise PackageError(f"{path}: {missing[0]} is missing: ask for the package again")
 
 
 def _list_names(path: Path) -> set[str]:

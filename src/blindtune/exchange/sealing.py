@@ -61,7 +61,10 @@ def seal(
 
     target = Path(out)
     if target.is_dir() or (target.exists() and not overwrite):
-        raise OutputError(f"{target}: expected a new file, something is there: choose another")
+        raise OutputError(
+            f"{target}: expected a new file, something is there: choose another, or say that it "
+            "may be overwritten (--overwrite)"
+        )
     if not recipients:
         raise ConfigError("expected at least one recipient, got none")
     opened = open_package(package)
@@ -102,6 +105,7 @@ def unseal(
         Package id and signature.
 
     Raises:
+        ConfigError: there is no such file.
         PolicyError: it is sealed for others, or `trust` refuses the package.
         PackageError: it is altered, truncated, or holds anything but a package.
         OutputError: the package cannot be written.
@@ -110,6 +114,8 @@ def unseal(
 
     identity = pyrage.x25519.Identity.from_str(key.receiving_secret)
     path = Path(sealed)
+    if not path.exists():
+        raise ConfigError(f"{path}: expected a sealed file, there is none: check the path")
     handle, _size = open_regular(path)
     with handle, atomic_directory(out, overwrite=overwrite, mark=MANIFEST_NAME) as partial:
         unpacking = Unpacking(path, partial, max_bytes)
@@ -131,7 +137,10 @@ def _translated(path: Path, error: Exception) -> BlindtuneError:
     reason = printable(" ".join(str(error).split()))
     if "no matching keys" in reason.lower():
         return PolicyError(f"{path}: sealed for somebody else: ask for it to be sealed to your key")
-    return PackageError(f"{path}: cannot be opened ({reason}): ask for it again")
+    return PackageError(
+        f"{path}: cannot be opened ({reason}): it is no sealed file, or was altered: ask for it "
+        "again"
+    )
 
 
 def _archive(directory: Path, names: Sequence[str]) -> Iterator[bytes]:

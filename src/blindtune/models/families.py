@@ -150,6 +150,10 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
+_ENCODERS = ("bert", "roberta", "distilbert", "mpnet", "deberta-v2")
+"""Known to `models.encoders`, for split tuning."""
+
+
 def known_model_types() -> tuple[str, ...]:
     """Every `model_type` that the table covers, sorted."""
     return tuple(sorted(_BY_MODEL_TYPE))
@@ -166,6 +170,8 @@ def family_of(config: Any) -> Family:
     family = _BY_MODEL_TYPE.get(str(model_type))
     if family is None:
         hint = " (give its text part alone, gemma3_text)" if model_type == "gemma3" else ""
+        if model_type in _ENCODERS:
+            hint = ", an encoder: for split tuning alone"
         raise UnsupportedModelError(
             f"expected a model of type {', '.join(known_model_types())}, got {model_type!r}{hint}; "
             "if it is an embedding, a ModuleList of layers, a final norm and a head, add one entry "

@@ -52,6 +52,14 @@ class CertificateConfig:
         if self.certificate_names and not self.self_signed:
             raise ConfigError("certificate_names are for a self-signed certificate: leave them out")
 
+    def check_whole(self) -> None:
+        """Raise ConfigError unless the config says which certificate is shown."""
+        if self.certificate is None and not self.self_signed:
+            raise ConfigError(
+                "expected a certificate and its key, or self_signed, got neither: to try things "
+                "out self_signed will do, customers then need the certificate's fingerprint"
+            )
+
 
 def credentials_of(access: CertificateConfig, directory: Path, host: str) -> ServerCredentials:
     """The certificate of a service; a self-signed one is made when there is none.
@@ -70,11 +78,7 @@ def credentials_of(access: CertificateConfig, directory: Path, host: str) -> Ser
         )
         found.read()
         return found
-    if not access.self_signed:
-        raise ConfigError(
-            "expected a certificate and its key, or self_signed, got neither: to try things out "
-            "self_signed will do, customers then need the certificate's fingerprint"
-        )
+    access.check_whole()
     names = ["localhost", "127.0.0.1", *([] if host in _EVERYWHERE else [host])]
     wanted = list(dict.fromkeys([*names, *access.certificate_names]))
     place = directory / _TLS

@@ -128,6 +128,12 @@ def _read(path: str | Path, text_column: str, label_column: str, *, required: bo
     texts, labels, numbers, places = [], [], [], []
     for number, (where, row) in enumerate(_rows(path), 1):
         text, label = row.get(text_column), row.get(label_column)
+        named = label_column if isinstance(text, str) else text_column
+        if named in row and (not isinstance(text, str) or (required and label is None)):
+            raise DataError(
+                f"{where}: expected a value in {named!r}, got {kind_of_value(row[named])}: "
+                "complete the row, or leave it out"
+            )
         if not isinstance(text, str) or (required and label is None):
             wanted = f" and a label in {label_column!r}" if required else ""
             raise DataError(

@@ -192,6 +192,7 @@ class Service:
     ) -> None:
         self._closing, self._grace = threading.Lock(), 10.0
         with ExitStack() as undo:
+            access.check_whole()  # before anything is made
             customers = CustomerFile(prepare(out))
             self._lock(out, undo)
             credentials = credentials_of(access, out, server_config.host)
