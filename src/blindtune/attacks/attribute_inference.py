@@ -13,7 +13,7 @@ Shapes: L length, D hidden, N texts, C values of the attribute.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ def infer_attribute(
             found = [cross_entropy(network(made_NF[held]), target_N[held]) for made_NF in made_MNF]
             return float(torch.stack(found).mean())
 
-        fit(network, loss_of, learn, held_out_loss, replace(config.fit))
+        fit(network, loss_of, learn, held_out_loss, config.fit)
     with torch.no_grad():
         scores_NC: Tensor = network((_pooled(view.states).to(mean_F) - mean_F) / scale_F)
     return scores_NC.argmax(1).cpu()

@@ -36,6 +36,7 @@ from blindtune.exchange.signing import Trust
 from blindtune.models.decoder import check_context
 from blindtune.models.loading import preferred_device
 from blindtune.offsite.tuning import read_privately
+from blindtune.training.batches import padding_id
 from blindtune.training.canaries import read_canaries
 from blindtune.training.dataset import TokenDataset
 from blindtune.training.dp_plan import DpConfig
@@ -238,12 +239,11 @@ def _view(
     records: tuple[Record, ...],
     config: AuditConfig,
 ) -> AdapterView:
-    pad = untuned.config.pad_token_id
     return AdapterView(
         tuned=tuned,
         untuned=untuned,
         records=records,
-        pad_token_id=pad if isinstance(pad, int) and pad >= 0 else 0,
+        pad_token_id=padding_id(untuned),
         batch_size=config.batch_size,
     )
 

@@ -25,6 +25,7 @@ from blindtune.attacks.membership import AdapterView, loss_drops
 from blindtune.errors import DataError
 from blindtune.evaluation.audit import Finding
 from blindtune.evaluation.exposure import Exposure, exposure
+from blindtune.training.batches import padding_id
 from blindtune.training.canaries import Canary
 from blindtune.training.dataset import TokenDataset
 from blindtune.training.records import record_shape
@@ -103,7 +104,6 @@ def canary_leakage(
         DataError: a canary does not fit into `reading.max_length`, or two codes read alike.
     """
     reading = reading or DataConfig()
-    pad = getattr(getattr(untuned, "config", None), "pad_token_id", None)
     found: dict[int, list[Exposure]] = {}
     for canary in canaries:
         candidates = _encoded(canary, tokenizer, reading)
@@ -111,7 +111,7 @@ def canary_leakage(
             tuned=tuned,
             untuned=untuned,
             records=tuple(candidates[i] for i in range(len(candidates))),
-            pad_token_id=pad if isinstance(pad, int) and pad >= 0 else 0,
+            pad_token_id=padding_id(untuned),
             batch_size=batch_size,
         )
         repeats = canary.repeats

@@ -26,6 +26,7 @@ import torch
 from transformers import PreTrainedModel
 
 from blindtune.errors import ConfigError
+from blindtune.evaluation.scoreboard import LEAST_GAIN
 from blindtune.evaluation.sweeps import KeptRows, digest_of, unbeaten
 from blindtune.evaluation.utility import loss_on_targets
 from blindtune.models.costs import decoder_cost
@@ -43,8 +44,6 @@ from blindtune.training.loop import RunConfig, TrainingConfig, fit
 from blindtune.training.text import DataConfig, load_dataset_file
 
 T = TypeVar("T")
-LEAST_GAIN = 1e-3
-"""Nats that FT must gain over ZS for recovery to mean anything."""
 
 
 @dataclass(frozen=True, kw_only=True)

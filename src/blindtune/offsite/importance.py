@@ -38,7 +38,8 @@ class DynamicConfig:
     groups: int = 4
     """N_g: contiguous groups, in each of which half of the layers is replaced (see `grouping`)."""
     grouping: Grouping = "count"
-    """"count": N_g groups; "size": groups of N_g layers. The paper allows both readings."""
+    """"count": N_g groups; "size": as few groups as have N_g layers at most, of nearly equal size.
+    The paper allows both readings."""
     candidates: int = 0
     """N_c: mixes compared on one validation batch (the paper: 3); 0: no score steps, the initial
     scores stay."""

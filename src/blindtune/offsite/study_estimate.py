@@ -143,5 +143,5 @@ def _stand_in_bytes(decoder: Decoder, config: StudyConfig, count: int) -> float:
 
 
 def _harmonizer_numbers(hidden: int, rank: int) -> int:
-    rank = min(rank, hidden)
+    rank = min(rank, 2 * hidden)
     return 2 * hidden * rank + rank + hidden

@@ -111,7 +111,7 @@ def _norm(tensor: Tensor) -> float:
 
 
 def _largest_singular_value(weight: Tensor) -> float:
-    """By power iteration from a fixed start: a lower bound, within a percent of the value."""
+    """By power iteration from a fixed start: a lower bound, some percent below at most."""
     scale = float(weight.abs().amax())
     if scale == 0.0:
         return 0.0

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blindtune.training.dataset import IGNORED_LABEL
 
@@ -37,6 +37,12 @@ def collate(examples: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict
         ones = [torch.ones_like(row) for row in ids]
         batch["attention_mask"] = pad(ones, batch_first=True, padding_value=0)
     return batch
+
+
+def padding_id(model: nn.Module) -> int:
+    """The token that `collate` pads with; 0 where a model names none: it is masked anyway."""
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return pad if isinstance(pad, int) and pad >= 0 else 0
 
 
 @dataclass(frozen=True, kw_only=True)

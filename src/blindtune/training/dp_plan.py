@@ -63,7 +63,7 @@ def plan_noise(config: DpConfig, training: TrainingConfig, records: int) -> DpPl
         records: N.
 
     Raises:
-        ConfigError: Opacus is not installed; fewer records than ten batches' sampling can hide;
+        ConfigError: Opacus is not installed; fewer records than two batches;
             no noise reaches this epsilon; early stopping, which would look at private data.
     """
     assert config.epsilon is not None, "a plan needs an epsilon"

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from blindtune.errors import ConfigError, TrainingError
 from blindtune.training import checkpoint
-from blindtune.training.batches import collate
+from blindtune.training.batches import collate, padding_id
 from blindtune.training.config import RunConfig, TrainingConfig, TrainingResult
 from blindtune.training.dataset import TokenDataset
 from blindtune.training.dp_plan import DpPlan
@@ -169,11 +169,10 @@ def _private_step(
     trained = [p for p in model.parameters() if p.requires_grad]
     sums = [torch.zeros_like(p) for p in trained]
     size, losses, tokens = config.per_device_train_batch_size, 0.0, 0
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
     keeps = accepts_logits_to_keep(model)
     for begin in range(0, len(chosen), size):
         records = [train[i] for i in chosen[begin : begin + size]]
-        batch = collate(records, pad if isinstance(pad, int) and pad >= 0 else 0)
+        batch = collate(records, padding_id(model))
         inputs = {key: value.to(trained[0].device) for key, value in batch.items()}
         loss_B = record_losses(model, inputs, logits_to_keep=keeps)
         loss_B.sum().backward()

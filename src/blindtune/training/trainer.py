@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerControl
 
 from blindtune.errors import ConfigError, TrainingError
 from blindtune.training import checkpoint
-from blindtune.training.batches import BatchOrder, collate
+from blindtune.training.batches import BatchOrder, collate, padding_id
 from blindtune.training.dataset import TokenDataset
 from blindtune.training.loss import accepts_logits_to_keep, count_targets, next_token_loss
 from blindtune.training.progress import OnProgress, StepReport, Stopwatch
@@ -90,9 +90,7 @@ class TokenTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._keep_best = keep_best
         self._eval_batch_size = eval_batch_size
         self._logits_to_keep = accepts_logits_to_keep(model)
-        config = getattr(model, "config", None)
-        pad = getattr(config, "pad_token_id", None)
-        self._pad_token_id = pad if isinstance(pad, int) and pad >= 0 else 0
+        self._pad_token_id = padding_id(model)
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """This process's share of every step's examples."""
