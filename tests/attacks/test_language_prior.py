@@ -6,9 +6,10 @@ import pytest
 import torch
 from attacked import observe, open_tiny_bottom, sentences, share_right
 
-from blindtune.attacks.adversary import Candidates, unigram
+from blindtune.attacks.adversary import Candidates, Spared, unigram
 from blindtune.attacks.embedding_inversion import nearest_tokens
 from blindtune.attacks.fitting import FitConfig
+from blindtune.attacks.imitation import Imitation
 from blindtune.attacks.language_prior import CausalPrior, NgramPrior, best_weight, decode
 from blindtune.attacks.likelihoods import ChannelConfig, token_candidates, vector_candidates
 from blindtune.attacks.trained_inversion import InverterConfig, candidates, train_inverter
@@ -194,3 +195,36 @@ def test_bayes_knows_that_representatives_are_drawn_among_themselves(tmp_path, m
             assert (same_TK.sum(1) > 1).any()
             assert spread_TK[same_TK].max() == 0  # nothing tells words of a group apart
     assert right[groups] > right[None] + 0.02
+
+
+@pytest.mark.parametrize("mode", ["token", "exponential"])
+def test_bayes_reckons_with_words_that_are_spared(tmp_path, mode):
+    mechanism = Mechanism(eta=0.01, mode=mode)  # hides nearly everything
+    view, private = observe(open_tiny_bottom(tmp_path, "smollm2"), mechanism, public=40)
+    draw = torch.Generator().manual_seed(0)
+    sent = tuple(
+        torch.where(
+            torch.rand(ids.shape, generator=draw) < 0.5,
+            ids,
+            torch.randint(len(view.table_VD), ids.shape, generator=draw),
+        )
+        for ids in private.ids
+    )
+    read = []
+    for spared in (None, Spared(share=0.5, factor=0.0), Spared(share=0.5, factor=1e-5)):
+        found = token_candidates(replace(view, spared=spared), sent, testing_seed=1)
+        read.append(share_right(found.first(), private.ids))
+    assert read[1] > read[0] + 0.2
+    assert read[2] == pytest.approx(read[1], abs=0.05)
+
+
+def test_the_adversary_spares_as_many_tokens_in_its_own_texts(tmp_path):
+    bottom = open_tiny_bottom(tmp_path, "smollm2")
+    texts = [
+        torch.randint(5, 90, (50,), generator=torch.Generator().manual_seed(s)) for s in (0, 1)
+    ]
+    clean = torch.cat(Imitation(bottom.stack, 0).states(texts))
+    noise = Mechanism(eta=1e-3, mode="vector")
+    spared = Imitation(bottom.stack, 0, noise, spared=Spared(share=0.3, factor=0.0))
+    same = (torch.cat(spared.states(texts)) - clean).abs().amax(1) < 1e-4
+    assert 0.15 < same.double().mean() < 0.45

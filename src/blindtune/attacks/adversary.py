@@ -31,6 +31,16 @@ _NO_MARGINS = Margins()
 UNSEEN = 0.1  # count of a word that the public text lacks
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spared:
+    """That some tokens have less noise (CTI). Which ones is not public; how many is taken to be."""
+
+    share: float
+    """Of the tokens, those around a text apart; above 0 and below 1."""
+    factor: float
+    """Of the noise of the others; 0: they are sent as they are."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StatesView:
     """States of private texts, and everything public about how they were made."""
@@ -43,6 +53,8 @@ class StatesView:
     """[L, D] of every text, as they crossed. Row i belongs to token i."""
     mechanism: Mechanism | None = None
     """The announced noise; None: none."""
+    spared: Spared | None = None
+    """Tokens with less noise; None: all have the same."""
     groups: WordGroups | None = None
     """Which word stands for which before any noise; public. None: every word for itself."""
     margins: Margins = _NO_MARGINS

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from blindtune.attacks.adversary import Stack
+from blindtune.attacks.adversary import Spared, Stack
 from blindtune.models.given_words import begin_with
 from blindtune.models.margins import Margins
 from blindtune.privacy.metric_dp import Mechanism
@@ -36,6 +36,7 @@ class Imitation:
         mechanism: the noise; None: none.
         margins: the tokens around every text, which get none.
         groups: of words, where each becomes its group's before any noise.
+        spared: tokens with less noise; they are drawn, as nobody but the customer knows them.
         testing_seed: for tests and repeatable audits: the adversary's noise, which protects nobody.
     """
 
@@ -46,11 +47,15 @@ class Imitation:
         mechanism: Mechanism | None = None,
         margins: Margins = _NONE,
         groups: WordGroups | None = None,
+        spared: Spared | None = None,
         *,
         testing_seed: int | None = None,
     ) -> None:
         self.model, self.cut = model, cut
-        self._margins, self._groups = margins, groups
+        self._margins, self._groups, self._spared = margins, groups, spared
+        self._draw = torch.Generator()
+        if testing_seed is not None:
+            self._draw.manual_seed(testing_seed)
         table_VD = model.embedding.weight
         assert isinstance(table_VD, Tensor), type(table_VD)
         self._privatizer = privatizer_of(mechanism, table_VD, groups, testing_seed=testing_seed)
@@ -70,6 +75,10 @@ class Imitation:
 
     def _noised(self, ids_BL: Tensor, mask_BL: Tensor, kept_BL: Tensor) -> Tensor:
         noise, factors_BL = self._privatizer, (~kept_BL).float()
+        if self._spared is not None:
+            drawn_BL = torch.rand(factors_BL.shape, generator=self._draw)
+            less_BL = (drawn_BL < self._spared.share).to(kept_BL.device) & ~kept_BL
+            factors_BL = factors_BL.masked_fill(less_BL, self._spared.factor)
         sent_BL = replaced(noise, self._groups, ids_BL, factors_BL, kept_BL)
         embedding_BLW = self.model.embedding(sent_BL)
         if noise is not None and noise.mechanism.mode == "vector":

@@ -18,7 +18,8 @@ distinct sent tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from blindtune.privacy.channel import CountingConfig, log_channel
 from blindtune.privacy.metric_dp import Mechanism
 from blindtune.privacy.replacing import places_of, words_to_draw
 
+MAX_ETA = 1e6  # of a mechanism
 PORTION_TOKENS = 256  # whose distances to the vocabulary are held at once
 
 
@@ -111,11 +113,26 @@ def _log_channel(
     counting: CountingConfig,
     testing_seed: int | None,
 ) -> Tensor:
-    """log P(y | x) [U, K]; with groups that of their representatives, equal inside a group."""
+    """log P(y | x) [U, K]; with groups that of their representatives, equal inside a group.
+
+    Where tokens are spared, whichever they are: that of a token drawn from all.
+    """
     rows_GD = words_to_draw(view.table_VD.cpu(), view.groups)
     word_M, column_K = places_of(word_K, view.groups).unique(return_inverse=True)
     sent_N, row_U = places_of(sent_U, view.groups).unique(return_inverse=True)
     log_NM = log_channel(mechanism, rows_GD, word_M, sent_N, counting, testing_seed=testing_seed)
+    if (spared := view.spared) is not None:
+        if spared.factor:
+            less = replace(mechanism, eta=min(mechanism.eta / spared.factor, MAX_ETA))
+            less_NM = log_channel(
+                less, rows_GD, word_M, sent_N, counting, testing_seed=testing_seed
+            )
+        else:
+            same_NM = sent_N[:, None] == word_M
+            less_NM = torch.zeros_like(log_NM).masked_fill(~same_NM, -torch.inf)
+        log_NM = torch.logaddexp(
+            log_NM + math.log1p(-spared.share), less_NM + math.log(spared.share)
+        )
     return log_NM[row_U][:, column_K]
 
 

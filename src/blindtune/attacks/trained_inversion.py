@@ -193,7 +193,7 @@ def train_inverter(
         view.mechanism if config.adaptive else None,
         view.margins,
         view.groups if config.adaptive else None,
-        testing_seed=None,
+        view.spared if config.adaptive else None,
     )
     learn, held = parted(len(view.public), config.fit)
     draws = [imitation.states(view.public)]

@@ -88,7 +88,8 @@ class SplitAttacks:
         self._learned = tuple(public[count:]) if enough else ()
         self._view = StatesView(
             model=subject.bottom.stack, cut=subject.bottom.cut.cut, states=subject.states,
-            mechanism=subject.mechanism, groups=subject.groups, public=self._learned,
+            mechanism=subject.mechanism, spared=subject.spared, groups=subject.groups,
+            public=self._learned,
             margins=subject.bottom.margins if subject.keeps_special else Margins(),
         )  # fmt: skip
         self._words = self._words_view()
@@ -177,6 +178,8 @@ class SplitAttacks:
             "Knew the noise and how frequent words are in public text; computed, or drew the noise "
             "itself to see, which words come out as those that were sent"
         )
+        if self._view.spared is not None:
+            knew += "; knew how many tokens contribute, and not which"
         self._both(
             "Bayes", knew, lambda view: token_candidates(view, self._sent(view)), view=self._words
         )
@@ -271,7 +274,9 @@ class SplitAttacks:
 
     def _rehearsal(self, view: StatesView) -> StatesView:
         """The attacker's own texts as this customer would send them."""
-        imitation = Imitation(view.model, view.cut, view.mechanism, view.margins, view.groups)
+        imitation = Imitation(
+            view.model, view.cut, view.mechanism, view.margins, view.groups, view.spared
+        )
         return replace(view, states=tuple(imitation.states(self._rehearsed)))
 
     def _sent(self, view: StatesView) -> Guess:

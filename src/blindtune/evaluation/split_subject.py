@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from blindtune.attacks.adversary import Spared
 from blindtune.attacks.observation import SeenTexts, seen_gradients, seen_texts
 from blindtune.errors import ConfigError, DataError
 from blindtune.evaluation.leakage import contributing_masks
@@ -70,6 +71,8 @@ class SplitSubject:
     groups: WordGroups | None
     contributing: tuple[Tensor, ...] | None
     """Masks [L] of the tokens that CTI spares; None without CTI."""
+    cti_factor: float
+    """Of their noise."""
     keeps_special: bool
     """Whether the tokens around a text are sent without noise."""
     statement: PrivacyStatement
@@ -86,6 +89,17 @@ class SplitSubject:
     it away. None for other tasks, and for transcripts, which have the gradients or none."""
     predicts_sent: bool = False
     """Whether these are the words that were sent, and not the true ones."""
+
+    @property
+    def spared(self) -> Spared | None:
+        """What is taken to be known of the tokens that CTI spares."""
+        if self.contributing is None:
+            return None
+        content = [~self.bottom.margins.mask(ids_L) for ids_L in self.ids]
+        share = float(torch.cat([
+            mask_L[content_L] for mask_L, content_L in zip(self.contributing, content, strict=True)
+        ]).double().mean())  # fmt: skip
+        return Spared(share=share, factor=self.cti_factor) if 0 < share < 1 else None
 
     @property
     def gives_text_by_gradients(self) -> bool:
@@ -203,6 +217,7 @@ class _Making:
             mechanism=mechanism,
             groups=self.groups,
             contributing=None if masks is None else tuple(masks[i] for i in some),
+            cti_factor=self.privatizer.cti_factor,
             keeps_special=self.privatizer.special == "keep",
             statement=statement,
             redraw=None if mechanism is None else redraw,
