@@ -212,7 +212,7 @@ def test_bayes_reckons_with_words_that_are_spared(tmp_path, mode):
     )
     read = []
     for spared in (None, Spared(share=0.5, factor=0.0), Spared(share=0.5, factor=1e-5)):
-        found = token_candidates(replace(view, spared=spared), sent, testing_seed=1)
+        found = token_candidates(replace(view, spared=spared), sent)
         read.append(share_right(found.first(), private.ids))
     assert read[1] > read[0] + 0.2
     assert read[2] == pytest.approx(read[1], abs=0.05)
