@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import ConfigError, DataError, PolicyError, VerificationError
-from blindtune.exchange.codec import row_bytes
+from blindtune.exchange.codec import MessageLimits, row_bytes
 from blindtune.exchange.messages import (
     WINDOW,
     Batch,
@@ -224,6 +224,9 @@ def check_largest(
     tokens = max(map(sum, groups))
     row = row_bytes(precision, welcome.hidden_size)
     labels = LABEL_BYTES * max(map(len, groups))
+    allowed = welcome.max_payload_bytes
+    if "u-shape" in welcome.partitions:  # as much comes back, and is read here
+        allowed = min(allowed, MessageLimits().max_payload_bytes)
     for largest, most, unit in (
         (tokens, welcome.max_tokens, "tokens"),
         (
@@ -231,7 +234,7 @@ def check_largest(
             PADDED * welcome.max_tokens,
             "tokens with padding",
         ),
-        (tokens * row + labels, welcome.max_payload_bytes, f"bytes at {precision}"),
+        (tokens * row + labels, allowed, f"bytes at {precision}"),
     ):
         if largest > most:
             raise ConfigError(
