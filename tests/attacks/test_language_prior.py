@@ -228,3 +228,13 @@ def test_the_adversary_spares_as_many_tokens_in_its_own_texts(tmp_path):
     spared = Imitation(bottom.stack, 0, noise, spared=Spared(share=0.3, factor=0.0))
     same = (torch.cat(spared.states(texts)) - clean).abs().amax(1) < 1e-4
     assert 0.15 < same.double().mean() < 0.45
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-5])
+def test_the_noises_density_reckons_with_words_that_are_spared(tmp_path, factor):
+    bottom = open_tiny_bottom(tmp_path, "smollm2")
+    view, private = observe(bottom, Mechanism(eta=0.1, mode="vector"), public=40)
+    view = replace(view, states=tuple(Imitation(bottom.stack, 0).states(private.ids)))  # no noise
+    plain = share_right(vector_candidates(view).first(), private.ids)
+    spared = replace(view, spared=Spared(share=0.9, factor=factor))
+    assert share_right(vector_candidates(spared).first(), private.ids) > max(0.99, plain + 0.3)

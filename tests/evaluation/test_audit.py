@@ -7,14 +7,15 @@ import torch
 
 from blindtune.errors import DataError
 from blindtune.evaluation.audit import AuditConfig
-from blindtune.evaluation.audit_adapter import audit_adapter
+from blindtune.evaluation.audit_adapter import _apart, _strongest, _verdict, audit_adapter
 from blindtune.evaluation.audit_emulator import audit_emulator, spread
 from blindtune.evaluation.audit_page import page, write_audit
+from blindtune.evaluation.membership import membership_leakage
 from blindtune.evaluation.report import render
 from blindtune.offsite.adapter import AdapterConfig
 from blindtune.offsite.tuning import tune
 from blindtune.training.loop import TrainingConfig
-from blindtune.training.text import DataConfig
+from blindtune.training.text import DataConfig, encode_rows
 from offsite_world import SILENT, owners_world
 
 WINDOWS = DataConfig(max_length=32, max_tokens=4000)
@@ -110,6 +111,31 @@ def test_an_adapter_that_learned_nothing_tells_nothing(data):
     best = found.findings[found.strongest]
     assert best.low <= 0.5 <= best.high
     assert "no proof" in found.verdict
+
+
+def test_the_verdict_and_the_strongest_row_are_of_one_attack():
+    noise = torch.Generator().manual_seed(0)
+    members, others = (torch.randn(n, generator=noise) for n in (400, 200))
+    nothing = membership_leakage(members, others)
+    few = membership_leakage(members + 9 * (torch.arange(400) < 32), others)
+    all_told = membership_leakage(members + 2, others)
+    assert _strongest({"loss": nothing, "drop": few}) == ("drop", "found")
+    assert "of some records" in _verdict({"loss": nothing, "drop": few})
+    assert _strongest({"loss": all_told, "drop": few}) == ("loss", "AUC")
+    assert "tells which records" in _verdict({"loss": all_told, "drop": few})
+    assert _strongest({"loss": nothing})[1] == "AUC"
+    assert "no proof" in _verdict({"loss": nothing})
+
+
+def test_records_of_both_kinds_are_left_out_of_both(tokenizer):
+    def read(*words):
+        rows = [("x", {"prompt": word, "completion": word}) for word in words]
+        return encode_rows(rows, "x", tokenizer, READING)
+
+    members, others = _apart(read("a", "b", "b", "c"), read("c", "d", "d"))
+    assert (len(members), len(others)) == (3, 2)
+    with pytest.raises(DataError, match="every one of the others was"):
+        _apart(read("a", "b"), read("b"))
 
 
 def test_what_tuning_set_aside_serves_as_others(data):

@@ -43,11 +43,12 @@ def test_where_nothing_leaks_as_many_are_found_as_are_accused(others: int) -> No
 def test_a_few_records_that_leak_wholly_are_a_leak() -> None:
     generator = torch.Generator().manual_seed(0)
     members = torch.randn(400, generator=generator)
-    members[:40] += 9
+    members[:32] += 9
     leakage = membership_leakage(members, torch.randn(200, generator=generator))
-    assert leakage.auc_low < 0.5 or leakage.auc < 0.6
+    assert leakage.auc_low <= 0.5  # the area does not show it
+    assert leakage.found_low > leakage.false_positive_high
     assert leakage.leaks
-    assert leakage.found == pytest.approx(0.1, abs=0.03)
+    assert leakage.found == pytest.approx(0.08, abs=0.03)
 
 
 def test_all_told_apart_still_has_an_interval() -> None:

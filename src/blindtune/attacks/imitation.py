@@ -54,7 +54,9 @@ class Imitation:
         self.model, self.cut = model, cut
         self._margins, self._groups, self._spared = margins, groups, spared
         self._draw = torch.Generator()
-        if testing_seed is not None:
+        if testing_seed is None:
+            self._draw.seed()
+        else:
             self._draw.manual_seed(testing_seed)
         table_VD = model.embedding.weight
         assert isinstance(table_VD, Tensor), type(table_VD)

@@ -29,10 +29,9 @@ from blindtune.attacks.embedding_inversion import depends_on_place, made_at
 from blindtune.attacks.imitation import Imitation
 from blindtune.errors import ConfigError, DataError
 from blindtune.privacy.channel import CountingConfig, log_channel
-from blindtune.privacy.metric_dp import Mechanism
+from blindtune.privacy.metric_dp import MAX_ETA, Mechanism
 from blindtune.privacy.replacing import places_of, words_to_draw
 
-MAX_ETA = 1e6  # of a mechanism
 PORTION_TOKENS = 256  # whose distances to the vocabulary are held at once
 
 
@@ -154,7 +153,7 @@ def vector_candidates(view: StatesView, count: int = 16) -> Candidates:
     prior_V = unigram(view.public, len(made_VD)) if view.public else made_VD.new_zeros(len(made_VD))
     words, likelihoods = [], []
     for part_TD in torch.cat(view.states).to(made_VD).split(PORTION_TOKENS):
-        log_TV = -mechanism.eta / scale * torch.cdist(part_TD, made_VD)
+        log_TV = _log_density(view, mechanism.eta / scale, torch.cdist(part_TD, made_VD))
         best_TC = (log_TV + prior_V.to(made_VD)).topk(min(count, len(made_VD)), dim=1).indices
         words.append(best_TC.cpu())
         likelihoods.append(log_TV.gather(1, best_TC).cpu())
@@ -162,6 +161,23 @@ def vector_candidates(view: StatesView, count: int = 16) -> Candidates:
         words=torch.cat(words).split(view.lengths),
         log_likelihoods=torch.cat(likelihoods).split(view.lengths),
     )
+
+
+EXACT = 1e-2  # of a typical word's norm: so near lies what left without noise, by rounding
+CERTAIN = 1e4  # nats: more than any prior takes away
+
+
+def _log_density(view: StatesView, eta: float, distance_TV: Tensor) -> Tensor:
+    """log P(z | w) but for a constant; of a token drawn from all where some are spared."""
+    log_TV = -eta * distance_TV
+    if (spared := view.spared) is None:
+        return log_TV
+    if not spared.factor:
+        near = EXACT * float(view.table_VD.norm(dim=1).median())
+        return log_TV + CERTAIN * (distance_TV < near)
+    width = view.table_VD.shape[1]
+    less_TV = log_TV / spared.factor - width * math.log(spared.factor) + math.log(spared.share)
+    return torch.logaddexp(log_TV + math.log1p(-spared.share), less_TV)
 
 
 def _sent_embeddings(view: StatesView) -> tuple[Tensor, float]:

@@ -88,7 +88,7 @@ def audit_adapter(
     untuned, tokenizer, limits = open_any(model, trust=trust)
     check_context(reading.max_length, *limits)
     trained, held_out = both_kinds(tokenizer, data, others, reading)
-    members, strangers = (_some(kind, config.max_records) for kind in (trained, held_out))
+    members, strangers = (_some(kind, config.max_records) for kind in _apart(trained, held_out))
     if min(len(members), len(strangers)) < 2:
         raise DataError(
             f"expected at least 2 trained and 2 other records, got {len(members)} and "
@@ -155,10 +155,7 @@ def both_kinds(
     others: str | Path | None,
     reading: DataConfig,
 ) -> tuple[TokenDataset, TokenDataset]:
-    """(what was trained on, what was not), read and split as `tune` does.
-
-    Others that were trained on too, as copies of a record, are left out.
-    """
+    """(what was trained on, what was not), read and split as `tune` does."""
     trained, held_out = load_dataset_file(data, tokenizer, reading), None
     if reading.validation_split:
         trained, held_out = trained.split(reading.validation_split, reading.seed)
@@ -169,12 +166,18 @@ def both_kinds(
             "expected records that were not trained on: give them as --others, or the "
             "--validation-split that the tuning had"
         )
-    apart = held_out.without(trained)
-    if apart is None:
+    return trained, held_out
+
+
+def _apart(trained: TokenDataset, others: TokenDataset) -> tuple[TokenDataset, TokenDataset]:
+    """Both without the records that are in both: their kinds stay alike."""
+    members, strangers = trained.without(others), others.without(trained)
+    if members is None or strangers is None:
         raise DataError(
-            "expected records that were not trained on, all of the others were: give others"
+            "expected records that were not trained on, every one of the others was: give others "
+            "that are not in the data"
         )
-    return trained, apart
+    return members, strangers
 
 
 def _audit(
@@ -190,14 +193,16 @@ def _audit(
     ]
     if not leaks:
         not_run.append(NotRun(attack="canaries", needs="data from `blindtune plant`, --canaries"))
-    best = max(found, key=lambda name: found[name].auc_low)
+    best, measure = _strongest(found)
     return Audit(
         kind="adapter",
         subject=str(adapter),
         verdict=_verdict(found) + (f" {canary_verdict(leaks)}" if leaks else ""),
         guarantee=_guarantee(stated),
         findings=(*findings, *canary_findings(leaks)),
-        strongest=next(k for k, f in enumerate(findings) if f.attack == best),
+        strongest=next(
+            k for k, f in enumerate(findings) if f.attack == best and f.measure.startswith(measure)
+        ),
         not_run=tuple(not_run),
         facts=facts,
     )
@@ -269,28 +274,34 @@ def _findings(name: str, leak: MembershipLeakage) -> tuple[Finding, Finding]:
             low=leak.found_low,
             high=leak.found_high,
             meaning=f"It names {leak.found:.1%} of the trained records where it accuses {rate} of "
-            f"others falsely, at most {leak.false_positive_high:.1%}; guessing would name as many "
-            "as it accuses.",
+            f"others falsely, at most {leak.false_positive_high:.1%}; guessing would name as large "
+            "a share of both.",
         ),
     )
 
 
+def _strongest(found: Mapping[str, MembershipLeakage]) -> tuple[str, str]:
+    """The attack that tells most, and by which number: "AUC" or "found"; AUC where none tells."""
+    by_area = max(found, key=lambda name: found[name].auc_low)
+    by_share = max(found, key=lambda name: found[name].found_low - found[name].false_positive_high)
+    few = found[by_area].auc_low <= 0.5 and found[by_share].leaks
+    return (by_share, "found") if few else (by_area, "AUC")
+
+
 def _verdict(found: Mapping[str, MembershipLeakage]) -> str:
-    name = max(found, key=lambda name: found[name].auc_low)
+    name, measure = _strongest(found)
     leak = found[name]
-    if leak.auc_low > 0.5:
+    if measure == "found":
+        return (
+            f"The adapter tells of some records that it was tuned on them: the {name} attack names "
+            f"{leak.found:.1%} of the trained ones, at least {leak.found_low:.1%}, where it "
+            f"accuses {leak.false_positive_rate:.1%} of others, at most "
+            f"{leak.false_positive_high:.1%}."
+        )
+    if leak.leaks:
         return (
             f"The adapter tells which records it was tuned on: the {name} attack has an AUC of "
             f"{show(leak.auc)}, at least {show(leak.auc_low)}, where 0.5 is chance."
-        )
-    some = max(found, key=lambda name: found[name].found_low - found[name].false_positive_high)
-    part = found[some]
-    if part.leaks:
-        return (
-            f"The adapter tells of some records that it was tuned on them: the {some} attack names "
-            f"{part.found:.1%} of the trained ones, at least {part.found_low:.1%}, where it "
-            f"accuses {part.false_positive_rate:.1%} of others, at most "
-            f"{part.false_positive_high:.1%}."
         )
     return (
         f"No attack told trained records from others better than chance: the best AUC is "

@@ -148,7 +148,7 @@ def _finding(leak: CanaryLeakage) -> Finding:
         knew=KNEW,
         measure="exposure, bits",
         value=leak.bits,
-        meaning=f"The codes of {count} canaries planted {times} came at rank {ranks} of "
+        meaning=f"The codes of {count} canaries, {times} planted, came at rank {ranks} of "
         f"{leak.exposures[0].candidates:,}; {leak.most_bits:.1f} bits would be first each time, "
         f"{leak.blind_bits:.1f} is what unplanted codes have on average. Chance of ranks as good "
         f"without any leak: {leak.p_value:.2g}.",

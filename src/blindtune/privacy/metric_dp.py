@@ -69,6 +69,10 @@ NOISE_NUMBERS = 2**21  # float64 numbers drawn at once
 GRID_FINENESS = 1024  # grid steps in 1 / eta; the noise of a coordinate is about sqrt(D) / eta
 
 
+MAX_ETA = 1e6
+"""Of a mechanism; the least is its inverse."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mechanism:
     """What is promised. Everything here changes privacy; see `Tiling` for speed."""
@@ -85,8 +89,10 @@ class Mechanism:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ConfigError(f"expected mode {', '.join(MODES)}, got {self.mode!r}")
-        if not 1e-6 <= self.eta <= 1e6:
-            raise ConfigError(f"expected eta between 1e-6 and 1e6, got {self.eta}")
+        if not 1 / MAX_ETA <= self.eta <= MAX_ETA:
+            raise ConfigError(
+                f"expected eta between {1 / MAX_ETA:g} and {MAX_ETA:g}, got {self.eta}"
+            )
         if self.clip_norm is None:
             return
         if self.mode != "block-output":

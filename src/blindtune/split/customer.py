@@ -214,7 +214,7 @@ def check_largest(
     precision: Precision,
     remedy: str,
 ) -> None:
-    """Whether the vendor takes the largest of some batches of texts: tokens, padding, bytes.
+    """Whether the largest of some batches of texts is taken: its tokens, padding, bytes.
 
     Raises:
         ConfigError: it does not; `remedy` says what to do.
@@ -224,22 +224,20 @@ def check_largest(
     tokens = max(map(sum, groups))
     row = row_bytes(precision, welcome.hidden_size)
     labels = LABEL_BYTES * max(map(len, groups))
-    allowed = welcome.max_payload_bytes
-    if "u-shape" in welcome.partitions:  # as much comes back, and is read here
-        allowed = min(allowed, MessageLimits().max_payload_bytes)
-    for largest, most, unit in (
-        (tokens, welcome.max_tokens, "tokens"),
-        (
-            max(max(own) * len(own) for own in groups),
-            PADDED * welcome.max_tokens,
-            "tokens with padding",
-        ),
-        (tokens * row + labels, allowed, f"bytes at {precision}"),
+    allowed, whose = welcome.max_payload_bytes, "as the vendor says"
+    if "u-shape" in welcome.partitions and allowed > MessageLimits().max_payload_bytes:
+        # As much comes back.
+        allowed, whose = MessageLimits().max_payload_bytes, "as much as is read here"
+    padded, said = max(max(own) * len(own) for own in groups), "as the vendor says"
+    for largest, most, unit, by in (
+        (tokens, welcome.max_tokens, "tokens", said),
+        (padded, PADDED * welcome.max_tokens, "tokens with padding", said),
+        (tokens * row + labels, allowed, f"bytes at {precision}", whose),
     ):
         if largest > most:
             raise ConfigError(
-                f"expected batches of at most {most:,} {unit}, as the vendor says, the largest "
-                f"would have {largest:,} (nothing was sent): {remedy}"
+                f"expected batches of at most {most:,} {unit}, {by}, the largest would have "
+                f"{largest:,} (nothing was sent): {remedy}"
             )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from blindtune.models.margins import shown_tokens
 from blindtune.privacy.accounting import Releases, Spending, account
 from blindtune.privacy.draw_level import DrawSurvey
-from blindtune.privacy.metric_dp import Mechanism
+from blindtune.privacy.metric_dp import MAX_ETA, Mechanism
 from blindtune.privacy.noise_level import NoiseSurvey
 from blindtune.privacy.replacing import places_of, words_to_draw
 from blindtune.privacy.word_groups import WordGroups
@@ -125,9 +125,13 @@ def state_privacy(
         typical = torch.cat(states).norm(dim=1).median().item()
     else:
         words = _words(bottom, private.ids)
-        level = _survey(bottom, words, config.privatizer, groups).at(mechanism.eta)
+        survey = _survey(bottom, words, config.privatizer, groups)
+        level = survey.at(mechanism.eta)
         norm, typical = level.mean_norm, level.neighbour_distance
-        change = level.changed_share * _noised_share(bottom, private, config, classes)
+        change = level.changed_share
+        if config.cti_fraction:
+            factors = torch.cat(list(_factors(bottom, private, config, classes)))
+            change = _change_with_factors(survey, mechanism.eta, factors)
         if groups is not None:
             change = _change_with_groups(bottom, words, groups, mechanism.eta)
     spending, text = _account(bottom, private, config, mechanism, typical, classes, epochs)
@@ -149,14 +153,16 @@ def _plain(spending: Spending) -> dict[str, Any]:
     return {k: "inf" if v == math.inf else v for k, v in asdict(spending).items()}
 
 
-def _noised_share(
-    bottom: Bottom, private: PrivateStates, config: PrivatizerConfig, classes: int
-) -> float:
-    """The share of tokens that CTI leaves their full noise; those with less are taken to stay."""
-    if not config.cti_fraction:
-        return 1.0
-    factors = torch.cat(list(_factors(bottom, private, config, classes)))
-    return float((factors == 1).double().mean())
+def _change_with_factors(survey: NoiseSurvey | DrawSurvey, eta: float, factors_T: Tensor) -> float:
+    """Expected share of tokens that change, as if those with less noise were words like others."""
+    values, counts = factors_T.unique(return_counts=True)
+    shares: list[float] = (counts / counts.sum()).tolist()
+    changed = (
+        share * survey.at(min(eta / factor, MAX_ETA)).changed_share
+        for factor, share in zip(values.tolist(), shares, strict=True)
+        if factor
+    )
+    return float(sum(changed))
 
 
 def _factors(

@@ -6,7 +6,7 @@ Shape legend: L tokens of one example (differs from example to example).
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, final
 
@@ -79,8 +79,8 @@ class TokenDataset:
     def split(self, fraction: float, seed: int) -> tuple[TokenDataset, TokenDataset]:
         """Split into (train, validation); the order within each part is kept.
 
-        An example that stands in the data more than once goes to training with all its copies, as
-        long as there are others: set aside, it would be validated on what its copy taught.
+        All copies of an example go to the same part: one set aside alone would be validated on what
+        the others taught.
         Both parts keep the counts `dropped` and `truncated` of the whole.
 
         Args:
@@ -97,10 +97,14 @@ class TokenDataset:
             )
         count = min(max(1, round(fraction * len(self))), len(self) - 1)
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
-        marks = self._marks()
-        copies = Counter(marks)
-        alone = [i for i in order if copies[marks[i]] == 1]
-        validation = set((alone or order)[:count])
+        marks, alike = self._marks(), defaultdict[bytes, list[int]](list)
+        for i, mark in enumerate(marks):
+            alike[mark].append(i)
+        validation = set[int]()
+        for copies in (alike[marks[i]] for i in order):
+            if validation.isdisjoint(copies) and len(validation) + len(copies) <= count:
+                validation.update(copies)
+        validation = validation or set(order[:count])  # all examples are more copies than that
         training = [i for i in range(len(self)) if i not in validation]
         return self._subset(training), self._subset(sorted(validation))
 
