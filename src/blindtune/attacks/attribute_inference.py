@@ -64,9 +64,7 @@ def infer_attribute(
             f"expected a class from 0 for each of {len(view.public)} public texts, got "
             f"{list(known_N.shape)}"
         )
-    imitation = Imitation(
-        view.model, view.cut, view.mechanism, view.margins, view.groups, view.spared
-    )
+    imitation = Imitation.of(view)
     draws = config.draws if view.mechanism is not None else 1
     made_MNF = torch.stack([_pooled(imitation.states(view.public)) for _ in range(draws)])
     learn, held = parted(len(view.public), config.fit)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from blindtune.attacks.adversary import Spared, Stack
+from blindtune.attacks.adversary import Spared, Stack, StatesView
 from blindtune.models.given_words import begin_with
 from blindtune.models.margins import Margins
 from blindtune.privacy.metric_dp import Mechanism
@@ -61,6 +61,15 @@ class Imitation:
         table_VD = model.embedding.weight
         assert isinstance(table_VD, Tensor), type(table_VD)
         self._privatizer = privatizer_of(mechanism, table_VD, groups, testing_seed=testing_seed)
+
+    @staticmethod
+    def of(view: StatesView, *, noised: bool = True) -> Imitation:
+        """The customer that a view is of; `noised` False: without noise and word groups."""
+        if not noised:
+            return Imitation(view.model, view.cut, margins=view.margins)
+        return Imitation(
+            view.model, view.cut, view.mechanism, view.margins, view.groups, view.spared
+        )
 
     @torch.no_grad()
     def states(self, texts: Sequence[Tensor], batch_size: int = 32) -> list[Tensor]:

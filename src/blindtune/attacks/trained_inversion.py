@@ -187,14 +187,7 @@ def train_inverter(
     config = config or InverterConfig()
     view.require_public("a trained inverter", texts=2)
     begin = time.monotonic()
-    imitation = Imitation(
-        view.model,
-        view.cut,
-        view.mechanism if config.adaptive else None,
-        view.margins,
-        view.groups if config.adaptive else None,
-        view.spared if config.adaptive else None,
-    )
+    imitation = Imitation.of(view, noised=config.adaptive)
     learn, held = parted(len(view.public), config.fit)
     draws = [imitation.states(view.public)]
     noisy = config.adaptive and view.mechanism is not None

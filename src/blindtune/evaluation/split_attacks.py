@@ -274,10 +274,7 @@ class SplitAttacks:
 
     def _rehearsal(self, view: StatesView) -> StatesView:
         """The attacker's own texts as this customer would send them."""
-        imitation = Imitation(
-            view.model, view.cut, view.mechanism, view.margins, view.groups, view.spared
-        )
-        return replace(view, states=tuple(imitation.states(self._rehearsed)))
+        return replace(view, states=tuple(Imitation.of(view).states(self._rehearsed)))
 
     def _sent(self, view: StatesView) -> Guess:
         """The tokens that went into the bottom, after noise or grouping."""

@@ -355,12 +355,13 @@ def predict(
         hidden_TD, lengths = private.rows(indices)
         request = Predict(precision=precision, hidden_TD=hidden_TD, lengths=lengths)
         reply = transport.call(request)
-        shape = reply.logits_BC.shape if isinstance(reply, Predictions) else (0, 0)
-        if not isinstance(reply, Predictions) or tuple(shape) != (
-            len(indices), shape[1] if outputs is None else outputs,
-        ):  # fmt: skip
+        if (
+            not isinstance(reply, Predictions)
+            or len(reply.logits_BC) != len(indices)
+            or outputs not in (None, reply.logits_BC.shape[1])
+        ):
             raise VerificationError(
-                f"expected predictions for {len(indices)} texts, got {named(reply)} {list(shape)}"
+                f"expected predictions for {len(indices)} texts, got {named(reply)}"
             )
         found.append(reply.logits_BC)
         on_progress(indices[-1] + 1, len(private))

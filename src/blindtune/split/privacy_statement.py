@@ -11,7 +11,7 @@ Guarantee: none of its own; it states the mechanism's (`privacy.metric_dp`). An 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -119,6 +119,7 @@ def state_privacy(
             expected_change=None, changed=private.changed, spending=None,
             account=_without_noise(groups, private.changed), notes=notes,
         )  # fmt: skip
+    factors = _factors(bottom, private, config, classes)
     if mechanism.mode == "block-output":
         norm, change = bottom.hidden_size / mechanism.eta, None
         states = clean_states(bottom, private.ids[:_STATES])
@@ -130,11 +131,10 @@ def state_privacy(
         norm, typical = level.mean_norm, level.neighbour_distance
         change = level.changed_share
         if config.cti_fraction:
-            factors = torch.cat(list(_factors(bottom, private, config, classes)))
-            change = _change_with_factors(survey, mechanism.eta, factors)
+            change = _change_with_factors(survey, mechanism.eta, torch.cat(factors))
         if groups is not None:
             change = _change_with_groups(bottom, words, groups, mechanism.eta)
-    spending, text = _account(bottom, private, config, mechanism, typical, classes, epochs)
+    spending, text = _account(mechanism, typical, factors, epochs)
     return PrivacyStatement(
         privatizer=config.privatizer,
         eta=mechanism.eta,
@@ -167,12 +167,14 @@ def _change_with_factors(survey: NoiseSurvey | DrawSurvey, eta: float, factors_T
 
 def _factors(
     bottom: Bottom, private: PrivateStates, config: PrivatizerConfig, classes: int
-) -> Iterator[Tensor]:
+) -> list[Tensor]:
     """Noise factors [L] of the tokens of every text that count."""
+    if config.privatizer == "block-output":  # every position is noised, those around a text too
+        return [torch.ones(len(text_L)) for text_L in private.ids]
     labels, importance = private.labels, config.importance()
     content = [bottom.margins.content(text_L) for text_L in private.ids]
     contributing = contributing_tokens(bottom, content, labels, importance, classes)
-    return noise_factors(contributing, bottom.margins, private.ids, labels)
+    return list(noise_factors(contributing, bottom.margins, private.ids, labels))
 
 
 def _without_noise(groups: WordGroups | None, changed: float | None) -> str:
@@ -188,13 +190,7 @@ def _without_noise(groups: WordGroups | None, changed: float | None) -> str:
 
 
 def _account(
-    bottom: Bottom,
-    private: PrivateStates,
-    config: PrivatizerConfig,
-    mechanism: Mechanism,
-    typical: float,
-    classes: int,
-    epochs: int,
+    mechanism: Mechanism, typical: float, factors: Sequence[Tensor], epochs: int
 ) -> tuple[Spending | None, str]:
     distance = typical
     if mechanism.mode == "block-output":
@@ -204,9 +200,6 @@ def _account(
                 "how far one changed word moves the states"
             )
         distance = 2 * mechanism.clip_norm
-    factors: Iterable[Tensor] = _factors(bottom, private, config, classes)
-    if mechanism.mode == "block-output":  # every position is noised, those around a text too
-        factors = map(torch.ones, map(len, private.ids))
     found = account(mechanism, factors, distance, Releases(epochs=epochs))
     return found, str(found)
 
