@@ -27,6 +27,13 @@ def test_links_lead_somewhere(document):
             assert (document.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_code_fences_open_and_close_in_turn(document):
+    fences = re.findall(r"^ *```(\w*)$", document.read_text(), re.MULTILINE)
+    assert len(fences) % 2 == 0
+    assert not any(fences[1::2]), "a fence with a language closes nothing"
+
+
 def test_every_verb_in_the_readme_parses():
     """Each `blindtune ...` line is accepted up to running it: unknown options would be refused."""
     from blindtune.cli.main import run

@@ -19,6 +19,7 @@ from blindtune.offsite.gradot import (
     component_scores,
     gradot,
     kept_components,
+    layer_groups,
     measure_curvature,
 )
 from blindtune.offsite.layer_drop import LayerDropConfig, distil, distillation_loss, drop_layers
@@ -230,6 +231,19 @@ def test_gradot_takes_rank_and_channels_away():
     assert int(gone.sum()) == 12  # a quarter of 48
     assert (layer.mlp.up_proj.weight[gone] == 0).all()
     assert (layer.mlp.gate_proj.weight[~gone] != 0).any(1).all()
+
+
+def test_gradot_measures_few_layers_at_a_time_with_the_same_result(monkeypatch):
+    config = GradotConfig(adapter_layers=1, tokens=64, rank_kept=0.4, channels_kept=0.75)
+    whole, parts = tiny_model("llama"), tiny_model("llama")
+    layers, tokens = gradot(whole, ids(8, 16), config)
+    monkeypatch.setattr("blindtune.offsite.gradot.CURVATURE_BYTES", 250_000)
+    groups = layer_groups(Decoder(parts), range(1, 7), 250_000)
+    assert [i for group in groups for i in group] == list(range(1, 7))
+    assert 1 < len(groups) < 6
+    assert gradot(parts, ids(8, 16), config) == (layers, tokens * len(groups))
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], weight, rtol=0, atol=0)
 
 
 def test_the_margin_is_approached():

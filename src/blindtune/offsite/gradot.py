@@ -5,7 +5,8 @@ the loss's gradient g and curvature H: the first part is how much gradients move
 the second, to first order, how much the loss rises (large is wanted). The lowest scores go.
 Attention weights lose singular components, of which the largest 5 % always stay; feed-forward
 networks lose inner channels. H is Kronecker-factored: H delta = G delta A with A = E[x x^T] of the
-inputs and G = E[g g^T] of the outputs' gradients. One forward and backward pass, no training.
+inputs and G = E[g g^T] of the outputs' gradients. No training: one forward and backward pass, or
+several where the curvature of all layers together would be large (`CURVATURE_BYTES`).
 
 Left open by our sources, and decided here: G is of the empirical Fisher (the text's own next
 tokens); lambda is relative, 1 makes the medians of both parts equal within a weight; every weight
@@ -30,13 +31,15 @@ from transformers.pytorch_utils import Conv1D
 
 from blindtune.errors import ConfigError
 from blindtune.exchange.manifest import AdapterLayer, CompressedLayer, LayerEntry
-from blindtune.models.blocks import split_parts
+from blindtune.models.blocks import LowRankLinear, split_parts
 from blindtune.models.decoder import Decoder, Projection
 from blindtune.offsite.compression import compressed_rank, saves_space
 from blindtune.offsite.layer_drop import middle_layers
 
 ALWAYS_KEPT = 0.05
 """Share of the singular components, the largest, that always stay."""
+CURVATURE_BYTES = 4 * 2**30
+"""Of curvature held at a time: layers are measured in as many passes as keep below it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,17 @@ class Curvature:
     _input: Tensor | None = field(default=None, repr=False)
 
 
+@final
+@dataclass(eq=False)
+class Change:
+    """What becomes of one layer; made while the model is still whole."""
+
+    channels: Tensor | None
+    """Inner channels to zero."""
+    low_rank: list[tuple[Projection, LowRankLinear]]
+    """The attention's projections, and what they keep."""
+
+
 def gradot(
     model: PreTrainedModel, windows_NL: Tensor, config: GradotConfig
 ) -> tuple[list[LayerEntry], int]:
@@ -106,31 +120,46 @@ def gradot(
     decoder = Decoder(model)
     middle = middle_layers(decoder, config.adapter_layers)
     used_NL = windows_NL[: max(1, config.tokens // windows_NL.shape[1])]
-    curvature = measure_curvature(decoder, used_NL, middle, config.batch_size)
-    entries: list[LayerEntry] = []
-    for i in range(decoder.layer_count):
-        if i not in middle:
-            entries.append(AdapterLayer())
-            continue
-        known = curvature.pop(i)
-        if config.channels_kept < 1:
-            _prune_channels(decoder, i, known, config)
-        entries.append(CompressedLayer(ranks=_reduce_ranks(decoder, i, known, config)))
-    return entries, used_NL.numel()
+    entries: list[LayerEntry] = [AdapterLayer() for _ in range(decoder.layer_count)]
+    changes: dict[int, Change] = {}
+    passes = layer_groups(decoder, middle, CURVATURE_BYTES)
+    for group in passes:
+        curvature = measure_curvature(decoder, used_NL, group, config.batch_size)
+        for i in group:
+            changes[i] = _decide(decoder, i, curvature.pop(i), config)
+    for i, change in changes.items():
+        entries[i] = CompressedLayer(ranks=_apply(decoder, i, change))
+    return entries, used_NL.numel() * len(passes)
+
+
+def layer_groups(decoder: Decoder, layers: range, limit: int) -> list[range]:
+    """Runs of layers in order, each with less than `limit` bytes of curvature, or one layer."""
+    groups: list[range] = []
+    held = 0
+    for i in layers:
+        size = 4 * sum(sum(n * m for n, m in _shapes(p)) for p in _measured(decoder, i))
+        if not groups or held + size > limit:
+            groups.append(range(i, i))
+            held = 0
+        groups[-1] = range(groups[-1].start, i + 1)
+        held += size
+    return groups
 
 
 def measure_curvature(
-    decoder: Decoder, windows_NL: Tensor, middle: range, batch_size: int
+    decoder: Decoder, windows_NL: Tensor, layers: range, batch_size: int
 ) -> dict[int, dict[str, Curvature]]:
-    """A, G and the gradient of every projection of the middle layers, by layer and path."""
+    """A, G and the gradient of every projection of some layers, by layer and path."""
     model = decoder.model.requires_grad_(False)
-    found: dict[int, dict[str, Curvature]] = {i: {} for i in middle}
+    found: dict[int, dict[str, Curvature]] = {i: {} for i in layers}
     with _recording(decoder, found):
         for batch_BL in windows_NL.to(model.device).split(batch_size):
             with torch.no_grad():
                 start = decoder.begin(batch_BL)
-            hidden_BLD = start.hidden_BLD.detach().requires_grad_(True)
-            hidden_BLD = decoder.run_layers(hidden_BLD, start.calls, 0, decoder.layer_count)
+                below_BLD = decoder.run_layers(start.hidden_BLD, start.calls, 0, layers.start)
+            hidden_BLD = decoder.run_layers(
+                below_BLD.requires_grad_(True), start.calls, layers.start, decoder.layer_count
+            )
             logits_BLV = decoder.logits(hidden_BLD[:, :-1]).float()
             losses = F.cross_entropy(
                 logits_BLV.flatten(0, 1), batch_BL[:, 1:].flatten(), reduction="sum"
@@ -143,14 +172,10 @@ def measure_curvature(
 def _recording(decoder: Decoder, found: dict[int, dict[str, Curvature]]) -> Iterator[None]:
     handles = []
     for i, known in found.items():
-        for projection in (*decoder.projections(i), *decoder.feed_forward(i)):
-            rows, columns = sum(projection.sizes), projection.in_features
+        for projection in _measured(decoder, i):
             like = next(projection.module.parameters())
             sums = Curvature(
-                *(
-                    torch.zeros(shape, device=like.device)
-                    for shape in ((columns, columns), (rows, rows), (rows, columns))
-                )
+                *(torch.zeros(shape, device=like.device) for shape in _shapes(projection))
             )
             known[projection.path] = sums
             handles += _hooks(projection.module, sums)
@@ -159,6 +184,16 @@ def _recording(decoder: Decoder, found: dict[int, dict[str, Curvature]]) -> Iter
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _measured(decoder: Decoder, i: int) -> tuple[Projection, ...]:
+    return (*decoder.projections(i), *decoder.feed_forward(i))
+
+
+def _shapes(projection: Projection) -> tuple[tuple[int, int], ...]:
+    """Of A, G and the gradient, as `Curvature` has them."""
+    rows, columns = sum(projection.sizes), projection.in_features
+    return (columns, columns), (rows, rows), (rows, columns)
 
 
 def _hooks(module: nn.Module, sums: Curvature) -> list[torch.utils.hooks.RemovableHandle]:
@@ -211,26 +246,43 @@ def kept_components(scores_R: Tensor, rank: int) -> Tensor:
 
 
 @torch.no_grad()
-def _reduce_ranks(
-    decoder: Decoder, i: int, known: dict[str, Curvature], config: GradotConfig
-) -> dict[str, tuple[int, ...]]:
-    """Attention weights to their kept components, in place; ranks of the factored ones by path."""
-    factored: dict[str, tuple[int, ...]] = {}
-    for projection in decoder.projections(i):
-        sums = known[projection.path]
-        ranks = tuple(
-            compressed_rank((size, projection.in_features), config.rank_kept, "kept")
-            for size in projection.sizes
+def _decide(decoder: Decoder, i: int, known: dict[str, Curvature], config: GradotConfig) -> Change:
+    channels = None
+    if config.channels_kept < 1:
+        channels = _lowest_channels(decoder, i, known, config)
+    low_rank = [
+        (projection, _reduced(projection, known[projection.path], config))
+        for projection in decoder.projections(i)
+    ]
+    return Change(channels, low_rank)
+
+
+def _reduced(projection: Projection, sums: Curvature, config: GradotConfig) -> LowRankLinear:
+    """A projection's kept components."""
+    ranks = tuple(
+        compressed_rank((size, projection.in_features), config.rank_kept, "kept")
+        for size in projection.sizes
+    )
+    module = projection.low_rank(ranks)
+    for part, weight_OI in enumerate(projection.weights()):
+        scores_R, up_OR, down_RI = component_scores(
+            weight_OI,
+            *_part_of(projection, sums, part),
+            config.attention_lambda,
         )
-        module = projection.low_rank(ranks)
-        for part, weight_OI in enumerate(projection.weights()):
-            scores_R, up_OR, down_RI = component_scores(
-                weight_OI,
-                *_part_of(projection, sums, part),
-                config.attention_lambda,
-            )
-            kept = kept_components(scores_R, ranks[part])
-            module.set_factors(part, up_OR[:, kept], down_RI[kept])
+        kept = kept_components(scores_R, ranks[part])
+        module.set_factors(part, up_OR[:, kept], down_RI[kept])
+    return module
+
+
+@torch.no_grad()
+def _apply(decoder: Decoder, i: int, change: Change) -> dict[str, tuple[int, ...]]:
+    """Change a layer in place; ranks of its factored projections by path."""
+    if change.channels is not None:
+        _zero_channels(decoder, i, change.channels)
+    factored: dict[str, tuple[int, ...]] = {}
+    for projection, module in change.low_rank:
+        ranks = tuple(module.ranks)
         if saves_space(projection, ranks):
             decoder.layers[i].set_submodule(projection.path, module)
             factored[projection.path] = ranks
@@ -270,11 +322,10 @@ def channel_scores(
     return combine(moved_C, rise_C, weight)
 
 
-@torch.no_grad()
-def _prune_channels(
+def _lowest_channels(
     decoder: Decoder, i: int, known: dict[str, Curvature], config: GradotConfig
-) -> None:
-    """Zero the inner channels of the lowest scores, in place."""
+) -> Tensor:
+    """The inner channels of the lowest scores."""
     *makers, reader = decoder.feed_forward(i)
     maps = []
     for projection in makers:
@@ -285,7 +336,12 @@ def _prune_channels(
     (down_OC,) = reader.weights()
     scores_C = channel_scores(maps, down_OC, known[reader.path], config.feed_forward_lambda)
     count = len(scores_C) - max(1, int(config.channels_kept * len(scores_C)))
-    gone = scores_C.argsort()[:count]
+    return scores_C.argsort()[:count]
+
+
+def _zero_channels(decoder: Decoder, i: int, gone: Tensor) -> None:
+    """Zero inner channels, what makes them and what reads them, in place."""
+    *makers, reader = decoder.feed_forward(i)
     weight = reader.module.get_parameter("weight")
     if isinstance(reader.module, Conv1D):
         weight[gone] = 0
