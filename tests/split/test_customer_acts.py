@@ -10,7 +10,14 @@ from customer_world import NAMES, OPEN, PASSES, QUICK, TUNING, VECTOR, write_tab
 from split_world import LABELS, TEXTS, World
 
 import blindtune
-from blindtune.errors import ConfigError, DataError, NetworkError, OutputError, PolicyError
+from blindtune.errors import (
+    ConfigError,
+    DataError,
+    MismatchError,
+    NetworkError,
+    OutputError,
+    PolicyError,
+)
 from blindtune.exchange.codec import MessageLimits
 from blindtune.exchange.messages import Numbered
 from blindtune.exchange.transcript import Recorder
@@ -62,7 +69,7 @@ def test_tune_predict_cancel(tmp_path, data, partition):
     assert blindtune.cancel(world.connect, tmp_path / "job", access=QUICK).job == ended.job
     with pytest.raises(PolicyError, match="cancelled"):
         tune(world, data, tmp_path / "job")
-    with pytest.raises(DataError, match="cancelled"):
+    with pytest.raises(DataError, match="was cancelled: begin another one"):
         ask(world, new)
 
 
@@ -266,6 +273,46 @@ def test_predicting_again_sends_the_same_draw(tmp_path, data):
         ask(world, new, tmp_path / "1")
     (tmp_path / "bottom").rename(tmp_path / "moved")
     assert ask(world, new, bottom=tmp_path / "moved").texts == first.texts
+
+
+def test_a_lost_draw_is_not_drawn_again(tmp_path, data):
+    world = World(tmp_path)
+    tune(world, data, tmp_path / "job")
+    new = write_table(tmp_path / "new.csv", ["a new film", "bad"], labels=None)
+    ask(world, new)
+    (asked,) = (tmp_path / "job").glob("asked-*")
+    asked.unlink()
+    with pytest.raises(DataError, match="another draw would spend again"):
+        ask(world, new)
+
+
+@pytest.mark.parametrize("partition", ["two-part", "u-shape"])
+def test_the_place_in_a_file_is_not_told(tmp_path, data, partition):
+    world = World(tmp_path, "bert", partition, cut=1, last=int(partition == "u-shape"))
+    tune(world, data, tmp_path / "job", OPEN)
+    texts = ["a " * n + "film" for n in range(1, 13)]  # sorted by length
+    seen = Recorder()
+    found = blindtune.predict(
+        lambda: world.connect(tap=seen), tmp_path / "job",
+        write_table(tmp_path / "new.csv", texts, labels=None), access=QUICK,
+    )  # fmt: skip
+    assert [line["row"] for line in found.texts] == list(range(1, 13))
+    asked = [c.message for c in seen.transcript().crossings()]
+    sent = [n for m in asked if type(m).__name__ == "Predict" for n in m.lengths]
+    assert sorted(sent) == sorted(set(sent))
+    assert sent != sorted(sent)
+    for text, line in zip(texts, found.texts, strict=True):
+        alone = ask(world, write_table(tmp_path / "one.csv", [text], labels=None)).texts[0]
+        assert line["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-2)
+
+
+def test_another_bottom_is_refused_before_it_is_built(tmp_path, data, monkeypatch):
+    world = World(tmp_path)
+    tune(world, data, tmp_path / "job")
+    World(make(tmp_path / "other"), "roberta")
+    monkeypatch.setattr("blindtune.split.bottom._load", None)
+    with pytest.raises(MismatchError, match="expected the bottom package that the job was made"):
+        ask(world, data, bottom=tmp_path / "other" / "bottom")
 
 
 def test_contributing_tokens_are_spared_in_training_alone(tmp_path, data):

@@ -41,6 +41,7 @@ def test_names_and_columns(tmp_path):
         ("a.csv", "text,label\nx,1\n", "1 texts of 1"),
         ("a.jsonl", '{"text": 3, "label": 1}', "a.jsonl:1"),
         ("a.csv", "text,label\nx,1\ny\n", "a value in 'label'"),
+        ("a.csv", "text,label\nx,1\ny,\nz,0\n", r"a\.csv:3: .*a value in 'label'"),
         ("a.jsonl", '{"text": "x", "label": 0.5}', "class"),
         ("a.jsonl", "[1]", "object"),
         ("a.jsonl", "{", "a.jsonl:1: expected JSON"),
@@ -51,6 +52,18 @@ def test_names_and_columns(tmp_path):
 def test_bad_files(tmp_path, name, text, match):
     with pytest.raises(DataError, match=match):
         read_labelled(write(tmp_path / name, text))
+
+
+def test_empty_cells_are_no_labels(tmp_path):
+    found = read_texts(write(tmp_path / "a.csv", "text,label\nx,\ny,\n"))
+    assert found.labels == (None, None)
+    assert not found.labelled
+
+
+def test_a_target_that_single_precision_cannot_hold(tmp_path):
+    path = write(tmp_path / "a.csv", "text,label\nx,1.5\ny,1e300\n")
+    with pytest.raises(DataError, match=r"a\.csv:3: expected a number of single precision"):
+        read_labelled(path, kind="target")
 
 
 def test_unreadable_files(tmp_path):

@@ -123,6 +123,13 @@ def test_words_are_drawn(blindtune):
     assert "words drawn" in err
 
 
+def test_a_dry_run_opens_no_package_that_nobody_trusts(blindtune, vendor, capsys):
+    bottom = ["--bottom", str(vendor[1].bottom.path), "--data", "train.csv", "--out", "job"]
+    code = run(["split-tune", vendor[1].addresses[0], *bottom, *NOISE, "--dry-run"])
+    assert code == 4
+    assert "unsigned" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -226,6 +226,7 @@ def estimate(settings: Settings) -> Estimate:
         public=settings["public"],
         reading=_split_reading(settings),
         config=config,
+        trust=trust_of(settings, remember=False),
     )
 
 

@@ -112,6 +112,7 @@ def estimate(settings: Settings) -> Estimate:
         settings.of(PrivatizerConfig),
         settings.of(PassConfig),
         reading=settings.of(ReadingConfig),
+        trust=trust_of(settings, remember=False),
     )
 
 

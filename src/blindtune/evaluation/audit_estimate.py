@@ -18,6 +18,7 @@ from blindtune.evaluation.audit import AuditConfig
 from blindtune.evaluation.audit_adapter import both_kinds, reading_of
 from blindtune.evaluation.split_subject import read_audited, spread_texts
 from blindtune.exchange.package import open_package
+from blindtune.exchange.signing import Trust
 from blindtune.models.costs import (
     FLOAT,
     READ_BYTES_PER_SECOND,
@@ -124,16 +125,17 @@ def estimate_audit_split(
     public: str | Path | None = None,
     reading: ReadingConfig | None = None,
     config: AuditConfig | None = None,
+    trust: Trust | None = None,
 ) -> Estimate:
     """Estimate `audit_split`: searches in the vocabulary, and the time that trainings may take.
 
     Raises:
-        DataError, PackageError: as for `audit_split`.
+        DataError, PackageError, PolicyError: as for `audit_split`.
     """
     config, reading = config or AuditConfig(), reading or ReadingConfig()
     if (Path(subject) / MARK).is_file():
         bottom = bottom or CustomerJob(subject).record.bottom_path
-    package = open_bottom(bottom or subject)
+    package = open_bottom(bottom or subject, trust=trust)
     table_VD = package.stack.embedding.weight
     assert isinstance(table_VD, Tensor)
     attacked, longest = config.test_tokens, 1

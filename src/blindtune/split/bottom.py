@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blindtune.errors import ConfigError, OutputError, PackageError
+from blindtune.errors import ConfigError, MismatchError, OutputError, PackageError
 from blindtune.exchange.manifest import BottomManifest, Dtype
 from blindtune.exchange.package import Package, open_package
 from blindtune.exchange.package_writing import write_package
@@ -129,7 +129,11 @@ def write_bottom(
 
 
 def open_bottom(
-    package: str | Path, *, dtype: torch.dtype = torch.float32, trust: Trust | None = None
+    package: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust: Trust | None = None,
+    id: str | None = None,
 ) -> Bottom:
     """Open a bottom package, trusting none of it.
 
@@ -137,15 +141,22 @@ def open_bottom(
         package: its directory.
         dtype: of the model.
         trust: whose packages are opened; None: anybody's.
+        id: the 64 hex digits of the one package that is opened; None: any.
 
     Raises:
         PolicyError: `trust` refuses the package.
         PackageError: the package is damaged or malformed (docs/package-format.md), or its
             tokenizer repeats a text or changes what stands around it.
-        MismatchError: its tensors are not those that its manifest describes.
+        MismatchError: another `id`, or its tensors are not those that its manifest describes.
         UnsupportedModelError: its model family is not known here.
     """
     opened = open_package(package, "bottom", trust=trust)
+    found = opened.id.removeprefix("sha256:")
+    if id not in (None, found):
+        raise MismatchError(
+            f"{package}: expected the bottom package that the job was made with "
+            f"({str(id)[:12]}...), got {found[:12]}...: name that one"
+        )
     manifest = opened.manifest
     cut = _cut_of(manifest)
     model = _load(opened, cut).to(dtype).requires_grad_(False)
@@ -155,7 +166,7 @@ def open_bottom(
         tokenizer=tokenizer,
         margins=margins_of(tokenizer),
         cut=cut,
-        id=opened.id.removeprefix("sha256:"),
+        id=found,
         max_length=manifest.max_length,
         signature=opened.signature,
     )

@@ -24,6 +24,9 @@ LabelKind = Literal["class", "target"]
 """What a label is: a class by its name, or a number to predict."""
 
 
+LARGEST = torch.finfo(torch.float32).max
+
+
 @dataclass(frozen=True)
 class LabelledTexts:
     """Texts and what they are labelled."""
@@ -128,6 +131,7 @@ def _read(path: str | Path, text_column: str, label_column: str, *, required: bo
     texts, labels, numbers, places = [], [], [], []
     for number, (where, row) in enumerate(_rows(path), 1):
         text, label = row.get(text_column), row.get(label_column)
+        label = None if label == "" else label  # how .csv says that there is none
         named = label_column if isinstance(text, str) else text_column
         if named in row and (not isinstance(text, str) or (required and label is None)):
             raise DataError(
@@ -170,8 +174,10 @@ def _number(label: Any, where: str) -> float:
         value = float(label)
     except (TypeError, ValueError):
         value = math.nan
-    if isinstance(label, bool) or not math.isfinite(value):
-        raise DataError(f"{where}: expected a finite number as target, got {kind_of_value(label)}")
+    if isinstance(label, bool) or not abs(value) <= LARGEST:
+        raise DataError(
+            f"{where}: expected a number of single precision as target, got {kind_of_value(label)}"
+        )
     return value
 
 

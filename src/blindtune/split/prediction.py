@@ -3,7 +3,8 @@
 New texts have no label, so all their tokens get full noise, contributing ones too. They are noised
 once and the draw is kept in the job's directory: asking again about the same texts, after a lost
 connection or next week, sends the same states and spends nothing more. The same text inside
-another file is another draw, and spends.
+another file is another draw, and spends. Texts are sent in an order that says nothing of their
+places in the file.
 
 Shapes: N texts, C classes, B batch, L length, V vocabulary.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from blindtune.atomic import atomic_file
-from blindtune.errors import ConfigError, DataError, MismatchError, OutputError
+from blindtune.errors import ConfigError, DataError, OutputError
 from blindtune.exchange.messages import Precision
 from blindtune.exchange.resuming import ResumingTransport
 from blindtune.split.access import (
@@ -123,7 +124,7 @@ def predict(
     _check_new(out)
     with found.working():
         _check_tuned(found)
-        package = _package(found, bottom)
+        package = open_bottom(bottom or found.record.bottom_path, id=found.record.bottom)
         texts = read_unseen(package, data, _reading(found, asking), found.record.names)
         private, statement, reused = _prepare(found, package, texts)
         if on_statement is not None:
@@ -133,7 +134,10 @@ def predict(
             closing(resume_job(connect, found.token, access.retries())) as transport,
         ):
             size = asking.batch_size
+            order = private.ordered()
+            texts, private = texts.taken(order), private.taken(order)
             told, scores = _ask(found, package, texts, private, transport, size, on_progress)
+            told.sort(key=lambda line: line["row"])
     if out is not None:
         _write(Path(out), told)
     return Prediction(
@@ -154,6 +158,8 @@ def _check_new(out: str | Path | None) -> None:
 
 
 def _check_tuned(job: CustomerJob) -> None:
+    if job.record.state == "cancelled":
+        raise DataError(f"{job.path}: this job was cancelled: begin another one with another --out")
     if job.record.state != "tuned":
         raise DataError(
             f"{job.path}: expected a tuned job, this one is {job.record.state}: run the same "
@@ -164,16 +170,6 @@ def _check_tuned(job: CustomerJob) -> None:
 def _write(out: Path, told: list[dict[str, Any]]) -> None:
     with atomic_file(out) as partial:
         partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in told))
-
-
-def _package(job: CustomerJob, place: str | Path | None) -> Bottom:
-    package = open_bottom(place or job.record.bottom_path)
-    if package.id != job.record.bottom:
-        raise MismatchError(
-            f"{place or job.record.bottom_path}: expected the bottom package that the job was "
-            f"tuned with ({job.record.bottom[:12]}...), got {package.id[:12]}...: name that one"
-        )
-    return package
 
 
 def _reading(job: CustomerJob, asking: AskingConfig) -> ReadingConfig:
@@ -193,6 +189,11 @@ def _prepare(
     about = texts_hash(texts.ids)
     path, statement = job.asked_path(about), job.statements().get(about)
     reused = path.exists() and statement is not None
+    if statement is not None and not reused:
+        raise DataError(
+            f"{path}: the states that were sent for these texts are gone, and another draw would "
+            "spend again: put the file back, or ask about other texts"
+        )
     if path.exists():
         private = PrivateStates.load(path)
     else:

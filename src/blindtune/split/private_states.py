@@ -22,7 +22,8 @@ Shapes: B batch, L length, T tokens of all texts, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast, final
 
@@ -81,6 +82,25 @@ class PrivateStates:
         """Packed states [T, D] of some texts, and their lengths."""
         chosen = [self.states[i] for i in indices]
         return torch.cat(chosen), tuple(len(state) for state in chosen)
+
+    def ordered(self) -> list[int]:
+        """The places of all texts in an order that tells nothing beside their states.
+
+        A file is often sorted, by class or by date: sent as it is, a text's place would tell. This
+        order is that of the states' hashes, so the same states always go in the same order.
+        """
+        hashes = [sha256(state.contiguous().numpy().tobytes()).digest() for state in self.states]
+        return sorted(range(len(self)), key=hashes.__getitem__)
+
+    def taken(self, order: Sequence[int]) -> PrivateStates:
+        """The texts at these places, in this order."""
+        return replace(
+            self,
+            states=tuple(self.states[i] for i in order),
+            labels=None if self.labels is None else self.labels[list(order)],
+            ids=tuple(self.ids[i] for i in order),
+            sent_ids=None if self.sent_ids is None else tuple(self.sent_ids[i] for i in order),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write everything to a file that must stay with the customer: it holds the text.

@@ -14,7 +14,7 @@ Shapes: L tokens of a text, N texts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -74,6 +74,15 @@ class PrivateTexts:
     """What the classes are called."""
     rows: tuple[int, ...] = ()
     """Which row of the file each text is, from 1; for windows, their own number."""
+
+    def taken(self, order: Sequence[int]) -> PrivateTexts:
+        """The texts at these places, in this order."""
+        return replace(
+            self,
+            ids=tuple(self.ids[i] for i in order),
+            labels=None if self.labels is None else self.labels[list(order)],
+            rows=tuple(self.rows[i] for i in order) if self.rows else (),
+        )
 
 
 def read_training(bottom: Bottom, path: str | Path, reading: ReadingConfig) -> PrivateTexts:

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from blindtune.exchange.codec import HEAD_BYTES, row_bytes
+from blindtune.exchange.signing import Trust
 from blindtune.models.costs import (
     FLOAT,
     READ_BYTES_PER_SECOND,
@@ -44,15 +45,16 @@ def estimate_split_tune(
     passes: PassConfig | None = None,
     *,
     reading: ReadingConfig | None = None,
+    trust: Trust | None = None,
 ) -> Estimate:
-    """Estimate `split_tune`.
+    """Estimate `split_tune`; `trust` as there.
 
     Raises:
-        PackageError, DataError, ConfigError: as for `split_tune`.
+        PackageError, PolicyError, DataError, ConfigError: as for `split_tune`.
     """
     passes, reading = passes or PassConfig(), reading or ReadingConfig()
     privatizer.check_whole()
-    package = open_bottom(bottom)
+    package = open_bottom(bottom, trust=trust)
     texts = read_training(package, data, reading)
     tokens, width = sum(map(len, texts.ids)), package.hidden_size
     longest = max(map(len, texts.ids))

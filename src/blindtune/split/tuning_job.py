@@ -231,7 +231,8 @@ def _prepare(
                 "texts would spend again: put private.safetensors back, or give the job up"
             )
         if privatizer.label_epsilon is not None:
-            texts = _shuffled(texts)
+            # In an order that nobody knows: the place in a sorted file would tell the label.
+            texts = texts.taken(system_uniforms(len(texts.ids)).argsort().tolist())
         # Nothing was sent yet: what an earlier call drew and lost spent nothing.
         private = privatize(
             package,
@@ -254,17 +255,6 @@ def _prepare(
         )  # fmt: skip
         job.keep_statement("tuning", statement)
     return private, statement
-
-
-def _shuffled(texts: PrivateTexts) -> PrivateTexts:
-    """The texts in an order that nobody knows: the place in a sorted file would tell the label."""
-    order_N = system_uniforms(len(texts.ids)).argsort()
-    return replace(
-        texts,
-        ids=tuple(texts.ids[i] for i in order_N.tolist()),
-        labels=None if texts.labels is None else texts.labels[order_N],
-        rows=(),
-    )
 
 
 def _tune(work: Work, statement: PrivacyStatement, silent: bool) -> SplitTuning:
