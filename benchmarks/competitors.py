@@ -264,9 +264,12 @@ def pace_row(bench, folder):
     return {"short study": ours, "distilled": every, "ratio": every / ours}
 
 
-def healing_row(bench, _folder, name, regrow):
+def healing_row(bench, _folder, name, regrow, rate=2e-4, warmup=10):
     """The emulator healed on public text; scored on WikiText-2, beside an equally deep model."""
-    config = HealingConfig(regrow=regrow, steps=4 if bench.smoke else 64, points=4)
+    config = HealingConfig(
+        regrow=regrow, steps=4 if bench.smoke else 64, points=4, learning_rate=rate,
+        warmup_steps=warmup,
+    )  # fmt: skip
     public = public_windows(MODEL, bench.public(), LENGTH)
     found = judge_misuse(
         emulator(bench, name)[0], MODEL, public, bench.test_windows(64), config,
@@ -291,6 +294,7 @@ def plan(bench, part):
     elif part == "healing":
         for name in HEALED:
             add(f"{name}-beside", healing_row, name, "beside")
+            add(f"{name}-gentle", healing_row, name, "beside", 5e-5, 4)
         add("ours-neighbour", healing_row, "ours", "neighbour")
         add("ours-none", healing_row, "ours", "none")
     else:

@@ -79,7 +79,7 @@ def test_too_few_tokens(study, tmp_path):
         (["--alpha", "7"], "expected alpha from 0 to 1, got 7.0"),
         (["--alpha", "nan"], "expected alpha from 0 to 1"),
         (["--beta", "-1"], "expected beta from 0 to 1"),
-        (["--adapter-layers", "0"], "expected adapter_layers >= 1"),
+        (["--adapter-layers", "0"], "expected --adapter-layers >= 1"),
         (["--adapter-layers", "4"], "expected a kept middle layer, got none"),
         (["--alpha", "1"], "expected a kept middle layer, got none"),
         (["--alpha", "many"], "'many' is not a valid float"),

@@ -1,6 +1,7 @@
 """Audits of both packages: attacks that must succeed do, those that must fail do not."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,13 @@ import torch
 from blindtune.errors import DataError
 from blindtune.evaluation.audit import AuditConfig
 from blindtune.evaluation.audit_adapter import _apart, _strongest, _verdict, audit_adapter
-from blindtune.evaluation.audit_emulator import audit_emulator, spread
+from blindtune.evaluation.audit_emulator import _findings, audit_emulator, spread
+from blindtune.evaluation.audit_emulator import _verdict as emulator_verdict
 from blindtune.evaluation.audit_page import page, write_audit
 from blindtune.evaluation.membership import membership_leakage
+from blindtune.evaluation.misuse import Misuse
 from blindtune.evaluation.report import render
+from blindtune.evaluation.utility import Perplexity
 from blindtune.offsite.adapter import AdapterConfig
 from blindtune.offsite.tuning import tune
 from blindtune.training.loop import TrainingConfig
@@ -169,3 +173,29 @@ def test_windows_are_spread_over_the_whole_text():
     assert spread(windows_NL, 4)[:, 0].tolist() == [0, 10]
     assert len(spread(windows_NL, 1)) == 1
     assert len(spread(windows_NL, 10**6)) == 10
+
+
+def loss(nats):
+    return Perplexity(
+        nats_per_token=nats, perplexity=math.exp(nats), tokens=100, standard_error=0.01
+    )
+
+
+def test_best_is_compared_with_best_and_an_unsettled_attack_is_said_to_be():
+    curves = {"healed": (4.4, 4.2, 4.3), "control": (6.0, 5.0, 4.6)}
+    told = {
+        name: tuple((k * 512, loss(nats)) for k, nats in enumerate(curve))
+        for name, curve in curves.items()
+    }
+    found = Misuse(full=loss(3.9), emulator=loss(4.4), tuned=None, **told)
+    assert found.settled
+    assert found.healed_share == pytest.approx(0.4)
+    *_, healing, control = _findings(found, AuditConfig(), used_tokens=1024)
+    assert control.value == pytest.approx(math.exp(4.6))
+    assert "0.40 nats better" in control.meaning
+    assert "still getting better" not in healing.meaning
+    falling = replace(found, healed=found.healed[:2])
+    assert not falling.settled
+    *_, healing, _ = _findings(falling, AuditConfig(), used_tokens=1024)
+    assert "still getting better" in healing.meaning
+    assert "on 512 tokens, and still getting better" in emulator_verdict(falling, healing)

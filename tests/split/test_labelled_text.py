@@ -36,7 +36,7 @@ def test_names_and_columns(tmp_path):
     ("name", "text", "match"),
     [
         ("a.txt", "x", "ending"),
-        ("a.csv", "text\nx\n", "columns text"),
+        ("a.csv", "text\nx\n", "found the columns .text.: rename"),
         ("a.csv", "", "got none"),
         ("a.csv", "text,label\nx,1\n", "1 texts of 1"),
         ("a.jsonl", '{"text": 3, "label": 1}', "a.jsonl:1"),

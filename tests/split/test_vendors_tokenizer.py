@@ -121,7 +121,7 @@ def test_the_statement_counts_every_word_and_says_what_is_around(honest, tmp_pat
     assert tokens == pytest.approx([sum(map(len, TEXTS)) / len(TEXTS)] * 2)
     assert before.spending["unprotected_tokens"] == after.spending["unprotected_tokens"] == 0
     assert after.expected_change == pytest.approx(before.expected_change, abs=0.12)
-    assert "around every text: '<s>' before it; 'o' behind it" in str(after)
+    assert "around every text: '<s>' before it; 'o' after it" in str(after)
     assert "around every text" not in str(before)
 
 

@@ -56,9 +56,10 @@ class HealingConfig:
     """How often the attacker stops to look: after 1/16, 1/8, 1/4, 1/2 and all of the steps."""
     batch_size: int = 4
     """Windows a step."""
-    learning_rate: float = 2e-4
-    """Of AdamW; constant, so that every stop is the best the attacker has for that many tokens."""
-    warmup_steps: int = 10
+    learning_rate: float = 5e-5
+    """Of AdamW; constant, so that every stop is the best the attacker has for that many tokens.
+    What heals best depends on the emulator: little for one that is good already."""
+    warmup_steps: int = 4
     """Steps over which it rises from 0."""
     seed: int = 0
     """Of the batches."""

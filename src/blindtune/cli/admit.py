@@ -63,6 +63,7 @@ def show(facts: Facts, console: Console) -> None:
         pairs.append(("", "shown this once: the customer sets BLINDTUNE_TOKEN, or keeps a file"))
     else:
         pairs.append(("token", f"in {facts['token_file']}"))
+    pairs.append(("give it", "by a safe way; with the address, its fingerprint, and bottom/"))
     print_pairs(console, "Admitted", pairs)
 
 

@@ -93,6 +93,10 @@ def _trust(settings: Settings) -> Facts:
 
     name, key = settings["name"], read_public_key(Path(settings["file"]))
     spoken = settings["fingerprint"]
+    if (own := keyring().public()) is not None and own.fingerprint == key.fingerprint:
+        raise ConfigError(
+            f"{settings['file']}: signed with your own key, which you trust already: nothing to do"
+        )
     if spoken is not None:
         if "".join(c for c in spoken if c.isdigit()) != key.fingerprint.replace(" ", ""):
             raise PolicyError(

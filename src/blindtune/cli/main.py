@@ -62,10 +62,11 @@ Or the customer sends privatized states of the text to the vendor, who tunes the
 
 \b
   vendor        blindtune serve smollm2-135m --cut 6 --out vendor/ --self-signed
-                blindtune admit alice --out vendor/
-  customer      blindtune split-tune URL --bottom bottom/ --data train.csv \\
-                  --changed-share 0.5 --out job/
-                blindtune predict URL --job job/ --data new.csv
+                blindtune admit alice --out vendor/ --token-file alice.token
+  customer      export BLINDTUNE_TOKEN=$(cat alice.token)
+                blindtune split-tune URL --fingerprint HEX --bottom bottom/ \\
+                  --data train.csv --changed-share 0.5 --out job/
+                blindtune predict URL --fingerprint HEX --job job/ --data new.csv
 
 Each verb explains itself: blindtune VERB --help.
 """

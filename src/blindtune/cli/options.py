@@ -8,6 +8,7 @@ modules import torch, and help must answer at once, so their source is parsed in
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -75,9 +76,10 @@ class Group:
 
     def click_options(self) -> list[click.Option]:
         """The options for click, in the order of the source."""
+        options = self.options()
         return [
-            _click_option(option, f, self.defaults.get(f.name, f.default))
-            for option, f in self.options().items()
+            _click_option(option, f, self.defaults.get(f.name, f.default), _help_of(f, options))
+            for option, f in options.items()
         ]
 
 
@@ -86,7 +88,26 @@ def option_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _click_option(name: str, f: Field, default: Any) -> click.Option:
+def as_typed(text: str, options: Mapping[str, Field]) -> str:
+    """A text of the library as the command line's user knows it: fields by their option's name.
+
+    Only names of several words are looked for: "rank" may be the English word.
+    """
+    typed = {f.name: option_name(option) for option, f in options.items() if "_" in f.name}
+    typed |= {option: option_name(option) for option in options if "_" in option}
+    if not typed:
+        return text
+    names = "|".join(sorted(map(re.escape, typed), key=len, reverse=True))
+    return re.sub(rf"(?<![\w./-])`?({names})`?(?![\w/-])", lambda found: typed[found[1]], text)
+
+
+def _help_of(f: Field, options: Mapping[str, Field]) -> str:
+    """A field's docstring for people who cannot type None."""
+    said = f.help.replace("None: ", "default: ").replace(" is None", " is not given")
+    return as_typed(said, options)
+
+
+def _click_option(name: str, f: Field, default: Any, said: str) -> click.Option:
     flag = option_name(name)
     if f.kind is bool:
         declaration, kind = f"{flag}/--no-{flag[2:]}", None
@@ -100,7 +121,7 @@ def _click_option(name: str, f: Field, default: Any) -> click.Option:
         type=kind,
         default=list(default) if f.repeated else default,
         multiple=f.repeated,
-        help=f.help,
+        help=said,
         show_default=default not in (None, ()),
         callback=partial(split_commas, kind=f.kind) if f.repeated else None,
     )

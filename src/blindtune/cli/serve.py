@@ -91,7 +91,8 @@ def act(settings: Settings) -> Facts:
         }
         try:
             settings.announce(facts)
-            ended.wait()
+            while not ended.wait(0.5):  # a signal that another thread got wakes nobody here
+                pass
         finally:
             service.close(settings["grace_seconds"])
     return {"state": "ended", "path": facts["path"], "jobs": service.open_jobs()}
@@ -103,9 +104,10 @@ def _signals() -> Iterator[threading.Event]:
     ended = threading.Event()
 
     def end(number: int, _frame: FrameType | None) -> None:
-        if ended.is_set() and number == signal.SIGINT:
+        if not ended.is_set():
+            ended.set()
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        ended.set()
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, end) for number in numbers}

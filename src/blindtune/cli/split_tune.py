@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from blindtune.cli.options import Group
+from blindtune.cli.options import Group, as_typed
 from blindtune.cli.output import Facts
 from blindtune.cli.printing import duration, print_pairs, size, stages
 from blindtune.cli.trusting import OPENING, trust_of
@@ -60,7 +60,7 @@ def act(settings: Settings) -> Facts:
 
         def tell(statement: PrivacyStatement) -> None:
             preparing.close()  # the bar of the tuning comes next
-            click.echo(f"{statement}\n", err=True)
+            click.echo(as_typed(f"{statement}\n", VERB.known()), err=True)
 
         tuned = split_tune(
             settings["url"],

@@ -20,7 +20,7 @@ import click
 
 from blindtune.cli.configfile import options_path, read_config, write_config
 from blindtune.cli.libraries import calm, full_memory
-from blindtune.cli.options import Field, Group
+from blindtune.cli.options import Field, Group, as_typed
 from blindtune.cli.output import Facts, Request, check_parent, check_place, request, write_facts
 from blindtune.cli.printing import print_estimate, print_json, stdout_console
 from blindtune.errors import BlindtuneError, OutputError
@@ -224,6 +224,9 @@ def _run(verb: Verb, values: dict[str, Any]) -> None:
     except KeyboardInterrupt:
         click.echo(f"interrupted; {verb.interrupted}", err=True)
         raise click.exceptions.Exit(130) from None
+    except BlindtuneError as error:
+        error.args = (as_typed(str(error), verb.known()), *error.args[1:])
+        raise
     except Exception as error:
         if (place := full_memory(error)) is None:
             raise

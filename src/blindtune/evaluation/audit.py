@@ -31,7 +31,7 @@ class AuditConfig:
     """Emulator: optimizer steps that the attacker spends on public text; 0 leaves healing out."""
     healing_batch_size: int = 4
     """Emulator: windows of public text a step."""
-    healing_learning_rate: float = 2e-4
+    healing_learning_rate: float = 5e-5
     """Emulator: of the attacker's AdamW."""
     max_records: int = 400
     """Adapter: judge at most this many trained records and as many others, spread evenly."""

@@ -107,7 +107,13 @@ def audit_adapter(
         "trained records": f"{len(members):,} of {len(trained):,} in {Path(data).name}",
         "other records": f"{len(strangers):,} {origin}",
         "measured in": str(model),
+        "intervals": f"{_confidence_of_each(config):.3%} each, {config.confidence:.0%} for the "
+        "verdict, which looks at all of them",
     }
+    if len(strangers) < FEW:
+        facts["too few others"] = (
+            f"{len(strangers)} other records say little of rare false alarms: give more as --others"
+        )
     return _audit(adapter, found, leaks, facts, stated)
 
 
@@ -119,15 +125,22 @@ def _attacked(
 ) -> dict[str, MembershipLeakage]:
     """What every attack tells, by its name; the first records of the view are the members."""
     found = {}
+    each = _confidence_of_each(config)
     for done, (name, attack) in enumerate(ATTACKS.items(), 1):
         scores_N = attack(view)
         found[name] = membership_leakage(
             scores_N[:members], scores_N[members:],
-            false_positive_rate=config.false_positive_rate, confidence=config.confidence,
+            false_positive_rate=config.false_positive_rate, confidence=each,
         )  # fmt: skip
         if on_progress is not None:
             on_progress("attack", done, len(ATTACKS))
     return found
+
+
+def _confidence_of_each(config: AuditConfig) -> float:
+    """Of every interval, so that by chance none of the lower ends shows a leak (Bonferroni)."""
+    ends = 2 * len(ATTACKS)
+    return 1 - 2 * (1 - config.confidence) / ends
 
 
 def reading_of(
@@ -212,6 +225,10 @@ ATTACKS: Mapping[str, Callable[[AdapterView], Tensor]] = {
     "loss": tuned_losses,
     "loss drop": loss_drops,
 }
+FEW = 50
+"""Other records, below which a page says that they are few."""
+LARGE_CHANCE = 0.5
+"""Above which a bound on an attack's success is no comfort."""
 _KNEW = {
     "loss": "Had the tuned model and candidate records; called those members whose loss is low.",
     "loss drop": "Had the model with and without the adapter, and candidate records; called those "
@@ -225,11 +242,20 @@ def _guarantee(stated: PrivacyFacts | msgspec.UnsetType) -> tuple[str, ...]:
         return NO_GUARANTEE
     odds = math.exp(stated.epsilon)
     most = min(1.0, odds * 0.01 + stated.delta)
+    said = (
+        f"So no attack, known or not, that accuses 1 % of strangers can name a trained "
+        f"{stated.unit} that stands in the data once with a chance above {most:.0%}."
+    )
+    if most > LARGE_CHANCE:
+        said = (
+            f"So large an epsilon rules out little: an attack that accuses 1 % of strangers may "
+            f"name a trained {stated.unit} with a chance of {most:.0%}. What speaks for the "
+            "adapter is how the attacks below fared."
+        )
     return (
         f"Tuned with differential privacy, as its package states: epsilon {stated.epsilon:.2f}, "
         f"delta {stated.delta:.1e}, for adding or removing one {stated.unit}.",
-        f"So no attack, known or not, that accuses 1 % of strangers can name a trained "
-        f"{stated.unit} with a chance above {most:.0%}.",
+        said,
     )
 
 
@@ -273,9 +299,9 @@ def _findings(name: str, leak: MembershipLeakage) -> tuple[Finding, Finding]:
             value=leak.found,
             low=leak.found_low,
             high=leak.found_high,
-            meaning=f"It names {leak.found:.1%} of the trained records where it accuses {rate} of "
-            f"others falsely, at most {leak.false_positive_high:.1%}; guessing would name as large "
-            "a share of both.",
+            meaning=f"It finds {leak.found:.1%} of the trained records at the price of accusing "
+            f"{rate} of the others wrongly (for others like these up to "
+            f"{leak.false_positive_high:.1%}). Guessing would find as many as it accuses.",
         ),
     )
 

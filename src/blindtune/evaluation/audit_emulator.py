@@ -18,7 +18,7 @@ from torch import Tensor
 from blindtune.attacks.emulator_misuse import HealingConfig
 from blindtune.evaluation.audit import Audit, AuditConfig, Finding, NotRun
 from blindtune.evaluation.inspection import inspect
-from blindtune.evaluation.misuse import Curve, Misuse, judge_misuse
+from blindtune.evaluation.misuse import Curve, Misuse, best, judge_misuse
 from blindtune.evaluation.utility import Perplexity
 from blindtune.exchange.signing import Trust
 from blindtune.models.loading import load_tokenizer
@@ -160,7 +160,7 @@ def _findings(found: Misuse, config: AuditConfig, used_tokens: int) -> tuple[Fin
         )  # fmt: skip
     if not config.healing_steps:
         return tuple(findings)
-    tokens, healed = min(found.healed, key=lambda point: point[1].nats_per_token)
+    tokens, healed = best(found.healed)
     share = found.healed_share
     closed = "" if share is None else f"closed {max(0.0, share):.0%} of the gap; "
     findings.append(
@@ -168,11 +168,11 @@ def _findings(found: Misuse, config: AuditConfig, used_tokens: int) -> tuple[Fin
             "healing", healed, config,
             f"Had the package and {used_tokens:,} tokens of public text; made every layer whole "
             f"again and trained all of them on {tokens:,} tokens.",
-            f"Healing {closed}{_gap(healed, full, begin='the emulator')}",
+            f"Healing {closed}{_gap(healed, full, begin='the emulator')}{_more(found)}",
         )
     )  # fmt: skip
     if found.control:
-        control = dict(found.control).get(tokens, found.control[-1][1])
+        _, control = best(found.control)
         findings.append(
             _finding(
                 "control, no attack", control, config,
@@ -182,6 +182,12 @@ def _findings(found: Misuse, config: AuditConfig, used_tokens: int) -> tuple[Fin
             )
         )  # fmt: skip
     return tuple(findings)
+
+
+def _more(found: Misuse) -> str:
+    if found.settled:
+        return ""
+    return " It was still getting better when it ended: give more text and --healing-steps."
 
 
 def _beside_control(healed: Perplexity, control: Perplexity, config: AuditConfig) -> str:
@@ -235,9 +241,17 @@ def _verdict(found: Misuse, strongest: Finding) -> str:
     full, shipped = (f"{loss.perplexity:,.2f}" for loss in (found.full, found.emulator))
     return (
         f"The most that was made of this emulator is a model of perplexity {strongest.shown} "
-        f"({strongest.attack}), where the full model has {full} and the emulator as shipped "
-        f"{shipped}."
+        f"({strongest.attack}{_effort(found, strongest)}), where the full model has {full} and the "
+        f"emulator as shipped {shipped}."
     )
+
+
+def _effort(found: Misuse, strongest: Finding) -> str:
+    """How much text the attacker spent, where the strongest was healed."""
+    if strongest.attack != "healing":
+        return ""
+    tokens, _ = best(found.healed)
+    return f" on {tokens:,} tokens" + ("" if found.settled else ", and still getting better")
 
 
 def _points(curve: Curve) -> list[tuple[int, float]]:

@@ -130,6 +130,8 @@ def canary_findings(leaks: Sequence[CanaryLeakage]) -> tuple[Finding, ...]:
 def canary_verdict(leaks: Sequence[CanaryLeakage]) -> str:
     """One sentence on the canaries; fewest repeats that leaked come first."""
     leaking = [leak for leak in leaks if leak.repeats and leak.p_value < SMALL]
+    if not any(leak.repeats for leak in leaks):
+        return "No planted code was trained on: all were set aside for validation, plant more."
     if not leaking:
         return "No planted code came out better than chance."
     least = leaking[0]

@@ -52,7 +52,12 @@ class Misuse:
     @property
     def healed_best(self) -> Perplexity:
         """The attacker's best stop."""
-        return min((found for _, found in self.healed), key=lambda found: found.nats_per_token)
+        return best(self.healed)[1]
+
+    @property
+    def settled(self) -> bool:
+        """Whether the best stop came before the last: more text would have made nothing better."""
+        return not self.healed or best(self.healed) != self.healed[-1]
 
     @property
     def healed_share(self) -> float | None:
@@ -61,6 +66,11 @@ class Misuse:
         deficit = shipped - self.full.nats_per_token
         closed = shipped - self.healed_best.nats_per_token
         return closed / deficit if deficit > 1e-3 else None
+
+
+def best(curve: Curve) -> tuple[int, Perplexity]:
+    """The stop of the lowest loss, with the tokens spent until there."""
+    return min(curve, key=lambda stop: stop[1].nats_per_token)
 
 
 def judge_misuse(

@@ -97,7 +97,7 @@ class JobCancelled:
 
 @dataclass(frozen=True, kw_only=True)
 class JobClosed:
-    """The vendor ended a job: nobody had asked for it in long, or its checkpoints were lost."""
+    """The vendor ended a job: long unasked for, or its checkpoints were lost."""
 
     customer: str
     job: str

@@ -271,5 +271,7 @@ def read_public_key(path: Path) -> PublicKey:
         return signature.key
     data = _read(path)
     if data is None:
-        raise ConfigError(f"{path}: expected a public key file, there is none: check the path")
+        raise ConfigError(
+            f"{path}: expected a public key or a signed package, nothing is there: check the path"
+        )
     return decode_public_key(data)

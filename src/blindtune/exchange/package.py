@@ -287,7 +287,7 @@ def _list_names(path: Path) -> set[str]:
     if path.is_symlink():
         raise PackageError(f"{path}: is a symbolic link: give the directory itself")
     if not path.is_dir():
-        raise ConfigError(f"{path}: expected a package directory, there is none: check the path")
+        raise ConfigError(f"{path}: expected a package, no such directory: check the path")
     names: set[str] = set()
     with os.scandir(path) as entries:
         for entry in entries:

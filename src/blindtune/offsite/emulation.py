@@ -184,16 +184,16 @@ def replaced_layers(study: Study, config: EmulatorConfig) -> tuple[int, ...]:
     count = int(config.alpha * len(middle) + 0.5)
     if not middle or count >= len(middle):
         raise ConfigError(
-            f"expected a kept middle layer, got none of {study.layer_count} layers with "
-            f"adapter_layers={ends} and alpha={config.alpha}: choose smaller values"
+            f"expected layers between the adapter's to keep, adapter_layers={ends} and "
+            f"alpha={config.alpha} leave none of {study.layer_count}: choose smaller values"
         )
     if config.choice == "uniform":
         kept = uniform_choice(len(middle), len(middle) - count)
         return tuple(i for k, i in enumerate(middle) if k not in kept)
     if count and len(study.scores_M) > 1 and bool((study.scores_M == study.scores_M[0]).all()):
         raise ConfigError(
-            "expected a study with scores, this one began with none and learned none: choose "
-            "uniform, or study again with --initial-scores greedy or --candidates"
+            "expected a study with scores, this one began with none and learned none: take "
+            "the choice uniform, or study again with initial scores greedy or with candidates"
         )
     ranked = sorted(middle, key=lambda i: (float(study.scores_M[i - study.first]), i))
     return tuple(sorted(ranked[:count]))

@@ -50,7 +50,7 @@ from blindtune.version import PROGRAM
 
 _ENDED = {
     "cancelled": "was cancelled",
-    "closed": "has ended at the vendor: nobody asked for it in long, or its checkpoints were lost",
+    "closed": "has ended at the vendor: long unasked for, or its checkpoints were lost",
 }
 
 

@@ -141,8 +141,9 @@ def _read(path: str | Path, text_column: str, label_column: str, *, required: bo
         if not isinstance(text, str) or (required and label is None):
             wanted = f" and a label in {label_column!r}" if required else ""
             raise DataError(
-                f"{where}: expected a text in {text_column!r}{wanted}, "
-                f"got columns {', '.join(map(str, row))[:200]}: name the right columns"
+                f"{where}: expected a text in {text_column!r}{wanted}, found the columns "
+                f"{', '.join(repr(str(name)) for name in row)[:200]}: rename them, or give a "
+                "text_column and a label_column"
             )
         if text.strip():
             texts.append(text)

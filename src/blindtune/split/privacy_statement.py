@@ -30,6 +30,8 @@ from blindtune.split.private_states import PrivateStates, clean_states
 from blindtune.split.privatizer_config import PrivatizerConfig, PrivatizerName
 from blindtune.split.spared_tokens import contributing_tokens, noise_factors
 
+LARGE_EPSILON = 10.0
+"""From here on the bound on an attacker's odds, exp(epsilon), rules out nothing in practice."""
 _STATES = 64
 """Texts whose states without noise are looked at in block-output mode."""
 
@@ -78,6 +80,11 @@ class PrivacyStatement:
         elif self.changed is not None:
             lines.append(f"  tokens that change: {self.changed:.1%}")
         lines += [f"  {line}" for line in self.account.splitlines()]
+        if self.spending and float(self.spending["epsilon_per_token"]) > LARGE_EPSILON:
+            lines.append(
+                "  so large an epsilon rules out nothing in practice: what protects is that "
+                "attacks fail; `blindtune audit` tries them"
+            )
         lines += [f"  - {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -280,7 +287,7 @@ def _targets_said(bottom: Bottom, private: PrivateStates, config: PrivatizerConf
             "there are; another job with these texts draws again and adds as much"
         )
     if bottom.cut.partition == "two-part":
-        return "labels are sent as they are: give label_epsilon if they are secret"
+        return "labels are sent as they are: if they are secret, give a label_epsilon"
     what, least = ("true tokens", "targets sent") if private.labels is None else (
         "labels", "a label_epsilon"
     )  # fmt: skip
@@ -294,6 +301,6 @@ def _around(bottom: Bottom, config: PrivatizerConfig) -> list[str]:
     """Which tokens have no noise because of their place."""
     if config.special == "noise" or config.privatizer in ("block-output", "none"):
         return []
-    sides = ((bottom.margins.before, "before"), (bottom.margins.after, "behind"))
+    sides = ((bottom.margins.before, "before"), (bottom.margins.after, "after"))
     said = [f"{', '.join(shown_tokens(bottom.tokenizer, ids))} {w} it" for ids, w in sides if ids]
     return [f"not noised are the tokens around every text: {'; '.join(said)}"] if said else []

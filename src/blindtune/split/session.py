@@ -31,7 +31,7 @@ from blindtune.split.shared_model import SharedModel
 
 ENDED = {
     "cancelled": "this job was cancelled",
-    "closed": "this job has ended: nobody had asked for it in long, or its checkpoints were lost",
+    "closed": "this job has ended: long unasked for, or its checkpoints were lost",
 }
 
 

@@ -37,8 +37,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     precision: Literal["float32", "float16", "int8"]
     options: dict[str, int | float | bool | str | None]
     state: Literal["open", "cancelled", "closed"] = "open"
-    """cancelled by the customer; closed by the vendor: nobody had asked for it in long, or no
-    checkpoint was left."""
+    """cancelled by the customer; closed by the vendor: long unasked for, or no checkpoint was
+    left."""
 
     def agrees(self, opening: OpenJob) -> bool:
         """Whether an opening asks for the same as before."""

@@ -75,8 +75,9 @@ def record_shape(columns: Iterable[str], text_column: str, where: str) -> Record
         return "text"
     raise DataError(
         f"{where}: expected the columns `{text_column}`, `prompt` + `completion`, `messages` or "
-        f"`question` + `choices` + `label`, found {', '.join(sorted(found)) or 'none'}: "
-        "rename them or set text_column"
+        f"`question` + `choices` + `label`, found "
+        f"{', '.join(f'`{name}`' for name in sorted(found)) or 'none'}: rename them, or give a "
+        "text_column"
     )
 
 
