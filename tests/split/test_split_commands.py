@@ -138,7 +138,7 @@ def test_a_dry_run_opens_no_package_that_nobody_trusts(blindtune, vendor, capsys
         (["--privatizer", "groups", "--public-text", "train.csv"], "at least 10,000 tokens"),
         (
             ["--privatizer", "groups", "--public-text", "train.csv", "--changed-share", "0.5"],
-            "follows from wrong_guesses",
+            "follows from --wrong-guesses",
         ),
     ],
 )
@@ -172,7 +172,7 @@ def test_what_a_customer_does_wrong(blindtune, monkeypatch):
         assert (found, out) == (code, ""), err
         assert words in err.splitlines()[-1]
 
-    refused(2, "changed_share 0.5 finds")
+    refused(2, "--changed-share 0.5 finds")
     refused(2, "unprotected too", "--privatizer", "none")
     refused(2, "expected an address", *NOISE, url="http://vendor")
     refused(2, "U-shape".lower(), *NOISE, "--task", "language-model", "--data", "train.csv")

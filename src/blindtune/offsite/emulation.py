@@ -184,8 +184,8 @@ def replaced_layers(study: Study, config: EmulatorConfig) -> tuple[int, ...]:
     count = int(config.alpha * len(middle) + 0.5)
     if not middle or count >= len(middle):
         raise ConfigError(
-            f"expected layers between the adapter's to keep, adapter_layers={ends} and "
-            f"alpha={config.alpha} leave none of {study.layer_count}: choose smaller values"
+            f"expected a kept middle layer, got none of {study.layer_count} layers with "
+            f"adapter_layers={ends} and alpha={config.alpha}: choose smaller values"
         )
     if config.choice == "uniform":
         kept = uniform_choice(len(middle), len(middle) - count)

@@ -127,7 +127,7 @@ class PrivatizerConfig:
     def _check_groups(self) -> None:
         if (self.privatizer == "groups") != (self.public_text is not None):
             raise ConfigError(
-                "expected public_text (--public-text) with privatizer groups, and only then: words "
+                "expected public_text with privatizer groups, and only then: words "
                 "are counted in public text, because counts of private text would tell about it"
             )
         self.grouping()
@@ -151,7 +151,7 @@ class PrivatizerConfig:
             and self.changed_share is None
         ):
             raise ConfigError(
-                "expected eta or changed_share (--eta, --changed-share): no amount of noise is "
+                "expected eta (--eta) or changed_share: no amount of noise is "
                 "right for all; changed_share 0.5 finds the eta at which half of your tokens "
                 "change, a good start"
             )
