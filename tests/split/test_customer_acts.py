@@ -2,10 +2,12 @@
 
 import json
 import pydoc_data.topics
+import shutil
 import stat
 from dataclasses import replace
 
 import pytest
+import torch
 from customer_world import NAMES, OPEN, PASSES, QUICK, TUNING, VECTOR, write_table
 from split_world import LABELS, TEXTS, World
 
@@ -23,12 +25,14 @@ from blindtune.exchange.messages import Numbered
 from blindtune.exchange.transcript import Recorder
 from blindtune.exchange.transport import LostError
 from blindtune.split.access import AccessConfig
+from blindtune.split.bottom import open_bottom, write_bottom
 from blindtune.split.customer_job import CustomerJob, LossLog
 from blindtune.split.prediction import AskingConfig
 from blindtune.split.private_states import PrivateStates
-from blindtune.split.private_texts import ReadingConfig
+from blindtune.split.private_texts import ReadingConfig, encode_texts
 from blindtune.split.privatizer_config import PrivatizerConfig
 from blindtune.split.terms import VendorLimits
+from tiny_models import tiny_tokenizer
 
 
 def tune(world, data, out, privatizer=VECTOR, **options):
@@ -508,3 +512,24 @@ def test_word_groups_that_are_gone_are_not_done_without(tmp_path, data):
         with pytest.raises(DataError, match="put groups"):
             act()
     assert not list((tmp_path / "job").glob("asked-*"))
+
+
+def test_a_vocabulary_of_twins_is_refused_or_warned_of(tmp_path, data):
+    world = World(tmp_path, cut=0)
+    count = len(tiny_tokenizer())
+    with torch.no_grad():
+        rows = world.model.get_input_embeddings().weight
+        ids = torch.cat(encode_texts(world.bottom, TEXTS)).unique()
+        free = torch.arange(count, len(rows))[: len(ids)]
+        assert len(free) == len(ids)
+        rows[free] = rows[ids] + 1e-4
+    write_bottom(world.model, tiny_tokenizer(), tmp_path / "bottom", world.cut, overwrite=True)
+    world.bottom = open_bottom(tmp_path / "bottom")
+    shutil.rmtree(tmp_path / "vendor")
+    world.start()
+    for privatizer in ("exponential", "token", "vector"):
+        half = PrivatizerConfig(privatizer=privatizer, changed_share=0.5)
+        with pytest.raises(ConfigError, match="another word in nearly the same place"):
+            tune(world, data, tmp_path / privatizer, half)
+    given = tune(world, data, tmp_path / "job", VECTOR).privacy
+    assert given.notes[0].startswith("WARNING: ")

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blindtune.errors import ConfigError
 from blindtune.models.margins import shown_tokens
 from blindtune.privacy.accounting import Releases, Spending, account
 from blindtune.privacy.draw_level import DrawSurvey
 from blindtune.privacy.metric_dp import MAX_ETA, Mechanism
 from blindtune.privacy.noise_level import NoiseSurvey
 from blindtune.privacy.replacing import places_of, words_to_draw
+from blindtune.privacy.twin_words import MOST_TWINS, twin_share
 from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.bottom import Bottom
 from blindtune.split.private_states import PrivateStates, clean_states
@@ -90,10 +92,22 @@ class PrivacyStatement:
 
 
 def choose_eta(bottom: Bottom, ids: Sequence[Tensor], config: PrivatizerConfig) -> float | None:
-    """The eta that is asked for, or the one at which the wanted share of these tokens changes."""
+    """The eta that is asked for, or the one at which the wanted share of these tokens changes.
+
+    Raises:
+        ConfigError: no eta gives that share, or the bottom has so many words twice that a share of
+            changed tokens says nothing.
+    """
     if config.changed_share is None:
         return config.eta
-    return _survey(bottom, _words(bottom, ids), config.privatizer).eta_for(config.changed_share)
+    words = _words(bottom, ids)
+    if (twins := _twins(bottom, words, config.privatizer)) > MOST_TWINS:
+        raise ConfigError(
+            f"expected a bottom whose words differ, {twins:.0%} of your tokens have another word "
+            "in nearly the same place, so that changing one into the other hides nothing: take a "
+            "bottom of a model that is known in public, or give an eta and look at an audit"
+        )
+    return _survey(bottom, words, config.privatizer).eta_for(config.changed_share)
 
 
 def state_privacy(
@@ -133,6 +147,13 @@ def state_privacy(
         typical = torch.cat(states).norm(dim=1).median().item()
     else:
         words = _words(bottom, private.ids)
+        if (twins := _twins(bottom, words, config.privatizer, groups)) > MOST_TWINS:
+            notes = (
+                f"WARNING: {twins:.0%} of these tokens have another word of the bottom in nearly "
+                "the same place; where one becomes the other nothing is hidden, and the shares of "
+                "changed tokens count it as changed",
+                *notes,
+            )
         survey = _survey(bottom, words, config.privatizer, groups)
         level = survey.at(mechanism.eta)
         norm, typical = level.mean_norm, level.neighbour_distance
@@ -224,14 +245,28 @@ def _survey(
     groups: WordGroups | None = None,
 ) -> NoiseSurvey | DrawSurvey:
     """What noise does to these words; to their representatives, among those of all groups."""
+    table_VD = _rows(bottom, privatizer)
+    survey = DrawSurvey if privatizer == "exponential" else NoiseSurvey
+    return survey(words_to_draw(table_VD, groups), places_of(words, groups))
+
+
+def _twins(
+    bottom: Bottom, words: Tensor, privatizer: PrivatizerName, groups: WordGroups | None = None
+) -> float:
+    table_VD = _rows(bottom, privatizer)
+    return twin_share(words_to_draw(table_VD, groups), places_of(words, groups))
+
+
+def _rows(bottom: Bottom, privatizer: PrivatizerName) -> Tensor:
+    """The rows that noise is measured by: a module may scale them, and vector mode noises that."""
     embedding = bottom.stack.embedding
-    with torch.no_grad():  # a module may scale its rows, and vector mode noises what it gives
+    with torch.no_grad():
         table_VD = embedding.weight
         assert isinstance(table_VD, Tensor)
         if privatizer == "vector":
-            table_VD = embedding(torch.arange(len(table_VD), device=table_VD.device))
-    survey = DrawSurvey if privatizer == "exponential" else NoiseSurvey
-    return survey(words_to_draw(table_VD, groups), places_of(words, groups))
+            scaled_VD: Tensor = embedding(torch.arange(len(table_VD), device=table_VD.device))
+            return scaled_VD
+    return table_VD
 
 
 def _change_with_groups(bottom: Bottom, words: Tensor, groups: WordGroups, eta: float) -> float:
