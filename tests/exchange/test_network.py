@@ -4,7 +4,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 
 import grpc
@@ -29,6 +29,7 @@ from blindtune.exchange.credentials import (
     open_customers,
     token_hash,
 )
+from blindtune.exchange.events import StreamOpened
 from blindtune.exchange.messages import (
     REPLIES,
     WINDOW,
@@ -304,10 +305,10 @@ def test_streams_and_memory_are_bounded(serve, trust):
         first.call(opening())
         with connected(server, trust) as second, pytest.raises(BusyError):
             second.call(opening())
-        server._memory.used += 1 << 20
+        server._memory.taken["bob"] += 1 << 20
         with pytest.raises(BusyError):
             first.call(batch(1))
-        server._memory.used -= 1 << 20
+        server._memory.taken["bob"] -= 1 << 20
     deadline = time.monotonic() + 5
     while health(address(server), trust).streams and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -315,6 +316,31 @@ def test_streams_and_memory_are_bounded(serve, trust):
         third.call(opening())
         assert third.call(batch(1)).sequence == 1
     assert server._memory.used == 0
+
+
+def test_four_streams_of_one_customer_leave_memory_for_another(serve, trust, certificate):
+    vendor = SlowFor("bob")
+    server = serve(vendor, max_payload_bytes=1 << 20, max_buffered_bytes=8 << 20)
+    told = []
+    server._tell = told.append
+    flood = [f for n in range(2, 9) for f in encode(batch(n, rows=200, width=1024), n)]
+    frames = [*encode(opening(), 98), *encode(Step(sequence=1), 99), *flood]
+    with ExitStack() as streams:
+        for _ in range(4):
+            call = raw_stream(server, certificate, iter(frames), token=TOKENS["bob"])
+            streams.enter_context(call)
+        deadline = time.monotonic() + 10
+        while len([event for event in told if isinstance(event, StreamOpened)]) < 4 or any(
+            stream._ending.reason != "busy" for stream in list(server._streams)
+        ):  # until all four have been read as far as there is room
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with connected(server, trust) as connection:
+            connection.call(opening())
+            for number in range(1, 4):
+                large = batch(number, rows=200, width=1024)
+                assert connection.call(large).sequence == number
+        vendor.gate.set()
 
 
 @pytest.mark.parametrize("stall", ["within a message", "idle", "reading"])

@@ -28,12 +28,13 @@ class World:
     """A stream whose first request is worked on until `gate` is open."""
 
     def __init__(self, frames, max_bytes=1 << 20):
-        self.memory, self.events = RequestMemory(max_bytes), []
+        self.memory, self.events = RequestMemory(max_bytes, 1 << 20), []
         self.gate, self.begun = threading.Event(), threading.Event()
         self.frames, self.cancelled = frames, threading.Event()
         self.stream = Stream(
-            "alice", "00" * 32, self.cancelled.set, share=Share(self.memory), rates=Rates(1000.0),
-            tell=self.events.append, max_payload_bytes=1 << 20, retry_after_seconds=0.5,
+            "alice", "00" * 32, self.cancelled.set, share=Share(self.memory, "alice"),
+            rates=Rates(1000.0), tell=self.events.append, max_payload_bytes=1 << 20,
+            retry_after_seconds=0.5,
         )  # fmt: skip
         self.replies = []
         self.thread = threading.Thread(target=self.serve)
@@ -75,17 +76,38 @@ def steps(count):
 
 
 def test_memory_is_counted_as_it_is_held_and_given_back():
-    memory = RequestMemory(100)
-    share = Share(memory)
+    memory = RequestMemory(100, 50)
+    share = Share(memory, "alice")
     assert share.reserve(40)
     share.grow(80)  # float32 of what came as int8
     assert memory.used == 120
-    assert not Share(memory).reserve(1)
+    assert not Share(memory, "bob").reserve(1)
     share.release()
     assert memory.used == 0
     share.close()
     share.grow(5)
     assert memory.used == 0
+
+
+def test_nobody_takes_more_than_half_of_what_the_others_left():
+    memory = RequestMemory(1000, 100)
+    alice = [Share(memory, "alice") for _ in range(4)]
+    taken = sum(share.reserve(50) for _ in range(10) for share in alice)
+    assert taken * 50 == 500
+    bob, carl, dora = (Share(memory, name) for name in ("bob", "carl", "dora"))
+    assert [bob.reserve(size) for size in (251, 250, 1)] == [False, True, False]
+    assert [carl.reserve(size) for size in (126, 100, 25, 1)] == [False, True, True, False]
+    assert dora.reserve(100)  # one largest message, where half of the rest is less
+    assert not Share(memory, "emil").reserve(26)  # there is no more
+    alice[0].close()
+    assert [carl.reserve(size) for size in (26, 25)] == [False, True]
+
+
+def test_one_largest_message_fits_where_there_is_room_for_one_alone():
+    share = Share(RequestMemory(100, 100), "alice")
+    assert share.reserve(100)
+    share.release()
+    assert share.reserve(100)
 
 
 def test_a_customer_who_ends_it_gets_all_replies():

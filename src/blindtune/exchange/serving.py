@@ -1,9 +1,9 @@
 """The vendor's end of the network: many customers, bounded in every direction.
 
 Each stream (exchange.stream) has a reader, which puts messages together while the handler
-computes, and a queue of at most eight requests. Whoever sends more than that, or when the server's
-memory for requests is full, is told to come back later; whoever stalls is dropped. Other streams
-do not notice.
+computes, and a queue of at most eight requests. Whoever sends more than that, or more than its
+share of the server's memory for requests (exchange.request_memory), is told to come back later;
+whoever stalls is dropped. Other streams do not notice.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class ServerConfig:
     max_payload_bytes: int = 67_108_864
     """Tensors of one message."""
     max_buffered_bytes: int = 1_073_741_824
-    """Requests that wait or are worked on, of all streams together."""
+    """Requests that wait or are worked on, of all streams together; one customer may take half of
+    what the others have left, or one largest message."""
     stall_timeout_seconds: float = 30.0
     """Time for one frame, once a message has begun, in either direction."""
     idle_timeout_seconds: float = 900.0
@@ -110,7 +111,7 @@ class Server:
         self._tell = observer
         self._streams: set[Stream] = set()
         self._lock = threading.Lock()
-        self._memory = RequestMemory(self.config.max_buffered_bytes)
+        self._memory = RequestMemory(self.config.max_buffered_bytes, self.config.max_payload_bytes)
         self._stopping = threading.Event()
         self._grpc = import_grpc()
         self._server, self.port = self._listen(credentials, guard)
@@ -176,7 +177,7 @@ class Server:
             self._turn_away(context, TurnedAway(reason="rate", customer=customer), wait)
         stream = Stream(
             customer, token_hash(token), context.cancel,
-            share=Share(self._memory), rates=self.guard.requests, tell=self._tell,
+            share=Share(self._memory, customer), rates=self.guard.requests, tell=self._tell,
             max_payload_bytes=self.config.max_payload_bytes,
             retry_after_seconds=self.config.retry_after_seconds,
         )  # fmt: skip
