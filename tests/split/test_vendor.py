@@ -353,6 +353,38 @@ def test_cancelled_jobs_are_forgotten(world, tmp_path):
     Stream(world, opened=opening(world))
 
 
+@pytest.mark.parametrize(
+    "moment", ["NumberedStates.drop_after", "remove_left_overs", "JobStore.write", "JobStore.touch"]
+)
+@pytest.mark.parametrize("end", ["cancel", "_close"])
+def test_killed_while_a_job_ends_no_state_outlives_its_end(tmp_path, monkeypatch, moment, end):
+    world, token = World(tmp_path), new_token()
+    Stream(world, opened=opening(world, token=token)).ask(batch(1))
+    jobs = world.vendor._jobs
+    with monkeypatch.context() as patched:
+        patched.setattr(f"blindtune.split.store.{moment}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(jobs, end)(next(iter(jobs)))
+    world.start()
+    states = list((tmp_path / "vendor").rglob("*.pt"))
+    stream = Stream(world, opened=ResumeJob(token=token))
+    assert (stream.opened.state == "open") == bool(states)
+    assert stream.ask(Cancel()).state == "cancelled"
+    assert not list((tmp_path / "vendor").rglob("*.pt"))
+
+
+def test_states_of_ended_jobs_go_at_the_start_and_when_cancelled_again(tmp_path):
+    world, token = World(tmp_path), new_token()
+    stream = Stream(world, opened=opening(world, token=token))
+    (state,) = (tmp_path / "vendor").rglob("at-*.pt")
+    learned = state.read_bytes()
+    stream.ask(Cancel())
+    for ask in (world.start, lambda: stream.ask(Cancel())):
+        state.write_bytes(learned)
+        ask()
+        assert not state.exists()
+
+
 def test_few_ended_jobs_are_remembered_and_none_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(job_book, "ENDED_KEPT", 3)
     clock = {"time": time.time()}

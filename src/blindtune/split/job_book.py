@@ -59,6 +59,9 @@ class JobBook:
         self.store = JobStore(directory, bottom)
         self._bottom, self._model, self._limits, self._tell = bottom, model, limits, tell
         self._jobs = {r.name: Job(record=r) for r in self.store.records()}
+        for job in self:
+            if job.record.state != "open":  # killed before, by another version
+                self.store.drop_states(job.record.name)
         self._overdue: dict[str, float] = {}  # since when (monotonic) a job has looked overdue
         self._opening = threading.Lock()
 
@@ -147,7 +150,9 @@ class JobBook:
     def cancel(self, job: Job) -> None:
         """End a job and forget what it learned."""
         with job.lock:
-            if job.record.state != "cancelled":
+            if job.record.state == "cancelled":
+                self.store.drop_states(job.record.name)  # it is said again that there are none
+            else:
                 self._end(job, "cancelled")
                 self._tell(JobCancelled(customer=job.record.owner, job=job.record.name))
 

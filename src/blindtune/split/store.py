@@ -127,8 +127,16 @@ class JobStore:
                 self.remove(folder.name)
 
     def forget(self, record: JobRecord, state: Literal["cancelled", "closed"]) -> None:
-        """Remove a job's states; what was agreed stays, with the state that it ended in."""
+        """Remove a job's states; what was agreed stays, with the state that it ended in.
+
+        The states go first: killed meanwhile, a job may be open without any, but none is said to
+        have ended while states of it lie here.
+        """
+        self.drop_states(record.name)
         self.write(msgspec.structs.replace(record, state=state))
         self.touch(record.name)
-        self.states(record.name).drop_after(-1)
-        remove_left_overs(self._jobs / record.name)
+
+    def drop_states(self, name: str) -> None:
+        """Remove all that a job has learned, half-written states too."""
+        self.states(name).drop_after(-1)
+        remove_left_overs(self._jobs / name)
