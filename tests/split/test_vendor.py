@@ -1,6 +1,7 @@
 """What a vendor refuses, and that nobody else notices."""
 
 import dataclasses
+import shutil
 import threading
 import time
 
@@ -383,6 +384,67 @@ def test_states_of_ended_jobs_go_at_the_start_and_when_cancelled_again(tmp_path)
         state.write_bytes(learned)
         ask()
         assert not state.exists()
+
+
+@pytest.mark.parametrize("gone", ["its folder", "its record"])
+@pytest.mark.parametrize("state", ["open", "resting", "cancelled"])
+def test_a_job_whose_folder_is_gone_stops_no_other(tmp_path, gone, state):
+    world, token = World(tmp_path), new_token()
+    stream = Stream(world, opened=opening(world, token=token))
+    (folder,) = (tmp_path / "vendor" / "jobs").iterdir()
+    if state == "cancelled":
+        stream.ask(Cancel())
+    if state == "resting":
+        world.start()
+    if gone == "its record":
+        (folder / "job.json").unlink()
+    else:
+        shutil.rmtree(folder)
+    world.vendor.expire()
+    assert Stream(world, "bert", opening(world)).opened.state == "open"
+    found = Stream(world, opened=ResumeJob(token=token)).opened
+    if state == "cancelled":
+        assert found.code == "unknown-job"
+    else:
+        assert found.state == "closed"
+        assert not list(folder.rglob("*.pt"))
+    if state == "open":
+        assert "has ended" in stream.ask(batch(1)).message
+    world.start()
+    assert world.vendor.open_jobs() == 1
+
+
+def test_expiry_goes_on_behind_a_job_that_the_disk_refuses(tmp_path, monkeypatch, caplog):
+    world, tokens = World(tmp_path), [new_token() for _ in range(6)]
+    streams = [Stream(world, name, opening(world, token=token))
+               for name, token in zip("abcdef", tokens, strict=True)]  # fmt: skip
+    for stream in streams[3:]:
+        stream.ask(Cancel())
+    clock = {"time": time.time() + 31 * 86400, "monotonic": time.monotonic()}
+    monkeypatch.setattr(store.time, "time", lambda: clock["time"])
+    monkeypatch.setattr(job_book.time, "monotonic", lambda: clock["monotonic"])
+    open_jobs = [job.record.name for job in world.vendor._jobs if job.record.state == "open"]
+    ended = [job.record.name for job in world.vendor._jobs if job.record.state != "open"]
+    drop, remove = JobStore.drop_states, JobStore.remove
+
+    def refuse(name, among, work, store):
+        if name == among[0]:
+            raise OSError(5, "Input/output error")
+        work(store, name)
+
+    monkeypatch.setattr(
+        JobStore, "drop_states", lambda store, name: refuse(name, open_jobs, drop, store)
+    )
+    monkeypatch.setattr(JobStore, "remove", lambda store, name: refuse(name, ended, remove, store))
+    world.vendor.expire()
+    clock["monotonic"] += 7200
+    world.vendor.expire()
+    assert world.vendor.open_jobs() == 1
+    assert {job.record.name for job in world.vendor._jobs} == {*open_jobs}
+    assert (tmp_path / "vendor" / "jobs" / ended[0]).exists()
+    assert not any((tmp_path / "vendor" / "jobs" / name).exists() for name in ended[1:])
+    assert open_jobs[0] in caplog.text
+    assert ended[0] in caplog.text
 
 
 def test_few_ended_jobs_are_remembered_and_none_for_ever(tmp_path, monkeypatch):

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, final
 
 import msgspec
 
-from blindtune.errors import DataError, MismatchError
+from blindtune.errors import DataError, MismatchError, OutputError
 from blindtune.exchange.events import JobCancelled, JobClosed, JobOpened, JobSaved, Observer
 from blindtune.exchange.messages import Checkpointed, Message, OpenJob, Refusal
 from blindtune.split.admission import RefusedError, check_opening
@@ -23,6 +25,8 @@ from blindtune.split.job import Job
 from blindtune.split.shared_model import SharedModel
 from blindtune.split.store import JobRecord, JobStore
 from blindtune.split.terms import VendorLimits
+
+logger = logging.getLogger(__name__)
 
 UNREADABLE = "what is kept of this job cannot be read here: ask the vendor"
 EXPIRY_GRACE_SECONDS = 3600.0
@@ -109,7 +113,10 @@ class JobBook:
             if job.lora is None and job.record.state == "open":
                 self._wake(job)
             if job.record.state == "open":
-                self.store.touch(name)
+                try:
+                    self.store.touch(name)
+                except FileNotFoundError:  # somebody has removed its folder, or what was agreed
+                    self._close(job)
         return job
 
     def rewind(self, job: Job, number: int) -> None:
@@ -160,20 +167,26 @@ class JobBook:
         """End the open jobs that nobody has asked for in `max_idle_days`; forget those long ended.
 
         Only those that looked so `EXPIRY_GRACE_SECONDS` ago already: a clock that jumps ahead and
-        is set right again takes no job away. Openings that were killed leave no trace either.
+        is set right again takes no job away. Openings that were killed leave no trace either. What
+        the disk refuses is logged, and does not keep the other jobs.
         """
         now, limit = time.monotonic(), 86400 * self._limits.max_idle_days
         for job in self:
-            name = job.record.name
-            if job.record.state != "open" or self.store.idle_seconds(name) <= limit:
-                self._overdue.pop(name, None)
-            elif now - self._overdue.setdefault(name, now) >= EXPIRY_GRACE_SECONDS:
-                with job.lock:
-                    if job.record.state == "open" and now - job.asked > EXPIRY_GRACE_SECONDS:
-                        self._close(job)
+            with _logged(job.record.name):
+                self._end_overdue(job, now, limit)
         with self._opening:
             self._forget_ended(limit)
-            self.store.remove_unopened(EXPIRY_GRACE_SECONDS)
+            with _logged("what killed openings left"):
+                self.store.remove_unopened(EXPIRY_GRACE_SECONDS)
+
+    def _end_overdue(self, job: Job, now: float, limit: float) -> None:
+        name = job.record.name
+        if job.record.state != "open" or self.store.idle_seconds(name) <= limit:
+            self._overdue.pop(name, None)
+        elif now - self._overdue.setdefault(name, now) >= EXPIRY_GRACE_SECONDS:
+            with job.lock:
+                if job.record.state == "open" and now - job.asked > EXPIRY_GRACE_SECONDS:
+                    self._close(job)
 
     def _forget_ended(self, limit: float) -> None:
         """Remove what is left of ended jobs: older than `limit` seconds, or beyond a few each."""
@@ -181,12 +194,15 @@ class JobBook:
         for job in self:
             if job.record.state != "open":
                 name = job.record.name
-                ended.setdefault(job.record.owner, []).append((self.store.idle_seconds(name), name))
+                with _logged(name):
+                    idle = self.store.idle_seconds(name)
+                    ended.setdefault(job.record.owner, []).append((idle, name))
         for found in ended.values():
             for place, (seconds, name) in enumerate(sorted(found)):
                 if place >= ENDED_KEPT or seconds > limit:
-                    self.store.remove(name)
-                    self._jobs.pop(name, None)
+                    self._jobs.pop(name, None)  # if it cannot be removed, the next start tries
+                    with _logged(name):
+                        self.store.remove(name)
 
     def _begin(self, record: JobRecord) -> Job:
         job = Job(record=record)
@@ -241,6 +257,15 @@ class JobBook:
         own = live.count(customer)
         if len(live) >= self._limits.max_jobs or own >= self._limits.max_jobs_per_customer:
             raise RefusedError("limit", "too many jobs are open: cancel one, or ask again later")
+
+
+@contextmanager
+def _logged(name: str) -> Iterator[None]:
+    """Log what the disk refuses about one job, and go on."""
+    try:
+        yield
+    except (OSError, OutputError) as error:
+        logger.error("%s cannot be put in order: look at its folder (%s)", name, error)
 
 
 def _name_of(token: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ Never leaves the vendor. Checkpoints are read with `weights_only=True`.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import time
@@ -95,17 +96,25 @@ class JobStore:
             partial.write_bytes(msgspec.json.encode(record))
 
     def touch(self, name: str) -> None:
-        """Note that a job was asked for now."""
+        """Note that a job was asked for now.
+
+        Raises:
+            FileNotFoundError: its record is gone.
+        """
         now = time.time()
         os.utime(self._jobs / name / "job.json", (now, now))
 
     def idle_seconds(self, name: str) -> float:
-        """Since when nobody asked for a job, or moved it.
+        """Since when nobody asked for a job, or moved it; for ever, if its record is gone.
 
         By its directory and its record: a state that is being stored may be gone when looked at.
         """
         folder = self._jobs / name
-        return time.time() - max(path.stat().st_mtime for path in (folder, folder / "job.json"))
+        try:
+            latest = max(path.stat().st_mtime for path in (folder, folder / "job.json"))
+        except FileNotFoundError:
+            return math.inf
+        return time.time() - latest
 
     def states(self, name: str) -> NumberedStates:
         """What is kept of a job, by the requests after which it was stored."""
