@@ -114,7 +114,10 @@ class Job:
         self.bytes += stored_bytes(message) + stored_bytes(reply)
 
     def work(self, message: Numbered) -> Message:
-        """The model's part of a request, wholly or not at all; the counts are the caller's."""
+        """The model's part of a request, wholly or not at all; the counts are the caller's.
+
+        The reply is on the CPU: it is remembered, and must not keep the model's memory.
+        """
         lora, precision, number = self.lora, self.record.precision, message.sequence
         assert lora is not None
         if isinstance(message, Batch):
@@ -128,13 +131,13 @@ class Job:
             )
             return BatchResult(
                 sequence=number, precision=precision, loss=loss, metrics=metrics,
-                gradient_TD=gradient_TD,
+                gradient_TD=None if gradient_TD is None else gradient_TD.cpu(),
             )  # fmt: skip
         if isinstance(message, Forward):
             out_TD = lora.forward(number, message.hidden_TD, message.lengths)
-            return Outputs(sequence=number, precision=precision, hidden_TD=out_TD)
+            return Outputs(sequence=number, precision=precision, hidden_TD=out_TD.cpu())
         if isinstance(message, Backward):
             found_TD = lora.backward(message.forward, message.gradient_TD)
-            wanted = found_TD if message.input_gradient else None
+            wanted = found_TD.cpu() if message.input_gradient else None
             return Gradients(sequence=number, precision=precision, gradient_TD=wanted)
         return Stepped(sequence=number, steps=self.steps + 1, gradient_norm=lora.step())
