@@ -1,6 +1,7 @@
 """What a vendor refuses, and that nobody else notices."""
 
 import dataclasses
+import os
 import shutil
 import threading
 import time
@@ -307,6 +308,24 @@ def test_housekeeping_goes_on_after_a_failure(caplog):
     keeping.close()
     assert "RuntimeError" in caplog.text
     assert "content" not in caplog.text
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_jobs_on_the_disk_are_for_the_vendors_eyes_only(tmp_path, before):
+    jobs, open_to_all = tmp_path / "vendor" / "jobs", os.umask(0)
+    try:
+        if before:
+            jobs.mkdir(mode=0o755, parents=True)
+        stream = Stream(world := World(tmp_path), opened=opening(world))
+        stream.ask(batch(1))
+        stream.ask(Step(sequence=2))
+        assert stream.ask(Checkpoint(sequence=2)).sequence == 2
+    finally:
+        os.umask(open_to_all)
+    assert jobs.stat().st_mode & 0o777 == 0o700
+    files = {path for path in jobs.rglob("*") if path.is_file()}
+    assert {path.name for path in files} == {"job.json", "at-0.pt", "at-2.pt"}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
 
 
 def test_a_job_is_its_customers_alone(world):

@@ -42,12 +42,14 @@ class NumberedStates:
     def save(self, number: int, state: dict[str, Any]) -> None:
         """Store the state after request `number`, durably; keep it and the one before it.
 
-        Later ones are of a run before the job went back to an earlier request: they go too.
+        Later ones are of a run before the job went back to an earlier request: they go too. Nobody
+        but the owner may read it (mode 600).
 
         Raises:
             OutputError: the disk refuses; what was there stays.
         """
         with atomic_file(self._path(number)) as partial:
+            partial.touch(mode=0o600)
             save_torch(state, partial)
         found = self.numbers()
         kept = [other for other in found if other <= number][-KEPT_STATES:]

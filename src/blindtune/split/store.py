@@ -3,7 +3,8 @@
     jobs/<name>/job.json        owner, hash of the token, terms, state
     jobs/<name>/at-<number>.pt  everything after request <number>; the last two are kept
 
-Never leaves the vendor. Checkpoints are read with `weights_only=True`.
+Never leaves the vendor, and is for its eyes only: jobs/ has mode 700, the files in it 600.
+Checkpoints are read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from typing import Literal, final
 
 import msgspec
 
-from blindtune.atomic import atomic_file, put_in_order, remove_directory, remove_left_overs
+from blindtune.atomic import (
+    atomic_file,
+    output_error,
+    put_in_order,
+    remove_directory,
+    remove_left_overs,
+)
 from blindtune.errors import OutputError
 from blindtune.exchange.messages import OpenJob
 from blindtune.split.numbered_states import NumberedStates
@@ -73,6 +80,11 @@ class JobStore:
         if not mark.exists():
             with atomic_file(mark) as partial:
                 partial.write_text(bottom)
+        try:
+            self._jobs.mkdir(mode=0o700, exist_ok=True)
+            self._jobs.chmod(0o700)  # it may be of an earlier version
+        except OSError as error:
+            raise output_error(self._jobs, error) from error
         remove_left_overs(self._jobs)
         for job in self._jobs.glob("*/"):
             remove_left_overs(job)
@@ -93,6 +105,7 @@ class JobStore:
     def write(self, record: JobRecord) -> None:
         """Store what was agreed, durably."""
         with atomic_file(self._jobs / record.name / "job.json") as partial:
+            partial.touch(mode=0o600)
             partial.write_bytes(msgspec.json.encode(record))
 
     def touch(self, name: str) -> None:
