@@ -184,6 +184,21 @@ def test_what_is_in_the_way_stays(tmp_path, package):
         unseal(tmp_path / "mine", package, FRIEND)
 
 
+def test_only_a_package_is_overwritten(tmp_path, signed):
+    seal(signed, tmp_path / "e.age", [FRIEND.public])
+    extension = tmp_path / "extension"
+    extension.mkdir()
+    (extension / "manifest.json").write_text('{"manifest_version": 3}')
+    (extension / "content.js").write_text("mine")
+    before = {path: path.read_bytes() for path in extension.iterdir()}
+    with pytest.raises(OutputError, match=r"content\.js"):
+        unseal(tmp_path / "e.age", extension, FRIEND, overwrite=True)
+    with pytest.raises(OutputError, match="--overwrite"):
+        unseal(tmp_path / "e.age", signed, FRIEND)
+    assert {path: path.read_bytes() for path in extension.iterdir()} == before
+    unseal(tmp_path / "e.age", signed, FRIEND, overwrite=True)
+
+
 @pytest.fixture
 def small_files():
     """While it lasts, no file grows beyond 2,000 bytes."""

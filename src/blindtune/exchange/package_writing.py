@@ -65,7 +65,7 @@ def write_package(
     shards = shard(tensors, max_shard_bytes)
     if len(shards) > MAX_SHARDS:
         raise OutputError(f"{len(shards)} weights files, at most {MAX_SHARDS}: make shards larger")
-    _check_target(target, overwrite)
+    check_place(target, overwrite=overwrite)
     with atomic_directory(target, overwrite=overwrite, mark=MANIFEST_NAME) as partial:
         manifest_bytes = _fill(partial, manifest, shards, files, signer)
     return package_id(manifest_bytes)
@@ -94,12 +94,20 @@ def _fill(
     return manifest_bytes
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_place(target: Path, *, overwrite: bool) -> None:
+    """Check that a package may be written at `target`: nothing but a package is ever replaced.
+
+    Raises:
+        OutputError: something is in the way, in the directory too.
+    """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise OutputError(f"{target}: expected a new directory, a file is there: choose another")
     names = {entry.name for entry in target.iterdir()} if target.exists() else set()
     if names and not overwrite:
-        raise OutputError(f"{target}: exists and is not empty: choose another directory")
+        raise OutputError(
+            f"{target}: exists and is not empty: choose another directory, or say that the package "
+            "there may be overwritten (--overwrite)"
+        )
     foreign = sorted(name for name in names if not can_hold(name))
     if foreign or (names and MANIFEST_NAME not in names):
         raise OutputError(

@@ -31,6 +31,7 @@ from blindtune.exchange.package import (
     open_package,
     package_files,
 )
+from blindtune.exchange.package_writing import check_place
 from blindtune.exchange.signing import Signature, Trust
 
 _BLOCK = 512
@@ -98,7 +99,7 @@ def unseal(
         out: directory of the package.
         key: the recipient's.
         trust: whose packages are accepted; None: anybody's.
-        overwrite: replace an earlier package.
+        overwrite: replace an earlier package (and nothing else) that is in the way.
         max_bytes: refuse a package that is larger.
 
     Returns:
@@ -108,12 +109,13 @@ def unseal(
         ConfigError: there is no such file.
         PolicyError: it is sealed for others, or `trust` refuses the package.
         PackageError: it is altered, truncated, or holds anything but a package.
-        OutputError: the package cannot be written.
+        OutputError: the package cannot be written, or something is in the way.
     """
     import pyrage
 
     identity = pyrage.x25519.Identity.from_str(key.receiving_secret)
     path = Path(sealed)
+    check_place(Path(out), overwrite=overwrite)
     if not path.exists():
         raise ConfigError(f"{path}: expected a sealed file, there is none: check the path")
     handle, _size = open_regular(path)
