@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_vendor import CONFIG, batch
+from split_world import CONFIG
+from test_vendor import batch
 
 from blindtune.exchange.messages import Backward, Forward
 from blindtune.split.job import Job
