@@ -138,14 +138,16 @@ def pace_lines(pace):
 def healing_table(healing):
     """Perplexity of an emulator trained on by whoever keeps it, and of the control."""
     lines = [
-        "| healed | the full model | as shipped | healed, by tokens | the control |",
-        "|---|---:|---:|---|---|",
+        "| healed | grown | rate | the full model | as shipped | healed, by tokens | the control |",
+        "|---|---|---:|---:|---:|---|---|",
     ]
     for name, row in healing["rows"].items():
+        config = row["config"]
+        how = f"{name.rsplit('-', 1)[0]} | {config['regrow']} | {config['learning_rate']:.0e}"
         curves = [
             ", ".join(f"{loss['perplexity']:.1f} ({n // 1000}k)" for n, loss in row[key])
             for key in ("healed", "control")
         ]
         known = " | ".join(f"{row[key]['perplexity']:.1f}" for key in ("full", "emulator"))
-        lines.append(f"| {name} | {known} | {curves[0]} | {curves[1]} |")
+        lines.append(f"| {how} | {known} | {curves[0]} | {curves[1]} |")
     return lines

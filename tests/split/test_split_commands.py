@@ -173,7 +173,7 @@ def test_what_a_customer_does_wrong(blindtune, monkeypatch):
         assert words in err.splitlines()[-1]
 
     refused(2, "--changed-share 0.5 finds")
-    refused(2, "unprotected too", "--privatizer", "none")
+    refused(2, "give unprotected too", "--privatizer", "none")
     refused(2, "expected an address", *NOISE, url="http://vendor")
     refused(2, "U-shape".lower(), *NOISE, "--task", "language-model", "--data", "train.csv")
     refused(3, "another certificate", *NOISE, fingerprint="0" * 64)

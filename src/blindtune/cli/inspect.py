@@ -139,7 +139,7 @@ def _show_bottom(facts: Facts, console: Console) -> None:
         ("weights", facts["dtype"]),
         ("tokenizer", facts["tokenizer"]),
         ("before a text", ", ".join(facts["before"]) or "nothing"),
-        ("behind a text", ", ".join(facts["after"]) or "nothing"),
+        ("after a text", ", ".join(facts["after"]) or "nothing"),
         ("special tokens", ", ".join(facts["special_tokens"]) or "none"),
         ("max length", f"{facts['max_length']:,} tokens" if facts["max_length"] else "not stated"),
         ("parameters", f"{facts['parameters']:,}"),

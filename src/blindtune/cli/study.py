@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from blindtune.models.costs import Estimate
 
-HELP = """Study a model on public text, once a model.
+HELP = """Study a model on public text, once per model.
 
 Run by the model owner. For every middle layer the study finds a small stand-in, the harmonizer,
 and how much the model loses when the harmonizer replaces the layer. From these, `blindtune
 emulate` makes any number of emulators without training. The study is the owner's alone: it never
-leaves the house.
+leaves your machines.
 
 \b
 Needs:   MODEL, a local directory, a hub name, or smollm2-135m; public

@@ -6,7 +6,7 @@ moments alone, which one forward pass over calibration text collects. Since a = 
 two units of a harmonizer carry one linear direction exactly: R units carry a linear map of rank
 R/2, and further learning starts from there with all units alive.
 
-Shapes: N tokens, D hidden, R rank.
+Shapes: N tokens, D hidden, R rank (units), P pairs of units.
 """
 
 from __future__ import annotations
@@ -74,17 +74,17 @@ def fit_harmonizer(
     damped_DD = covariance_DD + ridge * covariance_DD.diagonal().mean() * torch.eye(size).double()
     weight_DD = torch.linalg.solve(damped_DD, cross_DD)
     _, vectors_DD = torch.linalg.eigh(weight_DD.T @ covariance_DD @ weight_DD)
-    up_DR = vectors_DD[:, -pairs:].flip(-1)
-    down_RD = (weight_DD @ up_DR).T
+    up_DP = vectors_DD[:, -pairs:].flip(-1)
+    down_PD = (weight_DD @ up_DP).T
 
-    predicted_DD = down_RD.T @ up_DR.T
+    predicted_DD = down_PD.T @ up_DP.T
     error = (
         variance
         - 2 * float((predicted_DD * cross_DD).sum())
         + float((predicted_DD * (covariance_DD @ predicted_DD)).sum())
     )
-    bias_out_D = mean_out_D - up_DR @ (down_RD @ mean_in_D)
-    harmonizer = _paired_harmonizer(down_RD, up_DR, bias_out_D, max(rank, 2), returns_tuple)
+    bias_out_D = mean_out_D - up_DP @ (down_PD @ mean_in_D)
+    harmonizer = _paired_harmonizer(down_PD, up_DP, bias_out_D, max(rank, 2), returns_tuple)
     return harmonizer, 1 - error / max(variance, 1e-30)
 
 

@@ -24,7 +24,7 @@ class MixedNetwork:
 
     Args:
         decoder: the full model, frozen.
-        stand_ins: one module a middle layer (a harmonizer, or `nn.Identity` for LayerDrop).
+        stand_ins: one module per middle layer (a harmonizer, or `nn.Identity` for LayerDrop).
         first: index of the first middle layer in the decoder.
     """
 
@@ -75,6 +75,7 @@ class MixedNetwork:
         last = self.decoder.layer_count
         with torch.no_grad():
             full_BLD = self.decoder.run_layers(hidden_BLD, inputs.calls, first, last)
+            # Less the first position, where attention that has nowhere to go makes states unlike any
             full_BLV = self.decoder.logits(full_BLD[:, 1:]).float().log_softmax(-1)
         mixed_BLD = self.decoder.run_layers(mixed_BLD, inputs.calls, self.stop, last)
         mixed_BLV = self.decoder.logits(mixed_BLD[:, 1:]).float().log_softmax(-1)

@@ -71,8 +71,9 @@ def _revealed(manifest: BottomManifest) -> tuple[str, ...]:
         last = f"the last {manifest.last} layers, the" if manifest.last else "the"
         found.append(f"{last} final norm and the head, if it has them, unchanged")
     kept = manifest.layers - manifest.cut - manifest.last
+    where = "between" if manifest.partition == "u-shape" else "above"
     return (
         *found,
-        f"nothing of the {kept} layers between, which stay with the vendor",
+        f"nothing of the {kept} layers {where}, which stay with the vendor",
         "the whole model's fingerprint: who holds a copy of the model can recognise it",
     )

@@ -64,7 +64,7 @@ class PrivatizerConfig:
         self._check_targets()
         if (self.privatizer == "none") != self.unprotected:
             raise ConfigError(
-                "privatizer none sends states that are nearly the text: say unprotected too if "
+                "privatizer none sends states that are nearly the text: give unprotected too if "
                 "that is meant, and only then"
             )
         if self.privatizer == "none":
