@@ -93,7 +93,8 @@ def test_what_inspecting_tells(tmp_path, name, shape):
     assert found.parameters == sum(p.numel() for p in opened.parameters())
     assert (found.max_length, found.signature) == (64, None)
     told = " ".join(found.reveals)
-    assert f"nothing of the {count - cut - last} layers between" in told
+    where = "between" if last else "above"
+    assert f"nothing of the {count - cut - last} layers {where}" in told
     assert ("the first 2 layers" in told) == (cut == 2)
     assert ("the last 1 layers" in told) == bool(last)
 

@@ -75,7 +75,7 @@ class MixedNetwork:
         last = self.decoder.layer_count
         with torch.no_grad():
             full_BLD = self.decoder.run_layers(hidden_BLD, inputs.calls, first, last)
-            # Less the first position, where attention that has nowhere to go makes states unlike any
+            # Less the first position: attention that has nowhere to go makes it unlike any other
             full_BLV = self.decoder.logits(full_BLD[:, 1:]).float().log_softmax(-1)
         mixed_BLD = self.decoder.run_layers(mixed_BLD, inputs.calls, self.stop, last)
         mixed_BLV = self.decoder.logits(mixed_BLD[:, 1:]).float().log_softmax(-1)
