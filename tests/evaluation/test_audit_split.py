@@ -7,13 +7,13 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from blindtune.errors import ConfigError, PackageError
+from blindtune.errors import ConfigError, DataError, PackageError
 from blindtune.evaluation.audit import AuditConfig
 from blindtune.evaluation.audit_page import page
 from blindtune.evaluation.audit_split import audit_split
 from blindtune.evaluation.report import render
 from blindtune.evaluation.split_subject import spread_texts
-from blindtune.exchange.messages import Batch, BatchResult
+from blindtune.exchange.messages import Batch, BatchResult, Predict, Predictions
 from blindtune.exchange.transcript import Recorder
 from blindtune.exchange.transport import InProcessTransport
 from blindtune.split.bottom import open_bottom, write_bottom
@@ -195,17 +195,25 @@ def test_a_job_is_read_as_it_was_drawn(world, tmp_path):
         audit_split(job.path, bottom=world / "bottom1")
 
 
-def recorded(private, batches):
-    """What a recorder sees of a customer that sends these batches."""
+def recorded(private, batches, asked=()):
+    """What a recorder sees of a customer that sends these batches, then asks about these texts."""
     recorder = Recorder()
-    result = BatchResult(sequence=1, loss=0.5, metrics={})
-    transport = InProcessTransport(lambda message: result, tap=recorder)
+
+    def answer(message):
+        if isinstance(message, Predict):
+            return Predictions(logits_BC=torch.zeros(len(message.lengths), 2))
+        return BatchResult(sequence=1, loss=0.5, metrics={})
+
+    transport = InProcessTransport(answer, tap=recorder)
     for sequence, batch in enumerate(batches, 1):
         hidden_TD, lengths = private.rows(batch)
         transport.call(
             Batch(sequence=sequence, hidden_TD=hidden_TD, lengths=lengths,
                   labels=private.labels[batch])
         )  # fmt: skip
+    for file in asked:
+        hidden_TD, lengths = file.rows(range(len(file)))
+        transport.call(Predict(hidden_TD=hidden_TD, lengths=lengths))
     return recorder.transcript()
 
 
@@ -225,6 +233,34 @@ def test_a_transcript_is_read_beside_the_customers_texts(world, tmp_path):
     (tmp_path / "run.bin").write_bytes((tmp_path / "run.bin").read_bytes()[:-3])
     with pytest.raises(PackageError, match="ended after"):
         audit_split(tmp_path / "run.bin", bottom=world / "bottom0", privatizer=OPEN)
+
+
+@pytest.mark.parametrize("eta", [None, 300.0])
+def test_texts_that_were_only_predicted_are_taken_for_no_training_text(world, tmp_path, eta):
+    privatizer = OPEN if eta is None else PrivatizerConfig(privatizer="vector", eta=eta)
+    bottom = open_bottom(world / "bottom0")
+    texts = read_training(bottom, world / "train.csv", ReadingConfig())
+    private = privatize(bottom, texts.ids, texts.labels, mechanism=privatizer.mechanism(eta))
+    others = [f"any {noun} as {trait}" for noun in NOUNS[:6] for trait in TRAITS[:5]]
+    asked = privatize(bottom, others, mechanism=privatizer.mechanism(eta))
+    assert {len(text) for text in asked.ids} & {len(text) for text in private.ids}
+    recorded(private, [range(30)], [asked]).save(tmp_path / "run.bin")
+    found = audit_split(
+        tmp_path / "run.bin", bottom=world / "bottom0", data=world / "train.csv",
+        privatizer=privatizer, config=AuditConfig(fresh_draws=1),
+    )  # fmt: skip
+    assert eps(found)["nearest neighbour"].value <= (0 if eta is None else 0.05)
+    assert found.facts["left out"] == "30 texts that were only predicted are left out"
+
+
+def test_a_transcript_of_predictions_alone_is_refused(world, tmp_path):
+    asked = privatize(open_bottom(world / "bottom0"), sentences(3, 5), mechanism=None)
+    recorded(asked, [], [asked]).save(tmp_path / "run.bin")
+    with pytest.raises(DataError, match="3 texts that were only predicted: audit the bottom"):
+        audit_split(
+            tmp_path / "run.bin", bottom=world / "bottom0", data=world / "train.csv",
+            privatizer=OPEN,
+        )  # fmt: skip
 
 
 def test_what_is_missing_is_asked_for(world):

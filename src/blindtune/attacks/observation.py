@@ -29,6 +29,8 @@ class SeenTexts:
     """What the customer sent as the text's label, or None."""
     times: tuple[int, ...]
     """How often it crossed."""
+    tuned: tuple[bool, ...]
+    """Whether it was tuned on (Batch, Forward); False: only predicted."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,26 +47,24 @@ class SeenGradients:
 
 def seen_texts(transcript: Transcript) -> SeenTexts:
     """Every text of the transcript once; DataError if no states crossed."""
-    found: dict[bytes, tuple[Tensor, Tensor | None, int]] = {}
+    found: dict[bytes, tuple[Tensor, Tensor | None, int, bool]] = {}
     for crossing in transcript.crossings():
         message = crossing.message
         if not isinstance(message, Batch | Forward | Predict):
             continue
         for i, state_LD in enumerate(_texts(message.hidden_TD, message.lengths)):
             key = _name(state_LD)
-            state, label, times = found.get(key, (state_LD, None, 0))
+            state, label, times, tuned = found.get(key, (state_LD, None, 0, False))
             found[key] = (
                 state,
                 message.labels[i] if isinstance(message, Batch) else label,
                 times + 1,
+                tuned or not isinstance(message, Predict),
             )
     if not found:
         raise DataError("expected a transcript of split tuning, got one without hidden states")
-    return SeenTexts(
-        states=tuple(state for state, _, _ in found.values()),
-        labels=tuple(label for _, label, _ in found.values()),
-        times=tuple(times for _, _, times in found.values()),
-    )
+    states, labels, times_N, tuned_N = zip(*found.values(), strict=True)
+    return SeenTexts(states=states, labels=labels, times=times_N, tuned=tuned_N)
 
 
 def seen_gradients(transcript: Transcript, texts: SeenTexts) -> list[SeenGradients]:

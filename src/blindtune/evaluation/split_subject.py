@@ -3,10 +3,10 @@
 Three subjects: a bottom package, whose customer wants to know before the first run (a sample of the
 texts is privatized here as a run would do it, and thrown away); a customer's job, whose states were
 drawn already; a recorded transcript of what crossed. The truth of a transcript is in the customer's
-own texts: each text that was seen is taken for the one of its length whose states without noise lie
-nearest. Only a judge can do that.
+own texts: each text that was tuned on is taken for one of them (`evaluation.owners`). Only a judge
+can do that.
 
-Shapes: L length, D hidden, N texts, M texts that were seen.
+Shapes: L length, D hidden, N texts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from blindtune.attacks.adversary import Spared
 from blindtune.attacks.observation import SeenTexts, seen_gradients, seen_texts
 from blindtune.errors import ConfigError, DataError
 from blindtune.evaluation.leakage import contributing_masks
+from blindtune.evaluation.owners import owners_of
 from blindtune.exchange.signing import Trust
 from blindtune.exchange.transcript import Transcript, open_transcript
 from blindtune.privacy.metric_dp import Mechanism
@@ -34,7 +35,7 @@ from blindtune.split.privacy_statement import (
     choose_eta,
     state_privacy,
 )
-from blindtune.split.private_states import PrivateStates, clean_states, privatize
+from blindtune.split.private_states import PrivateStates, privatize
 from blindtune.split.private_texts import (
     PrivateTexts,
     ReadingConfig,
@@ -43,8 +44,6 @@ from blindtune.split.private_texts import (
 )
 from blindtune.split.privatizer_config import PrivatizerConfig
 from blindtune.training.text import DataConfig, read_rows
-
-CLEAN_TEXTS = 64  # whose states without noise are made at once
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -305,17 +304,22 @@ def _recorded(
     width = made.bottom.hidden_size
     if any(state.shape[1] != width for state in seen.states):
         raise DataError(f"expected states of width {width}, got others: name their bottom package")
-    chosen = spread_texts(seen.states, tokens)
-    owners = matched(made, texts.ids, [seen.states[i] for i in chosen])
-    pairs = [(k, i) for k, i in zip(owners, chosen, strict=True) if k is not None]
-    if not pairs:
+    if not any(seen.tuned):
+        raise DataError(
+            f"expected a transcript of a tuning, got {len(seen.tuned):,} texts that were only "
+            "predicted: audit the bottom package with them as --data"
+        )
+    owners = owners_of(made.bottom, made.groups, texts.ids, seen)
+    if not owners:
         raise DataError(
             "expected the texts that crossed, got texts of other lengths: give --data, "
             "--text-column and --max-length of the run"
         )
-    found = _facts_of(seen, len(chosen) - len(pairs))
-    some, places = [k for k, _ in pairs], [i for _, i in pairs]
+    known = sorted(owners)
+    places = [known[k] for k in spread_texts([seen.states[i] for i in known], tokens)]
+    some = [owners[i] for i in places]
     states = [seen.states[i] for i in places]
+    found = _facts_of(seen, owners)
     subject = made.subject(texts, some, states, None, {**facts, **found})
     passes = _passes(transcript, seen, places)
     if passes and not language_model and (texts.labels is None or texts.labels.is_floating_point()):
@@ -336,38 +340,17 @@ def _passes(
     return found if any(found) else ()
 
 
-def matched(made: _Making, ids: Sequence[Tensor], states: Sequence[Tensor]) -> list[int | None]:
-    """Which of the texts each of the states [L, D] is of; None: none has its length."""
-    by_length: dict[int, list[int]] = {}
-    for i, text in enumerate(ids):
-        by_length.setdefault(len(text), []).append(i)
-    wanted = {len(state) for state in states}
-    clean: dict[int, Tensor] = {}
-    for length in wanted & by_length.keys():
-        mine = [ids[i] for i in by_length[length]]
-        if made.groups is not None:
-            mine = [made.groups.apply(text) for text in mine]
-        parts = [mine[k : k + CLEAN_TEXTS] for k in range(0, len(mine), CLEAN_TEXTS)]
-        rows = [row for part in parts for row in clean_states(made.bottom, part)]
-        clean[length] = torch.stack(rows).flatten(1)
-    found: list[int | None] = []
-    for state in states:
-        if len(state) not in clean:
-            found.append(None)
-            continue
-        distance_N = (clean[len(state)] - state.flatten()).square().sum(1)
-        found.append(by_length[len(state)][int(distance_N.argmin())])
-    return found
-
-
-def _facts_of(seen: SeenTexts, unknown: int) -> dict[str, str]:
+def _facts_of(seen: SeenTexts, owners: Mapping[int, int]) -> dict[str, str]:
     found = {
         "crossed": f"{len(seen.states):,} different texts, {sum(seen.times):,} in all",
-        "truth": "the text of --data nearest to each, of equal length",
+        "truth": "the texts of --data, one for each that was tuned on: of equal length, all "
+        "together as near as can be",
     }
-    if unknown:
-        found["left out"] = f"{unknown:,} that crossed and are as long as no text of --data"
-    return found
+    lost = sum(tuned and i not in owners for i, tuned in enumerate(seen.tuned))
+    left = [f"{lost:,} texts that were tuned on and have none in --data"] if lost else []
+    if asked := seen.tuned.count(False):
+        left.append(f"{asked:,} texts that were only predicted")
+    return found | ({"left out": f"{' and '.join(left)} are left out"} if left else {})
 
 
 def _needed(given: str | Path | None, name: str) -> str | Path:
