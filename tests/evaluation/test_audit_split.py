@@ -2,6 +2,7 @@
 
 import csv
 import random
+import re
 from dataclasses import asdict
 
 import pytest
@@ -38,6 +39,17 @@ def sentences(count, seed):
     return [f"the {draw.choice(NOUNS)} is {draw.choice(TRAITS)}" for _ in range(count)]
 
 
+def different(count, seed):
+    return list(dict.fromkeys(sentences(9 * count, seed)))[:count]
+
+
+def write_labelled(path, texts):
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["text", "label"])
+        table.writerows((text, i % 2) for i, text in enumerate(texts))
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Bottom packages at cut 0 and 1, a decoder's U-shape, private and public texts."""
@@ -48,10 +60,7 @@ def world(tmp_path_factory):
     llama = tiny_model("llama")
     cut = Cut(partition="u-shape", layers=llama.config.num_hidden_layers, cut=0)
     write_bottom(llama, tiny_tokenizer(), place / "u-shape", cut)
-    with (place / "train.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["text", "label"])
-        table.writerows((text, i % 2) for i, text in enumerate(sentences(30, 1)))
+    write_labelled(place / "train.csv", different(30, 1))
     (place / "public.txt").write_text("\n".join(sentences(60, 2)))
     return place
 
@@ -261,6 +270,57 @@ def test_a_transcript_of_predictions_alone_is_refused(world, tmp_path):
             tmp_path / "run.bin", bottom=world / "bottom0", data=world / "train.csv",
             privatizer=OPEN,
         )  # fmt: skip
+
+
+VECTOR = PrivatizerConfig(privatizer="vector", eta=14.0)
+
+
+def is_averaged(found, texts):
+    """Draws of so many texts that were sent, where they count as what they are, the strongest."""
+    best = found.findings[found.strongest]
+    said = re.fullmatch(rf"averaging (\d+) draws of {texts} texts", best.attack)
+    assert said is not None
+    assert best.value < 0.8 * eps(found)["nearest neighbour"].low
+    assert best.attack in found.verdict
+    assert not any("You send one draw" in f.knew for f in found.findings)
+    return int(said[1])
+
+
+def test_other_draws_of_the_same_texts_are_averaged(world, tmp_path):
+    bottom, noise = open_bottom(world / "bottom0"), VECTOR.mechanism(14.0)
+    texts = read_training(bottom, world / "train.csv", ReadingConfig())
+    private = privatize(bottom, texts.ids, texts.labels, mechanism=noise)
+    asked = [privatize(bottom, texts.ids, mechanism=noise) for _ in range(7)]
+    recorded(private, [range(30)], asked).save(tmp_path / "run.bin")
+    found = audit_split(
+        tmp_path / "run.bin", bottom=world / "bottom0", data=world / "train.csv",
+        privatizer=VECTOR, config=AuditConfig(fresh_draws=2, test_tokens=100_000),
+    )  # fmt: skip
+    draws = is_averaged(found, 30)
+    assert 225 < draws <= 240  # hardly one is not recognised
+    assert found.findings[found.strongest].value < 0.03
+    assert found.facts["attacked"].startswith("30 texts")  # each once
+    assert found.facts["drawn again"].startswith(f"{draws - 30} of them")
+
+
+def test_a_jobs_predicted_texts_are_other_draws_of_its_own(world, tmp_path):
+    job, bottom = job_of(world, tmp_path / "job", VECTOR, 14.0), open_bottom(world / "bottom0")
+    some, others = job.states().ids[:20], [torch.arange(5, 9), torch.arange(5, 10)]
+    for k in range(5):
+        asked = privatize(bottom, [*some[k:], *others], mechanism=VECTOR.mechanism(14.0))
+        asked.save(job.asked_path(f"{k:016}"))
+    found = audit_split(job.path, config=AuditConfig(fresh_draws=2, test_tokens=100_000))
+    assert is_averaged(found, 20) == 20 + 20 + 19 + 18 + 17 + 16
+    assert found.facts["left out"] == "2 texts that were only predicted are left out"
+
+
+def test_a_text_that_stands_twice_is_drawn_twice(world, tmp_path):
+    write_labelled(tmp_path / "train.csv", different(10, 1) * 6)
+    found = audit_split(
+        world / "bottom0", data=tmp_path / "train.csv", privatizer=VECTOR,
+        config=AuditConfig(fresh_draws=2, test_tokens=100_000),
+    )  # fmt: skip
+    assert is_averaged(found, 10) == 60
 
 
 def test_what_is_missing_is_asked_for(world):

@@ -111,6 +111,8 @@ class SplitAttacks:
             steps.append(("gradients", self._gradients))
         if self._subject.predicted is not None:
             steps.append(("gradients of the tuning", self._gradients_of_tuning))
+        if any(self._subject.again):
+            steps.append(("draws that were sent", self._sent_again))
         if self._subject.redraw is not None and self._config.fresh_draws > 1:
             steps.append(("fresh draws", self._fresh))
         for done, (name, step) in enumerate(steps):
@@ -231,25 +233,48 @@ class SplitAttacks:
             )
         )
 
+    def _sent_again(self) -> None:
+        """Average what was sent of each text, and read the others from their one draw."""
+        view, again = self._view, self._subject.again
+        guess: dict[int, Tensor] = {}
+        for more in {len(draws) for draws in again}:
+            some = [i for i, draws in enumerate(again) if len(draws) == more]
+            first = replace(view, states=tuple(view.states[i] for i in some))
+            rest = [[again[i][k] for i in some] for k in range(more)]
+            guess |= zip(some, averaged_tokens(first, rest, self._of_draws), strict=True)
+        draws, texts = self._subject.drawn_again
+        self._add(
+            f"averaging {draws:,} draws of {texts:,} texts",
+            f"Had {draws:,} draws of {texts:,} texts, which stand more than once in the data or in "
+            "a file that is predicted; was told which are of one text, and read their mean or "
+            "their majority. The other texts it read from their one draw.",
+            tuple(guess[i] for i in range(len(again))),
+        )
+
     def _fresh(self) -> None:
         assert self._subject.redraw is not None
-        count, view = self._config.fresh_draws, self._view
+        count = self._config.fresh_draws
         again = [self._subject.redraw() for _ in range(count - 1)]
-
-        def read(some: StatesView) -> Guess:
-            if not self._view.cut or not self._learned:
-                return nearest_tokens(some)
-            return candidates(self._trained(adaptive=True), some.states).first()
-
+        knew = (
+            f"Would have {count} independent draws of the same texts, and read their mean or "
+            "their majority."
+        )
+        if not any(self._subject.again):
+            knew += " You send one draw, however many epochs there are."
         self.attempts.append(
             Attempt(
                 attack=f"{count} fresh draws, never sent",
-                knew=f"Would have {count} independent draws of the same texts, and read their mean "
-                "or their majority. You send one draw, however many epochs there are.",
-                guess=averaged_tokens(view, again, read),
+                knew=knew,
+                guess=averaged_tokens(self._view, again, self._of_draws),
                 real=False,
             )
         )
+
+    def _of_draws(self, view: StatesView) -> Guess:
+        """Read states of which several draws went into each, or one of them."""
+        if not view.cut or not self._learned:
+            return nearest_tokens(view)
+        return candidates(self._trained(adaptive=True), view.states).first()
 
     def _both(
         self,

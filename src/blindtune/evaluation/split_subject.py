@@ -11,7 +11,7 @@ Shapes: L length, D hidden, N texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from blindtune.attacks.adversary import Spared
 from blindtune.attacks.observation import SeenTexts, seen_gradients, seen_texts
 from blindtune.errors import ConfigError, DataError
 from blindtune.evaluation.leakage import contributing_masks
-from blindtune.evaluation.owners import owners_of
+from blindtune.evaluation.owners import Owners, owners_of
 from blindtune.exchange.signing import Trust
 from blindtune.exchange.transcript import Transcript, open_transcript
 from blindtune.privacy.metric_dp import Mechanism
@@ -79,6 +79,9 @@ class SplitSubject:
     """Noises the same texts anew; nothing of it leaves. None where nothing is drawn."""
     facts: Mapping[str, str]
     """About texts and states, for the reader."""
+    again: tuple[tuple[Tensor, ...], ...] = ()
+    """Of every text, further draws [L, D] of the same words, that the vendor gets too: the text
+    stands twice in its file, or in one that is predicted. Empty where nothing is drawn."""
     passes: tuple[Pass | None, ...] = ()
     """Of every text, None where none was recorded; empty where no gradient was."""
     labels_N: Tensor | None = None
@@ -99,6 +102,13 @@ class SplitSubject:
             mask_L[content_L] for mask_L, content_L in zip(self.contributing, content, strict=True)
         ]).double().mean())  # fmt: skip
         return Spared(share=share, factor=self.cti_factor) if 0 < share < 1 else None
+
+    @property
+    def drawn_again(self) -> tuple[int, int]:
+        """How many different draws there are of how many different texts, of those with several."""
+        pairs = zip(self.ids, self.again, strict=True) if self.again else ()
+        several = {_name(ids_L): 1 + len(draws) for ids_L, draws in pairs if draws}
+        return sum(several.values()), len(several)
 
     @property
     def gives_text_by_gradients(self) -> bool:
@@ -190,8 +200,12 @@ class _Making:
         states: Sequence[Tensor],
         changed: float | None,
         facts: Mapping[str, str],
+        sent: Iterable[tuple[Tensor, Tensor]],
     ) -> SplitSubject:
-        """The states of some texts as a subject; CTI counts in all of them."""
+        """The states of some texts as a subject; CTI counts in all of them.
+
+        `sent` has the ids and states of everything that the vendor gets: further draws too.
+        """
         masks = self._contributing(texts)
         mechanism = self.privatizer.mechanism(self.eta)
 
@@ -221,6 +235,7 @@ class _Making:
             statement=statement,
             redraw=None if mechanism is None else redraw,
             facts={**facts, "attacked": count},
+            again=() if mechanism is None else _further(ids, states, sent),
         )
 
     def _contributing(self, texts: PrivateTexts) -> list[Tensor] | None:
@@ -251,8 +266,28 @@ def _drawn(
         some = list(range(len(some)))
     private = made.draw(texts.ids, texts.labels, predict_sent=predict_sent)
     states = [private.states[i] for i in some]
-    found = made.subject(texts, some, states, private.changed, facts)
+    sent = zip(private.ids, private.states, strict=True)
+    found = made.subject(texts, some, states, private.changed, facts, sent)
     return _predicting(found, private, some) if language_model else found
+
+
+def _further(
+    ids: Sequence[Tensor], states: Sequence[Tensor], sent: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[tuple[Tensor, ...], ...]:
+    """Of each text the different states that were sent of the same ids, less its own."""
+    draws: dict[bytes, list[Tensor]] = {_name(text): [] for text in ids}
+    for text, state in sent:
+        kept = draws.get(_name(text))
+        if kept is not None and not any(torch.equal(state, known) for known in kept):
+            kept.append(state)
+    return tuple(
+        tuple(state for state in draws[_name(text)] if not torch.equal(state, own))
+        for text, own in zip(ids, states, strict=True)
+    )
+
+
+def _name(ids_L: Tensor) -> bytes:
+    return ids_L.numpy().tobytes()
 
 
 def _predicting(found: SplitSubject, private: PrivateStates, some: Sequence[int]) -> SplitSubject:
@@ -284,9 +319,14 @@ def _job(place: Path, bottom: str | Path | None, tokens: int, trust: Trust | Non
     made = _Making(package, privatizer, job.record.eta, job.groups(), len(job.record.names))
     facts = {"texts": f"{len(private):,} of the job", "states": "those that the job sends"}
     texts = PrivateTexts(ids=private.ids, labels=private.labels)
+    asked = [pair for some in job.asked() for pair in zip(some.ids, some.states, strict=True)]
+    known = {_name(text) for text in private.ids}
+    if others := len({_name(text) for text, _ in asked} - known):
+        facts["left out"] = _only_predicted(others)
     some = spread_texts(texts.ids, tokens)
     states = [private.states[i] for i in some]
-    found = made.subject(texts, some, states, private.changed, facts)
+    sent = [*zip(private.ids, private.states, strict=True), *asked]
+    found = made.subject(texts, some, states, private.changed, facts, sent)
     return _predicting(found, private, some) if language_model else found
 
 
@@ -309,18 +349,20 @@ def _recorded(
             f"expected a transcript of a tuning, got {len(seen.tuned):,} texts that were only "
             "predicted: audit the bottom package with them as --data"
         )
-    owners = owners_of(made.bottom, made.groups, texts.ids, seen)
-    if not owners:
+    drawn = made.privatizer.mechanism(made.eta) is not None
+    owners = owners_of(made.bottom, made.groups, texts.ids, seen, drawn=drawn)
+    if not owners.own:
         raise DataError(
             "expected the texts that crossed, got texts of other lengths: give --data, "
             "--text-column and --max-length of the run"
         )
-    known = sorted(owners)
+    known = sorted(owners.own)
     places = [known[k] for k in spread_texts([seen.states[i] for i in known], tokens)]
-    some = [owners[i] for i in places]
+    some = [owners.own[i] for i in places]
     states = [seen.states[i] for i in places]
-    found = _facts_of(seen, owners)
-    subject = made.subject(texts, some, states, None, {**facts, **found})
+    facts = {**facts, **_facts_of(seen, owners)}
+    sent = [(texts.ids[k], seen.states[i]) for i, k in (owners.own | owners.again).items()]
+    subject = made.subject(texts, some, states, None, facts, sent)
     passes = _passes(transcript, seen, places)
     if passes and not language_model and (texts.labels is None or texts.labels.is_floating_point()):
         passes = ()  # nothing to compare a guess with
@@ -340,17 +382,26 @@ def _passes(
     return found if any(found) else ()
 
 
-def _facts_of(seen: SeenTexts, owners: Mapping[int, int]) -> dict[str, str]:
+def _facts_of(seen: SeenTexts, owners: Owners) -> dict[str, str]:
     found = {
         "crossed": f"{len(seen.states):,} different texts, {sum(seen.times):,} in all",
         "truth": "the texts of --data, one for each that was tuned on: of equal length, all "
         "together as near as can be",
     }
-    lost = sum(tuned and i not in owners for i, tuned in enumerate(seen.tuned))
-    left = [f"{lost:,} texts that were tuned on and have none in --data"] if lost else []
-    if asked := seen.tuned.count(False):
-        left.append(f"{asked:,} texts that were only predicted")
-    return found | ({"left out": f"{' and '.join(left)} are left out"} if left else {})
+    if owners.again:
+        found["drawn again"] = (
+            f"{len(owners.again):,} of them are taken for other draws of these texts, as near to "
+            "one as the noise leaves its own"
+        )
+    lost = [i for i in range(len(seen.states)) if i not in owners.own and i not in owners.again]
+    tuned = sum(seen.tuned[i] for i in lost)
+    left = [f"{tuned:,} texts that were tuned on and have none in --data are left out"]
+    left = left[:tuned] + [_only_predicted(len(lost) - tuned)][: len(lost) - tuned]
+    return found | ({"left out": "; ".join(left)} if left else {})
+
+
+def _only_predicted(count: int) -> str:
+    return f"{count:,} texts that were only predicted are left out"
 
 
 def _needed(given: str | Path | None, name: str) -> str | Path:

@@ -185,6 +185,10 @@ class CustomerJob:
         """Where the states of texts (by their hash) that are predicted are kept."""
         return self.path / f"asked-{texts[:16]}.safetensors"
 
+    def asked(self) -> list[PrivateStates]:
+        """The states of every file that was predicted: each another draw, of the same texts too."""
+        return [PrivateStates.load(path) for path in sorted(self.path.glob("asked-*.safetensors"))]
+
     def statements(self) -> dict[str, PrivacyStatement]:
         """What was stated, by what it is about: "tuning", or the hash of predicted texts.
 
