@@ -124,6 +124,23 @@ def test_the_largest_eta_is_the_answer():
     assert "the most private is cut 0, eta 40" in answer_sentence(found, None, 0.9)
 
 
+def test_behind_layers_the_nearest_neighbour_answers_nothing(world, tmp_path, capsys):
+    clear, deep = setting(None, 0.8, 0.0), setting(None, 0.8, 0.8, cut=5)
+    with pytest.raises(ConfigError, match="--public to answer --ep at cut 5"):
+        SplitFrontier(settings=(clear, deep), public=None).largest_eta(0.6)
+    learned = SplitFrontier(settings=(clear, deep), public="public.txt")
+    assert learned.largest_eta(0.6) == deep
+    assert "may not hold" not in answer_sentence(learned, deep, 0.6)
+    ended = replace(deep, settled=False)
+    assert "ended by --attack-seconds" in answer_sentence(learned, ended, 0.6)
+    files = ["--data", str(world / "train.csv"), "--test", str(world / "test.csv")]
+    call = ["split-frontier", str(world / "model"), *files, "--cut", "0,1", "--ep", "0.6"]
+    for more in ([], ["--dry-run"]):
+        assert run([*call, "--out", str(tmp_path / "f"), *more]) == 2
+        assert "only attacks that learn from text read much" in capsys.readouterr().err
+    assert not (tmp_path / "f").exists()
+
+
 def test_contradictions_are_refused(world, tmp_path):
     with pytest.raises(ConfigError, match="at least one cut"):
         SplitFrontierConfig(cut=())
@@ -152,6 +169,7 @@ def test_on_the_command_line(world, tmp_path, capsys):
     assert run(call) == 0
     out = capsys.readouterr().out
     assert "The least noise that holds every attack at an EP of 0.5 is cut 0, eta 2" in out
+    assert "attacks that learn from text were not run" in out
     facts = json.loads((tmp_path / "f" / "split-frontier.json").read_text())
     assert facts["answer"]["eta"] == 2
     page = (tmp_path / "f" / "split-frontier.html").read_text()

@@ -16,7 +16,7 @@ from blindtune.cli.verb import Settings, Verb
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from blindtune.evaluation.split_frontier import Trial
+    from blindtune.evaluation.split_frontier import SplitFrontierConfig, Trial
     from blindtune.models.costs import Estimate
 
 HELP = """Try settings (cut, eta, CTI) of split tuning, and draw what each gives and hides.
@@ -34,7 +34,7 @@ missing is run (there is no --resume).
 \b
 Needs:   MODEL; --data, labelled texts; --test, others of them; --public, text
          of that kind for the attacker, without which the stronger attacks are
-         not run and EP flatters.
+         not run and EP flatters: --ep at cuts above 0 needs it.
 Writes:  split-frontier.html, split-frontier.json and rows/ in the directory.
 
 \b
@@ -49,9 +49,10 @@ def act(settings: Settings) -> Facts:
     """Call the act."""
     from pathlib import Path
 
-    from blindtune.evaluation.split_frontier import SplitFrontierConfig, split_frontier
+    from blindtune.evaluation.split_frontier import split_frontier
     from blindtune.evaluation.split_frontier_page import PAGE_NAME, write_split_frontier
 
+    config = _sweep(settings)
     out = Path(settings["out"])
     with stages() as on_stage:
         found = split_frontier(
@@ -59,7 +60,7 @@ def act(settings: Settings) -> Facts:
             settings["data"],
             settings["test"],
             out,
-            settings.of(SplitFrontierConfig),
+            config,
             public=settings["public"],
             trial=_trial(settings),
             on_row=on_stage,
@@ -70,6 +71,8 @@ def act(settings: Settings) -> Facts:
 
 def show(facts: Facts, console: Console) -> None:
     """Print the settings and the answer."""
+    from blindtune.evaluation.split_frontier_page import CUT_SHORT, NOT_LEARNED
+
     rows = [
         (
             s["name"],
@@ -82,7 +85,9 @@ def show(facts: Facts, console: Console) -> None:
     names = ("setting", "UA", "EP, nearest", "EP, strongest", "strongest attack", "frontier")
     print_columns(console, names, rows)
     if not all(s["settled"] for s in facts["settings"]):
-        console.print("* its training was ended by --attack-seconds: a longer one may read more")
+        console.print(f"*: {CUT_SHORT}")
+    if facts["public"] is None:
+        console.print(NOT_LEARNED)
     if facts["sentence"] is not None:
         console.print(facts["sentence"])
     print_pairs(console, "Written", [("page", facts["page"])])
@@ -91,16 +96,25 @@ def show(facts: Facts, console: Console) -> None:
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act."""
     from blindtune.evaluation.frontier_estimate import estimate_split_frontier
-    from blindtune.evaluation.split_frontier import SplitFrontierConfig
 
     return estimate_split_frontier(
         settings["model"],
         settings["data"],
         settings["test"],
-        settings.of(SplitFrontierConfig),
+        _sweep(settings),
         public=settings["public"],
         trial=_trial(settings),
     )
+
+
+def _sweep(settings: Settings) -> SplitFrontierConfig:
+    """The settings to try, if they can answer what is asked."""
+    from blindtune.evaluation.split_frontier import SplitFrontierConfig, check_answerable
+
+    config = settings.of(SplitFrontierConfig)
+    if settings["ep"] is not None:
+        check_answerable(config.cut, settings["public"])
+    return config
 
 
 def _trial(settings: Settings) -> Trial:

@@ -12,7 +12,7 @@ Every finished row is kept in OUT/rows, under a digest of all that decides it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import file_digest, sha256
@@ -153,7 +153,11 @@ class SplitFrontier:
 
         It holds them with the confidence of `ep_low`, each setting's own. A setting without noise
         that does counts as the largest eta.
+
+        Raises:
+            ConfigError: as for `check_answerable`.
         """
+        check_answerable((s.cut for s in self.settings), self.public)
         held = [s for s in self.settings if s.ep_low >= ep]
         return max(
             held, key=lambda s: (float("inf") if s.eta is None else s.eta, s.ua), default=None
@@ -164,6 +168,24 @@ class SplitFrontier:
         efficient = self.efficient()
         rows = [asdict(s) | {"name": s.name, "efficient": s in efficient} for s in self.settings]
         return {"best_ua": self.best_ua, "public": self.public, "settings": rows}
+
+
+def check_answerable(cuts: Iterable[int], public: object) -> None:
+    """Refuse the question of what holds every attack where no attack was run that could tell.
+
+    Behind layers the nearest neighbour reads little whatever there is to read: a trained network
+    reads nine tokens of ten where it misses four of five (docs/split.md).
+
+    Raises:
+        ConfigError: a cut above 0, without public text to learn from.
+    """
+    deepest = max(cuts, default=0)
+    if public is None and deepest > 0:
+        raise ConfigError(
+            f"expected --public to answer --ep at cut {deepest}, got none: behind layers only "
+            "attacks that learn from text read much, and a high EP of the nearest neighbour says "
+            "nothing; give --public, leave --ep, or sweep cut 0 alone"
+        )
 
 
 def split_frontier(

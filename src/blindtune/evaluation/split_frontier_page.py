@@ -13,6 +13,8 @@ from blindtune.evaluation.report import Report, Section, Table
 from blindtune.evaluation.split_frontier import SplitFrontier, SplitSetting, Trial
 
 JSON_NAME, PAGE_NAME = "split-frontier.json", "split-frontier.html"
+NOT_LEARNED = "No public text was given: attacks that learn from text were not run."
+CUT_SHORT = "an attack's training was ended by --attack-seconds; a longer one may read more."
 
 
 def write_split_frontier(
@@ -27,6 +29,7 @@ def write_split_frontier(
 
     Raises:
         OutputError: a file cannot be written.
+        ConfigError: `ep` where no attack was run that could tell (`check_answerable`).
     """
     answer = None if ep is None else found.largest_eta(ep)
     facts = found.facts() | {
@@ -71,6 +74,7 @@ def answer_sentence(found: SplitFrontier, answer: SplitSetting | None, ep: float
         f"EP {answer.ep:.3f} under {answer.strongest} (at least {answer.ep_low:.3f} under each, "
         f"with 95 % confidence), UA {answer.ua:.3f}, "
         f"{100 * (found.best_ua - answer.ua):.1f} points below the best without noise."
+        + ("" if answer.settled else f" It may not hold them: {CUT_SHORT}")
     )
 
 
@@ -102,11 +106,9 @@ def _table(found: SplitFrontier, answer: SplitSetting | None) -> Section:
     ]  # fmt: skip
     notes = ["One seed and one draw of the noise: small differences mean nothing."]
     if found.public is None:
-        notes.append("No public text was given: attacks that learn from text were not run.")
+        notes.append(NOT_LEARNED)
     if not all(s.settled for s in found.settings):
-        notes.append(
-            "*: an attack's training was ended by --attack-seconds; a longer one may read more."
-        )
+        notes.append(f"*: {CUT_SHORT}")
     block = Table(
         header=["Setting", "UA", "EP, nearest neighbour", "EP, strongest", "at least",
                 "strongest attack", "Frontier"],
