@@ -3,16 +3,20 @@
 import csv
 import random
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
+from blindtune.attacks.trained_inversion import train_inverter
 from blindtune.errors import ConfigError, DataError, PackageError
+from blindtune.evaluation import split_attacks
 from blindtune.evaluation.audit import AuditConfig
 from blindtune.evaluation.audit_page import page
-from blindtune.evaluation.audit_split import audit_split
+from blindtune.evaluation.audit_split import _verdict, audit_split
+from blindtune.evaluation.leakage import empirical_privacy
 from blindtune.evaluation.report import render
+from blindtune.evaluation.split_attacks import Attempt
 from blindtune.evaluation.split_subject import spread_texts
 from blindtune.exchange.messages import Batch, BatchResult, Predict, Predictions
 from blindtune.exchange.transcript import Recorder
@@ -147,6 +151,10 @@ def test_a_model_with_positions_is_read_by_an_inverter_behind_a_block(world):
     every = eps(found)
     assert every["trained inverter"].value < every["nearest neighbour"].value
     assert every["trained inverter"].value < 0.3
+    alone = "No attack that learns from public text was run"
+    assert alone not in found.verdict
+    assert alone in audited(world, "bottom1").verdict
+    assert alone not in audited(world).verdict
 
 
 def test_a_decoders_embeddings_are_read_by_the_noises_density(world):
@@ -341,6 +349,39 @@ def test_the_page_holds_every_sentence(world):
     assert all(f.knew in html and f.meaning in html for f in found.findings)
     assert all(s.attack in html and s.needs in html for s in found.not_run)
     assert "http://" not in html.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize("ended", [None, True, False])
+def test_a_training_that_was_ended_is_told_in_the_verdict(world, monkeypatch, ended):
+    def trained(view, config):  # `ended`: which of the two inverters
+        inverter, result = train_inverter(view, config)
+        return inverter, replace(result, settled=config.adaptive is not ended)
+
+    monkeypatch.setattr(split_attacks, "train_inverter", trained)
+    noise = PrivatizerConfig(privatizer="exponential", changed_share=0.5)
+    found = audited(world, "bottom1", noise, public=world / "public.txt")
+    assert ("ended by --attack-seconds" in found.verdict) == (ended is not None)
+    by = {f.attack: "ended by" in f.meaning for f in found.findings if f.measure == "EP"}
+    assert by["Bayes"] == (ended is not None)
+    assert by["trained inverter"] == (ended is True)
+
+
+def test_the_strongest_at_each_figure_is_named():
+    ids = (torch.tensor([1, 2, 3, 4]), torch.tensor([1, 1, 1, 2]))
+    common = torch.tensor([1])
+
+    def scored(attack, *guess):
+        guess = tuple(map(torch.tensor, guess))
+        attempt = Attempt(attack=attack, knew="", guess=guess)
+        return attempt, empirical_privacy(guess, ids, common=common)
+
+    most = scored("most", [1, 2, 0, 0], [1, 1, 1, 0])
+    whole = scored("whole", [1, 2, 3, 4], [0, 0, 0, 0])
+    first, rare = _verdict([most, whole], None)
+    assert first.startswith("The strongest attack, most, reads 62.5%")
+    assert first.endswith("1 of 2 texts come out whole by whole.")
+    assert rare == "Of the words beside the commonest the strongest there, whole, reads 75.0%."
+    assert _verdict([most, most], None)[1].startswith("Of the words beside the commonest it reads")
 
 
 def test_texts_are_spread_evenly():

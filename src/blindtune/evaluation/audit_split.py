@@ -20,7 +20,7 @@ from blindtune.evaluation.leakage import (
     common_words,
     empirical_privacy,
 )
-from blindtune.evaluation.split_attacks import Attempt, SplitAttacks
+from blindtune.evaluation.split_attacks import ENDED, Attempt, SplitAttacks
 from blindtune.evaluation.split_subject import (
     SplitSubject,
     open_subject,
@@ -94,9 +94,8 @@ def _audit(
     findings = [f for attempt, leak in scored for f in _findings(attempt, leak)]
     if seen.labels_N is not None and (found := labels_of(seen, seen.labels_N, config.confidence)):
         findings.append(found)
-    best, leak = min(
-        (pair for pair in scored if pair[0].real), key=lambda pair: pair[1].content.value
-    )
+    real = sorted((pair for pair in scored if pair[0].real), key=lambda pair: pair[1].content.value)
+    best = real[0][0]
     blind = next((s for a, s in scored if a.attack.startswith("guessing")), None)
     facts = dict(seen.facts)
     if public is not None:
@@ -106,7 +105,7 @@ def _audit(
     return Audit(
         kind="split",
         subject=str(subject),
-        verdict=_verdict(best, leak, blind),
+        verdict=" ".join([*_verdict(real, blind), *_doubts(seen, attacks)]),
         guarantee=guarantee(seen.statement),
         findings=tuple(findings),
         strongest=next(k for k, f in enumerate(findings) if f.attack == best.attack),
@@ -158,17 +157,41 @@ def _share(part: EmpiricalPrivacy) -> str:
     return f"{1 - part.value:.1%}"
 
 
-def _verdict(best: Attempt, leak: TokenLeakage, blind: TokenLeakage | None) -> str:
-    content, texts = leak.content, leak.whole_texts
-    said = (
+def _verdict(real: Sequence[tuple[Attempt, TokenLeakage]], blind: TokenLeakage | None) -> list[str]:
+    """Sentences on what the strongest attack read of all tokens, of texts, and of rarer words.
+
+    `real` is sorted, the strongest on all tokens first; of equal ones that one is named.
+    """
+    best, leak = real[0]
+    content = leak.content
+    reader, score = min(real, key=lambda pair: pair[1].whole_texts.value)
+    texts = score.whole_texts
+    by = "" if reader is best else f" by {reader.attack}"
+    said = [
         f"The strongest attack, {best.attack}, reads {_share(content)} of your tokens: an EP of "
         f"{show(content.value)}, between {show(content.low)} and {show(content.high)}; "
-        f"{texts.right:,} of {texts.of:,} texts come out whole."
-    )
-    if leak.rare is not None:
-        said += f" Of the words beside the commonest it reads {_share(leak.rare)}."
+        f"{texts.right:,} of {texts.of:,} texts come out whole{by}."
+    ]
+    rarer = [(attempt, score.rare) for attempt, score in real if score.rare is not None]
+    if rarer:
+        reader, rare = min(rarer, key=lambda pair: pair[1].value)
+        who = "it" if reader is best else f"the strongest there, {reader.attack},"
+        said.append(f"Of the words beside the commonest {who} reads {_share(rare)}.")
     if blind is not None:
-        said += f" Saying the commonest word each time gets {_share(blind.content)}."
+        said.append(f"Saying the commonest word each time gets {_share(blind.content)}.")
+    return said
+
+
+def _doubts(seen: SplitSubject, attacks: SplitAttacks) -> list[str]:
+    """Sentences on why a high EP may say less than it seems to."""
+    said, cut = [], seen.bottom.cut.cut
+    if cut and not attacks.learns:
+        said.append(
+            "No attack that learns from public text was run: behind layers a high EP of the "
+            "nearest neighbour alone says nothing."
+        )
+    if not attacks.settled:
+        said.append(ENDED)
     return said
 
 

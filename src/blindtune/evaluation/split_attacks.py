@@ -43,6 +43,7 @@ KEPT = 16
 """Candidates of a token."""
 EPOCHS = 1000
 """Of an attack's training, at most: the seconds that it is given end it, or that it has settled."""
+ENDED = "Training of a network was ended by --attack-seconds: a longer one may read more."
 TRIGRAMS = "weighed by trigrams of public text"
 Told = Callable[[str, int, int], None]
 
@@ -73,6 +74,7 @@ class SplitAttacks:
 
     Attributes:
         attempts, not_run: what was run, and what was not and why.
+        learns: whether attacks that learn from public text were run.
         settled: whether every training of an attack ended by itself.
     """
 
@@ -94,6 +96,7 @@ class SplitAttacks:
         )  # fmt: skip
         self._words = self._words_view()
         self._inverters: dict[bool, Inverter] = {}
+        self.learns = bool(self._learned)
         self.settled = True
 
     def run(self) -> None:
@@ -161,7 +164,6 @@ class SplitAttacks:
         )
 
     def _inverter(self) -> None:
-        self._trained(adaptive=True)
         knew = (
             f"Had {len(self._learned):,} public texts too; made states of them as you do and "
             "trained a network to read them"
@@ -170,10 +172,7 @@ class SplitAttacks:
         def read(view: StatesView) -> Candidates:
             return candidates(self._trained(adaptive=True), view.states, KEPT)
 
-        note = "" if self.settled else (
-            "Its training was ended by --attack-seconds: a longer one may read more."
-        )  # fmt: skip
-        self._both("trained inverter", knew, read, note)
+        self._both("trained inverter", knew, read)
 
     def _bayes(self) -> None:
         knew = (
@@ -281,12 +280,13 @@ class SplitAttacks:
         attack: str,
         knew: str,
         read: Callable[[StatesView], Candidates],
-        note: str = "",
         view: StatesView | None = None,
     ) -> None:
         """An attack by itself and with a prior of the language, after a rehearsal."""
         view = view or self._view
         found = read(view)
+        trained = attack == "trained inverter" or view.cut > 0
+        note = ENDED if trained and not self.settled else ""
         self._add(attack, f"{knew}.", found.first(), note)
         prior = NgramPrior(self._learned, len(self._view.table_VD))
         weight = best_weight(read(self._rehearsal(view)), self._rehearsed, prior)
