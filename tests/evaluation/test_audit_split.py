@@ -351,6 +351,20 @@ def test_the_page_holds_every_sentence(world):
     assert "http://" not in html.replace("http://www.w3.org", "")
 
 
+def test_too_little_public_text_is_told_from_none(world, tmp_path):
+    few = tmp_path / "few.txt"
+    few.write_text("\n".join(sentences(5, 2)))
+    short = replace(CONFIG, public_tokens=50)
+    for public, config, said in (
+        (None, CONFIG, "--public, with at least 20 texts of the kind that yours are"),
+        (world / "public.txt", short, "20 public texts, 3 were left within --public-tokens 50: "
+         "raise it"),
+        (few, CONFIG, "20 public texts, --public holds 5: give more"),
+    ):  # fmt: skip
+        found = audited(world, public=public, config=config)
+        assert next(s.needs for s in found.not_run if s.attack == "trained inverter") == said
+
+
 @pytest.mark.parametrize("ended", [None, True, False])
 def test_a_training_that_was_ended_is_told_in_the_verdict(world, monkeypatch, ended):
     def trained(view, config):  # `ended`: which of the two inverters

@@ -72,11 +72,10 @@ def audit_split(
         subject, bottom=bottom, data=data, privatizer=privatizer, reading=reading,
         tokens=config.test_tokens, trust=trust,
     )  # fmt: skip
-    learned = []
-    if public is not None:
-        texts = read_audited(seen.bottom, public, reading).ids
-        learned = [texts[i] for i in spread_texts(texts, config.public_tokens)]
-    attacks = SplitAttacks(seen, learned, config, on_progress or (lambda *_: None))
+    texts = () if public is None else read_audited(seen.bottom, public, reading).ids
+    learned = [texts[i] for i in spread_texts(texts, config.public_tokens)] if texts else []
+    told = on_progress or (lambda *_: None)
+    attacks = SplitAttacks(seen, learned, config, told, offered=len(texts))
     attacks.run()
     return _audit(subject, public, seen, learned, attacks, config)
 

@@ -68,9 +68,11 @@ class SplitAttacks:
 
     Args:
         subject: the states; nothing else of it is given to an attack.
-        public: token ids [L] of public texts; empty: what needs them is not run.
+        public: token ids [L] of public texts; fewer than `FEWEST_PUBLIC`: what needs them is not
+            run.
         config: how hard to try.
         told: called with (attack, done, of all).
+        offered: public texts that there were before `public_tokens` chose from them.
 
     Attributes:
         attempts, not_run: what was run, and what was not and why.
@@ -79,7 +81,13 @@ class SplitAttacks:
     """
 
     def __init__(
-        self, subject: SplitSubject, public: Sequence[Tensor], config: AuditConfig, told: Told
+        self,
+        subject: SplitSubject,
+        public: Sequence[Tensor],
+        config: AuditConfig,
+        told: Told,
+        *,
+        offered: int,
     ) -> None:
         self._subject, self._config, self._told = subject, config, told
         self.attempts: list[Attempt] = []
@@ -94,6 +102,7 @@ class SplitAttacks:
             public=self._learned,
             margins=subject.bottom.margins if subject.keeps_special else Margins(),
         )  # fmt: skip
+        self._needs = _public_needed(len(public), offered, config.public_tokens)
         self._words = self._words_view()
         self._inverters: dict[bool, Inverter] = {}
         self.learns = bool(self._learned)
@@ -108,8 +117,7 @@ class SplitAttacks:
             steps.append(("guessing", self._guessing))
         else:
             names = ["trained inverter", "trigrams", *(name for name, _ in self._by_mechanism())]
-            needs = f"--public, with at least {FEWEST_PUBLIC} texts of the kind that yours are"
-            self.not_run += [NotRun(attack=name, needs=needs) for name in names]
+            self.not_run += [NotRun(attack=name, needs=self._needs) for name in names]
         if self._subject.gives_text_by_gradients:
             steps.append(("gradients", self._gradients))
         if self._subject.predicted is not None:
@@ -324,6 +332,17 @@ class SplitAttacks:
 
     def _add(self, attack: str, knew: str, guess: Guess, note: str = "") -> None:
         self.attempts.append(Attempt(attack=attack, knew=knew, guess=guess, note=note))
+
+
+def _public_needed(left: int, offered: int, tokens: int) -> str:
+    """What attacks that learn need, where too few public texts were left."""
+    if not offered:
+        return f"--public, with at least {FEWEST_PUBLIC} texts of the kind that yours are"
+    if offered < FEWEST_PUBLIC:
+        return f"{FEWEST_PUBLIC} public texts, --public holds {offered}: give more"
+    return (
+        f"{FEWEST_PUBLIC} public texts, {left} were left within --public-tokens {tokens}: raise it"
+    )
 
 
 def _members(groups: WordGroups, prior_V: Tensor) -> dict[int, Tensor]:

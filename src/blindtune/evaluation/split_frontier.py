@@ -280,10 +280,11 @@ class _Sweep:
         audit = audit_split(
             place / "job", public=self.public, reading=trial.reading, config=trial.trying
         )
-        if self.public is not None and any("--public" in skip.needs for skip in audit.not_run):
+        short = next((skip.needs for skip in audit.not_run if "--public" in skip.needs), None)
+        if self.public is not None and short is not None:
             raise ConfigError(
-                f"{self.public}: expected more public text, got too little for attacks that learn: "
-                "give more, or none"
+                f"{self.public}: expected public text that attacks can learn from, which needs "
+                f"{short}; or leave --public"
             )
         eps = {f.attack: f for f in audit.findings if f.measure == "EP"}
         assert len(eps) * (1 - EACH) / 2 <= 0.05, "too many attacks for the bound that is promised"
