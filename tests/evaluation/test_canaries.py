@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from blindtune.attacks.membership import AdapterView, loss_drops
 from blindtune.errors import DataError
 from blindtune.evaluation.canaries import (
     CanaryLeakage,
@@ -15,8 +18,12 @@ from blindtune.evaluation.canaries import (
     canary_verdict,
 )
 from blindtune.evaluation.exposure import Exposure
+from blindtune.evaluation.membership import membership_leakage
 from blindtune.training.batches import collate
 from blindtune.training.canaries import CanaryConfig, draw_canaries
+from blindtune.training.config import RunConfig, TrainingConfig
+from blindtune.training.dp_plan import DpConfig, plan_noise
+from blindtune.training.private_sgd import fit_private
 from blindtune.training.text import DataConfig, encode_rows
 from tiny_models import tiny_model
 
@@ -70,6 +77,38 @@ def test_without_tuning_nothing_is_found(models, tokenizer, planted):
     for leak in canary_leakage(models[1], models[1], tokenizer, planted, READING):
         assert (leak.bits, leak.p_value, leak.found_first) == (0, 1, 0)
         assert "No planted code" in canary_verdict([leak])
+
+
+def test_noise_of_dp_sgd_hides_what_the_same_steps_without_it_tell(tokenizer, planted, tmp_path):
+    fillers = [("x", {"text": f"the cat number {i} eats rice"}) for i in range(26)]
+    once = [("x", c.with_code(c.code)) for c in planted if c.repeats]
+    data = encode_rows([*once, *fillers], "x", tokenizer, READING)
+    others = encode_rows(
+        [("x", c.with_code(c.others[0])) for c in planted if c.repeats], "x", tokenizer, READING
+    )
+    training = TrainingConfig(max_steps=60, learning_rate=3e-3, per_device_train_batch_size=16)
+    plan = plan_noise(DpConfig(epsilon=1.0, delta=1e-3), training, len(data))
+    told = {}
+    for name, chosen in (("private", plan), ("bare", replace(plan, noise_multiplier=0.0))):
+        untuned = tiny_model("llama")
+        tuned = copy.deepcopy(untuned)
+        tuned.requires_grad_(False)
+        tuned.model.layers.requires_grad_(True)
+        draw = torch.Generator().manual_seed(7)
+        uniforms = partial(torch.rand, generator=draw, dtype=torch.float64)
+        fit_private(
+            tuned, data, training, chosen, tmp_path / name, uniforms, RunConfig(silent=True)
+        )
+        _, often = canary_leakage(tuned, untuned, tokenizer, planted, READING)
+        records = [tuple(some[i] for i in range(6)) for some in (data, others)]
+        scores = (
+            loss_drops(AdapterView(tuned=tuned, untuned=untuned, records=some)) for some in records
+        )
+        told[name] = often.p_value, membership_leakage(*scores).auc
+    assert told["bare"][0] < 1e-4
+    assert told["private"][0] > 0.01
+    assert told["bare"][1] == 1
+    assert told["private"][1] < 0.9
 
 
 def level(ranks, candidates=64, repeats=1):

@@ -107,13 +107,7 @@ def audit_adapter(
         "trained records": f"{len(members):,} of {len(trained):,} in {Path(data).name}",
         "other records": f"{len(strangers):,} {origin}",
         "measured in": str(model),
-        "intervals": f"{_confidence_of_each(config):.3%} each, {config.confidence:.0%} for the "
-        "verdict, which looks at all of them",
-    }
-    if len(strangers) < FEW:
-        facts["too few others"] = (
-            f"{len(strangers)} other records say little of rare false alarms: give more as --others"
-        )
+    } | _how_sure(config, len(strangers))
     return _audit(adapter, found, leaks, facts, stated)
 
 
@@ -135,6 +129,16 @@ def _attacked(
         if on_progress is not None:
             on_progress("attack", done, len(ATTACKS))
     return found
+
+
+def _how_sure(config: AuditConfig, others: int) -> dict[str, str]:
+    """Facts on the intervals."""
+    each, together = _confidence_of_each(config), config.confidence
+    said = f"{each:.1%} each, {together:.0%} for the verdict, which looks at all of them"
+    if others >= FEW:
+        return {"intervals": said}
+    few = f"{others} other records say little of rare false alarms: give more as --others"
+    return {"intervals": said, "few others": few}
 
 
 def _confidence_of_each(config: AuditConfig) -> float:

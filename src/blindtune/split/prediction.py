@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from blindtune.split.privatizer_config import PrivatizerConfig
 from blindtune.split.terms import TuningConfig
 from blindtune.split.ushape import Top, customers_head, each_u_shape
 
+_ROW = itemgetter("row")
 OnTexts = Callable[[int, int], None]
 """(texts that are done, texts that there are)."""
 
@@ -134,10 +136,7 @@ def predict(
             closing(resume_job(connect, found.token, access.retries())) as transport,
         ):
             size = asking.batch_size
-            order = private.ordered()
-            texts, private = texts.taken(order), private.taken(order)
             told, scores = _ask(found, package, texts, private, transport, size, on_progress)
-            told.sort(key=lambda line: line["row"])
     if out is not None:
         _write(Path(out), told)
     return Prediction(
@@ -222,7 +221,9 @@ def _ask(
     batch_size: int,
     on_progress: OnTexts,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    options = job.record.options
+    """Ask about all texts, in an order that tells nothing of the file's."""
+    order, options = private.ordered(), job.record.options
+    texts, private = texts.taken(order), private.taken(order)
     precision: Precision = options["passes"]["precision"]  # type: ignore[assignment]
     check_largest(
         transport.welcome, private, portions(len(private), batch_size), precision,
@@ -257,11 +258,12 @@ def _ask(
 def _labelled(
     texts: PrivateTexts, outputs_NC: Tensor
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Predictions of classes (with names) or values (without), and how right they are."""
+    """Predictions of classes (with names) or values (without) by row, and how right they are."""
     labels = texts.labels
     if not texts.names:
         value_N = outputs_NC[:, 0].float()
         told = [{"row": r, "value": v} for r, v in zip(texts.rows, value_N.tolist(), strict=True)]
+        told.sort(key=_ROW)
         if labels is None:
             return told, {}
         return told, {"mean_squared_error": (value_N - labels).square().mean().item()}
@@ -274,6 +276,7 @@ def _labelled(
         }
         for row, best, shares in zip(texts.rows, best_N.tolist(), share_NC.tolist(), strict=True)
     ]
+    told.sort(key=_ROW)
     if labels is None:
         return told, {}
     return told, {"accuracy": (best_N == labels).float().mean().item()}
@@ -296,5 +299,6 @@ def _windows(
         {"row": row, "tokens": tokens, "nats_per_token": nats / tokens}
         for row, (tokens, nats) in zip(texts.rows, windows, strict=True)
     ]
+    told.sort(key=_ROW)
     mean = sum(nats for _, nats in windows) / sum(tokens for tokens, _ in windows)
     return told, {"nats_per_token": mean, "perplexity": math.exp(min(mean, 700.0))}

@@ -147,13 +147,7 @@ def state_privacy(
         typical = torch.cat(states).norm(dim=1).median().item()
     else:
         words = _words(bottom, private.ids)
-        if (twins := _twins(bottom, words, config.privatizer, groups)) > MOST_TWINS:
-            notes = (
-                f"WARNING: {twins:.0%} of these tokens have another word of the bottom in nearly "
-                "the same place; where one becomes the other nothing is hidden, and the shares of "
-                "changed tokens count it as changed",
-                *notes,
-            )
+        notes = (*_warnings(_twins(bottom, words, config.privatizer, groups)), *notes)
         survey = _survey(bottom, words, config.privatizer, groups)
         level = survey.at(mechanism.eta)
         norm, typical = level.mean_norm, level.neighbour_distance
@@ -255,6 +249,16 @@ def _twins(
 ) -> float:
     table_VD = _rows(bottom, privatizer)
     return twin_share(words_to_draw(table_VD, groups), places_of(words, groups))
+
+
+def _warnings(twins: float) -> list[str]:
+    if twins <= MOST_TWINS:
+        return []
+    return [
+        f"WARNING: {twins:.0%} of these tokens have another word of the bottom in nearly the same "
+        "place; where one becomes the other nothing is hidden, and the shares of changed tokens "
+        "count it as changed"
+    ]
 
 
 def _rows(bottom: Bottom, privatizer: PrivatizerName) -> Tensor:

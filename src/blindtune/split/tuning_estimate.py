@@ -54,8 +54,7 @@ def estimate_split_tune(
     """
     passes, reading = passes or PassConfig(), reading or ReadingConfig()
     privatizer.check_whole()
-    package = open_bottom(bottom, trust=trust)
-    texts = read_training(package, data, reading)
+    texts = read_training(package := open_bottom(bottom, trust=trust), data, reading)
     tokens, width = sum(map(len, texts.ids)), package.hidden_size
     longest = max(map(len, texts.ids))
     rate, cut = matmul_rate(width), package.cut
