@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blindtune.offsite.mixed_network import MixedNetwork
+from blindtune.offsite.mixed_network import GrowingMix, MixedNetwork
 
 
 @torch.no_grad()
@@ -53,7 +53,8 @@ def greedy_damage(
     The damage of several replaced layers is more than the sum of their own, and layers side by side
     are replaced more cheaply than their own damage says. Costs rarely fall as others are replaced,
     so a layer is measured again only when its last known cost makes it the next choice (lazy
-    greedy; Minoux 1978).
+    greedy; Minoux 1978). A try of layer i starts at i, from what enters it under the choices so
+    far: M + 1 hidden states a token are kept.
 
     Args:
         single_M: the damage of each layer alone, from `measured_damage`.
@@ -63,29 +64,27 @@ def greedy_damage(
         Cost of every layer in the order of choice [M], made non-decreasing along that order, so
         that sorting by it gives the order back.
     """
-    everything = tuple(windows_NL.split(batch_size))
-    prefixes = [network.prefix(batch_BL) for batch_BL in everything]
+    batches = [GrowingMix(network, batch_BL) for batch_BL in windows_NL.split(batch_size)]
 
-    def loss(mix: frozenset[int]) -> float:
-        losses = [
-            network.losses(prefix, [mix], batch_BL)[0] * len(batch_BL)
-            for prefix, batch_BL in zip(prefixes, everything, strict=True)
-        ]
+    def loss(also: int | None = None) -> float:
+        losses = [batch.loss(also) * len(batch.input_ids_BL) for batch in batches]
         return sum(losses) / len(windows_NL)
 
-    current, chosen = loss(frozenset()), list[int]()
+    current, chosen = loss(), list[int]()
     known = {i: (float(single_M[i]), 0) for i in range(len(single_M))}
     cost_M = torch.zeros(len(single_M), dtype=torch.float64)
     highest = float("-inf")
     while len(chosen) < count:
         i = min(known, key=lambda i: (known[i][0], i))
         if known[i][1] < len(chosen):
-            known[i] = (loss(frozenset({*chosen, i})) - current, len(chosen))
+            known[i] = (loss(i) - current, len(chosen))
             continue
         current += known[i][0]
         highest = max(highest + 1e-9, known.pop(i)[0])
         cost_M[i] = highest
         chosen.append(i)
+        for batch in batches:
+            batch.add(i)
         if on_choice is not None:
             on_choice(len(chosen))
     for i, (cost, _) in known.items():

@@ -115,3 +115,43 @@ class MixedNetwork:
         logits_BLV = self.decoder.logits(hidden_BLD[:, :-1])
         targets_N = input_ids_BL[:, 1:].flatten().to(logits_BLV.device)
         return F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_N)
+
+
+@final
+class GrowingMix:
+    """One batch under a mix that layers are added to; what enters every middle layer is kept.
+
+    A layer more is tried from that layer on, and adding it drops only what it changes. Up to M + 1
+    states [B, L, D] are alive.
+
+    Args:
+        network: whose layers are replaced.
+        input_ids_BL: the batch.
+    """
+
+    def __init__(self, network: MixedNetwork, input_ids_BL: Tensor) -> None:
+        self.network, self.input_ids_BL = network, input_ids_BL
+        self.mix = frozenset[int]()
+        self._inputs = network.prefix(input_ids_BL)
+        self._states = [self._inputs.hidden_BLD]
+
+    @torch.no_grad()
+    def loss(self, also: int | None = None) -> float:
+        """Cross-entropy of the mix in nats a token, as it is or with one layer more replaced."""
+        count = len(self.network.stand_ins)
+        start = count if also is None else also
+        while len(self._states) <= start:
+            i = len(self._states) - 1
+            self._states.append(self._step(i, self._states[i], i in self.mix))
+        hidden_BLD = self._states[start]
+        for i in range(start, count):
+            hidden_BLD = self._step(i, hidden_BLD, i == also or i in self.mix)
+        return float(self.network._tail(hidden_BLD, self._inputs, self.input_ids_BL))
+
+    def add(self, i: int) -> None:
+        """Replace a layer for good."""
+        self.mix |= {i}
+        del self._states[i + 1 :]
+
+    def _step(self, i: int, hidden_BLD: Tensor, replaced: bool) -> Tensor:
+        return self.network._step(self.network.first + i, hidden_BLD, self._inputs, replaced)
