@@ -19,13 +19,13 @@ from blindtune.offsite.gradot import (
     component_scores,
     gradot,
     kept_components,
-    layer_groups,
-    measure_curvature,
+    layer_curvature,
+    start_descents,
 )
 from blindtune.offsite.layer_drop import LayerDropConfig, distil, distillation_loss, drop_layers
 from blindtune.offsite.plugin import plug_in
 from offsite_world import save_text, save_tiny, tune_tiny
-from tiny_models import tiny_model
+from tiny_models import FAMILY_NAMES, tiny_model
 
 CONFIGS = {
     "uniform": LayerDropConfig(adapter_layers=1, alpha=0.5),
@@ -171,10 +171,15 @@ def test_cka_knows_rotations_and_scales():
     assert linear_cka(x, other) < 0.2
 
 
+def curvature_of(decoder, windows, layers, batch_size):
+    descents = start_descents(decoder, windows, layers, batch_size)
+    return {i: layer_curvature(decoder, i, descents) for i in reversed(layers)}
+
+
 def test_curvature_is_what_autograd_says():
     """The gradient of a weight from hooks equals the weight's own; A and G agree with it."""
     model, windows = tiny_model("llama"), ids(4)
-    found = measure_curvature(Decoder(model), windows, range(1, 7), batch_size=2)
+    found = curvature_of(Decoder(model), windows, range(1, 7), batch_size=2)
     model.requires_grad_(True)
     model(windows, labels=windows).loss.backward()
     for path in ("self_attn.q_proj", "mlp.down_proj"):
@@ -183,6 +188,55 @@ def test_curvature_is_what_autograd_says():
         torch.testing.assert_close(sums.gradient_OI, weight.grad, atol=1e-5, rtol=1e-3)
         assert torch.linalg.eigvalsh(sums.inputs_II).min() > -1e-3
         assert torch.linalg.eigvalsh(sums.outputs_OO).min() > -1e-6
+
+
+def one_pass(model, windows, layers, batch_size):
+    """(A, G, gradient) of every projection by layer and path, from one backward pass through all.
+
+    All activations of a batch and all curvatures are alive at a time.
+    """
+    decoder, inputs, found, handles = Decoder(model), {}, {}, []
+
+    def watch(key, module):
+        def forward(_module, args):
+            inputs[key] = args[0].detach().flatten(0, -2)
+
+        def backward(_module, _inputs, outputs):
+            x, g = inputs[key], outputs[0].detach().flatten(0, -2)
+            new = (x.T @ x, g.T @ g, g.T @ x)
+            old = found.get(key, [torch.zeros_like(t) for t in new])
+            found[key] = [a + b for a, b in zip(old, new, strict=True)]
+
+        handles.append(module.register_forward_pre_hook(forward))
+        handles.append(module.register_full_backward_hook(backward))
+
+    for i in layers:
+        for projection in (*decoder.projections(i), *decoder.feed_forward(i)):
+            watch((i, projection.path), projection.module)
+    for batch in windows.split(batch_size):
+        start = decoder.begin(batch)
+        hidden = start.hidden_BLD.detach().requires_grad_(True)
+        hidden = decoder.run_layers(hidden, start.calls, 0, decoder.layer_count)
+        logits = decoder.logits(hidden[:, :-1]).flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
+        (loss / windows[:, 1:].numel()).backward()
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_curvature_layer_by_layer_is_that_of_one_pass_to_the_bit(family):
+    model, windows = tiny_model(family).requires_grad_(False), ids(5)
+    oracle = one_pass(model, windows, range(1, 7), 2)
+    found = curvature_of(Decoder(model), windows, range(1, 7), 2)
+    assert {(i, path) for i, known in found.items() for path in known} == set(oracle)
+    for (i, path), tensors in oracle.items():
+        sums = found[i][path]
+        for new, old in zip(
+            (sums.inputs_II, sums.outputs_OO, sums.gradient_OI), tensors, strict=True
+        ):
+            assert torch.equal(new, old), (i, path)
 
 
 def test_component_scores_are_those_of_removing_each_alone():
@@ -199,7 +253,7 @@ def test_component_scores_are_those_of_removing_each_alone():
 def test_gradot_beats_plain_svd_in_its_own_objective():
     model, windows = tiny_model("llama"), ids(8)
     decoder = Decoder(model)
-    found = measure_curvature(decoder, windows, range(1, 7), batch_size=4)
+    found = curvature_of(decoder, windows, range(1, 7), batch_size=4)
     better = 0
     for i in range(1, 7):
         for projection in decoder.projections(i):
@@ -233,17 +287,22 @@ def test_gradot_takes_rank_and_channels_away():
     assert (layer.mlp.gate_proj.weight[~gone] != 0).any(1).all()
 
 
-def test_gradot_measures_few_layers_at_a_time_with_the_same_result(monkeypatch):
-    config = GradotConfig(adapter_layers=1, tokens=64, rank_kept=0.4, channels_kept=0.75)
-    whole, parts = tiny_model("llama"), tiny_model("llama")
-    layers, tokens = gradot(whole, ids(8, 16), config)
-    monkeypatch.setattr("blindtune.offsite.gradot.CURVATURE_BYTES", 250_000)
-    groups = layer_groups(Decoder(parts), range(1, 7), 250_000)
-    assert [i for group in groups for i in group] == list(range(1, 7))
-    assert 1 < len(groups) < 6
-    assert gradot(parts, ids(8, 16), config) == (layers, tokens * len(groups))
-    for name, weight in whole.state_dict().items():
-        torch.testing.assert_close(parts.state_dict()[name], weight, rtol=0, atol=0)
+def test_gradot_holds_the_curvature_of_one_layer_at_a_time(monkeypatch):
+    import gc
+
+    from blindtune.offsite import gradot as module
+
+    alive = []
+
+    def counted(*arguments):
+        gc.collect()
+        alive.append(sum(type(o) is module.Curvature for o in gc.get_objects()))
+        return decide(*arguments)
+
+    decide = module._decide
+    monkeypatch.setattr(module, "_decide", counted)
+    gradot(tiny_model("llama"), ids(4, 16), GradotConfig(adapter_layers=1, tokens=64))
+    assert alive == [7] * 6  # q, k, v, o, gate, up, down
 
 
 def test_the_margin_is_approached():

@@ -5,20 +5,23 @@ the loss's gradient g and curvature H: the first part is how much gradients move
 the second, to first order, how much the loss rises (large is wanted). The lowest scores go.
 Attention weights lose singular components, of which the largest 5 % always stay; feed-forward
 networks lose inner channels. H is Kronecker-factored: H delta = G delta A with A = E[x x^T] of the
-inputs and G = E[g g^T] of the outputs' gradients. No training: one forward and backward pass, or
-several where the curvature of all layers together would be large (`CURVATURE_BYTES`).
+inputs and G = E[g g^T] of the outputs' gradients. No training: one forward pass that keeps what
+enters every middle layer, and one backward pass, layer by layer from the top of the middle down.
+Each layer runs again for its gradients, so one layer's curvature and activations are alive at a
+time, beside M hidden states a token.
 
 Left open by our sources, and decided here: G is of the empirical Fisher (the text's own next
 tokens); lambda is relative, 1 makes the medians of both parts equal within a weight; every weight
 keeps the same share; pruned channels are zeroed in place, because an emulator package has no
 narrower layers.
 
-Shapes: N windows, L length, O output features, I input features, R components, C channels.
+Shapes: N windows, B batch, L length, D hidden, M middle layers, O output features, I input
+features, R components, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import final
@@ -33,13 +36,12 @@ from blindtune.errors import ConfigError
 from blindtune.exchange.manifest import AdapterLayer, CompressedLayer, LayerEntry
 from blindtune.models.blocks import LowRankLinear, split_parts
 from blindtune.models.decoder import Decoder, Projection
+from blindtune.models.layer_inputs import LayerCall
 from blindtune.offsite.compression import compressed_rank, saves_space
 from blindtune.offsite.layer_drop import middle_layers
 
 ALWAYS_KEPT = 0.05
 """Share of the singular components, the largest, that always stay."""
-CURVATURE_BYTES = 4 * 2**30
-"""Of curvature held at a time: layers are measured in as many passes as keep below it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,18 @@ class Curvature:
 
 @final
 @dataclass(eq=False)
+class Descent:
+    """One batch on its way back down through the middle layers."""
+
+    calls: tuple[LayerCall, ...]
+    entered: list[Tensor]
+    """What enters each middle layer [B, L, D], the lowest first; the last is the next to go."""
+    gradient_BLD: Tensor
+    """Of the mean loss of the text, by what leaves that layer."""
+
+
+@final
+@dataclass(eq=False)
 class Change:
     """What becomes of one layer; made while the model is still whole."""
 
@@ -121,79 +135,76 @@ def gradot(
     middle = middle_layers(decoder, config.adapter_layers)
     used_NL = windows_NL[: max(1, config.tokens // windows_NL.shape[1])]
     entries: list[LayerEntry] = [AdapterLayer() for _ in range(decoder.layer_count)]
-    changes: dict[int, Change] = {}
-    passes = layer_groups(decoder, middle, CURVATURE_BYTES)
-    for group in passes:
-        curvature = measure_curvature(decoder, used_NL, group, config.batch_size)
-        for i in group:
-            changes[i] = _decide(decoder, i, curvature.pop(i), config)
+    descents = start_descents(decoder, used_NL, middle, config.batch_size)
+    changes = {
+        i: _decide(decoder, i, layer_curvature(decoder, i, descents), config)
+        for i in reversed(middle)
+    }
     for i, change in changes.items():
         entries[i] = CompressedLayer(ranks=_apply(decoder, i, change))
-    return entries, used_NL.numel() * len(passes)
+    return entries, used_NL.numel()
 
 
-def layer_groups(decoder: Decoder, layers: range, limit: int) -> list[range]:
-    """Runs of layers in order, each with less than `limit` bytes of curvature, or one layer."""
-    groups: list[range] = []
-    held = 0
-    for i in layers:
-        size = 4 * sum(sum(n * m for n, m in _shapes(p)) for p in _measured(decoder, i))
-        if not groups or held + size > limit:
-            groups.append(range(i, i))
-            held = 0
-        groups[-1] = range(groups[-1].start, i + 1)
-        held += size
-    return groups
-
-
-def measure_curvature(
+def start_descents(
     decoder: Decoder, windows_NL: Tensor, layers: range, batch_size: int
-) -> dict[int, dict[str, Curvature]]:
-    """A, G and the gradient of every projection of some layers, by layer and path."""
+) -> list[Descent]:
+    """Run every batch up to the loss, and its gradient down to the top of some layers."""
     model = decoder.model.requires_grad_(False)
-    found: dict[int, dict[str, Curvature]] = {i: {} for i in layers}
-    with _recording(decoder, found):
-        for batch_BL in windows_NL.to(model.device).split(batch_size):
-            with torch.no_grad():
-                start = decoder.begin(batch_BL)
-                below_BLD = decoder.run_layers(start.hidden_BLD, start.calls, 0, layers.start)
-            hidden_BLD = decoder.run_layers(
-                below_BLD.requires_grad_(True), start.calls, layers.start, decoder.layer_count
+    descents = []
+    for batch_BL in windows_NL.to(model.device).split(batch_size):
+        entered = []
+        with torch.no_grad():
+            start = decoder.begin(batch_BL)
+            hidden_BLD = decoder.run_layers(start.hidden_BLD, start.calls, 0, layers.start)
+            for i in layers:
+                entered.append(hidden_BLD)
+                hidden_BLD = decoder.run_layer(i, hidden_BLD, start.calls[i])
+        hidden_BLD.requires_grad_(True)
+        last_BLD = decoder.run_layers(hidden_BLD, start.calls, layers.stop, decoder.layer_count)
+        logits_BLV = decoder.logits(last_BLD[:, :-1]).float()
+        losses = F.cross_entropy(
+            logits_BLV.flatten(0, 1), batch_BL[:, 1:].flatten(), reduction="sum"
+        )
+        mean = losses / windows_NL[:, 1:].numel()
+        (gradient_BLD,) = torch.autograd.grad(mean, hidden_BLD)
+        descents.append(Descent(start.calls, entered, gradient_BLD))
+    return descents
+
+
+def layer_curvature(decoder: Decoder, i: int, descents: Sequence[Descent]) -> dict[str, Curvature]:
+    """A, G and the gradient of every projection of layer `i` by path; all descents pass it.
+
+    Args:
+        decoder: the model, as it was when the descents started.
+        i: the layer above which they stand: the top one first, then each in turn.
+        descents: from `start_descents`.
+    """
+    with _recording(decoder, i) as found:
+        for descent in descents:
+            entered_BLD = descent.entered.pop().requires_grad_(True)
+            left_BLD = decoder.run_layer(i, entered_BLD, descent.calls[i])
+            (descent.gradient_BLD,) = torch.autograd.grad(
+                left_BLD, entered_BLD, descent.gradient_BLD
             )
-            logits_BLV = decoder.logits(hidden_BLD[:, :-1]).float()
-            losses = F.cross_entropy(
-                logits_BLV.flatten(0, 1), batch_BL[:, 1:].flatten(), reduction="sum"
-            )
-            (losses / windows_NL[:, 1:].numel()).backward()
     return found
 
 
 @contextmanager
-def _recording(decoder: Decoder, found: dict[int, dict[str, Curvature]]) -> Iterator[None]:
+def _recording(decoder: Decoder, i: int) -> Iterator[dict[str, Curvature]]:
+    found: dict[str, Curvature] = {}
     handles = []
-    for i, known in found.items():
-        for projection in _measured(decoder, i):
-            like = next(projection.module.parameters())
-            sums = Curvature(
-                *(torch.zeros(shape, device=like.device) for shape in _shapes(projection))
-            )
-            known[projection.path] = sums
-            handles += _hooks(projection.module, sums)
+    for projection in (*decoder.projections(i), *decoder.feed_forward(i)):
+        rows, columns = sum(projection.sizes), projection.in_features
+        like = next(projection.module.parameters())
+        shapes = ((columns, columns), (rows, rows), (rows, columns))
+        sums = Curvature(*(torch.zeros(shape, device=like.device) for shape in shapes))
+        found[projection.path] = sums
+        handles += _hooks(projection.module, sums)
     try:
-        yield
+        yield found
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _measured(decoder: Decoder, i: int) -> tuple[Projection, ...]:
-    return (*decoder.projections(i), *decoder.feed_forward(i))
-
-
-def _shapes(projection: Projection) -> tuple[tuple[int, int], ...]:
-    """Of A, G and the gradient, as `Curvature` has them."""
-    rows, columns = sum(projection.sizes), projection.in_features
-    return (columns, columns), (rows, rows), (rows, columns)
 
 
 def _hooks(module: nn.Module, sums: Curvature) -> list[torch.utils.hooks.RemovableHandle]:
