@@ -61,6 +61,72 @@ def test_weighted_factors_beat_plain_ones_on_the_inputs():
     assert weighted == pytest.approx((s[5:].pow(2).sum() * 500).sqrt().item(), rel=1e-3)
 
 
+def factors_by_outputs(weight, rank, moment):
+    """The plain way for any shape: eigenvectors of W S W^T, outputs x outputs."""
+    moment = moment.double()
+    moment = moment + 1e-6 * moment.diagonal().mean() * torch.eye(len(moment)).double()
+    wide = weight.double()
+    _, vectors = torch.linalg.eigh(wide @ moment @ wide.T)
+    up = vectors[:, -rank:].flip(-1)
+    down = up.T @ wide
+    balance = (down.norm() / up.norm()).sqrt()
+    return (up * balance).to(weight.dtype), (down / balance).to(weight.dtype)
+
+
+def moments_of(kind, size):
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(400, size, generator=generator) * torch.logspace(-2, 1, size)
+    if kind == "flat":  # a few directions hold everything
+        inputs = inputs[:, :4] @ torch.randn(4, size, generator=generator)
+    if kind == "one direction, rounded":  # float32 leaves eigenvalues below 0
+        inputs = 100 * inputs[:, :1] @ torch.randn(1, size, generator=generator)
+    return inputs.T @ inputs / len(inputs)
+
+
+@pytest.mark.parametrize("kind", ["full", "flat", "one direction, rounded"])
+@pytest.mark.parametrize("shape", [(90, 30), (31, 30), (30, 30), (20, 30)])
+def test_weighted_factors_are_those_of_the_problem_in_the_outputs(kind, shape):
+    rows, columns = shape
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    moment = moments_of(kind, columns)
+    for rank in (1, 3, min(shape) - 4):
+        if rows <= columns:
+            for new, old in zip(
+                low_rank_factors(weight, rank, moment),
+                factors_by_outputs(weight, rank, moment),
+                strict=True,
+            ):
+                assert torch.equal(new, old)
+            continue
+        weight = weight.double()
+        new, old = (
+            up @ down
+            for up, down in (
+                low_rank_factors(weight, rank, moment),
+                factors_by_outputs(weight, rank, moment),
+            )
+        )
+        if kind == "full":
+            assert (new - old).norm() < 1e-9 * old.norm()
+        # Where directions hold nothing it does not matter which is kept.
+        values, vectors = torch.linalg.eigh(moment.double())
+        root = vectors * values.clamp_min(0).sqrt()
+        assert ((weight - new) @ root).norm() < 1.001 * ((weight - old) @ root).norm()
+
+
+@pytest.mark.parametrize("flat", ["weight", "moment", "both"])
+def test_tall_weights_without_enough_directions_keep_what_they_have(flat):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 16, generator=generator)
+    if flat != "moment":
+        weight = weight[:, :3] @ torch.randn(3, 16, generator=generator)
+    moment = torch.zeros(16, 16) if flat != "weight" else torch.eye(16)
+    up, down = low_rank_factors(weight, 8, moment)
+    assert bool(up.isfinite().all() and down.isfinite().all())
+    if flat == "weight":
+        torch.testing.assert_close(up @ down, weight, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_every_family_runs_and_full_rank_changes_nothing(name):
     model = tiny_model(name)

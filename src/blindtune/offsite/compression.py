@@ -41,7 +41,7 @@ def low_rank_factors(
 
     Without moments this is the truncated SVD. With the inputs' second moment S = E[x x^T] it is the
     minimiser of E|W x - up down x|^2: the leading eigenvectors Q of W S W^T give up = Q,
-    down = Q^T W.
+    down = Q^T W. With more outputs than inputs Q comes from the smaller problem.
 
     Args:
         weight_OI: the weight, [output, input].
@@ -56,13 +56,33 @@ def low_rank_factors(
         damping = 1e-6 * moment.diagonal().mean()
         moment = moment + damping * torch.eye(len(moment)).to(moment)
         wide = weight.double()
-        _, vectors = torch.linalg.eigh(wide @ moment @ wide.T)
-        up = vectors[:, -rank:].flip(-1)
+        rows, columns = wide.shape
+        up = (_tall_basis if rows > columns else _wide_basis)(wide, moment, rank)
         down = up.T @ wide
     else:
         up, down = _truncated_svd(weight, rank, seed)
     balance = (down.norm() / up.norm()).sqrt()
     return (up * balance).to(weight_OI.dtype), (down / balance).to(weight_OI.dtype)
+
+
+def _wide_basis(weight_OI: Tensor, moment_II: Tensor, rank: int) -> Tensor:
+    """The leading eigenvectors [O, R] of W S W^T, an O x O problem."""
+    _, vectors_OO = torch.linalg.eigh(weight_OI @ moment_II @ weight_OI.T)
+    leading_OR: Tensor = vectors_OO[:, -rank:].flip(-1)
+    return leading_OR
+
+
+def _tall_basis(weight_OI: Tensor, moment_II: Tensor, rank: int) -> Tensor:
+    """The same by I x I problems: with B = W S^(1/2) and V of B^T B, they are B V, normalised.
+
+    The root is by eigenvalues, because rounding may leave those of S below 0; QR normalises,
+    because a B of lower rank than asked for leaves columns without a direction.
+    """
+    values_I, vectors_II = torch.linalg.eigh(moment_II)
+    root_OI = weight_OI @ (vectors_II * values_I.clamp_min(0).sqrt())
+    _, leading_II = torch.linalg.eigh(root_OI.T @ root_OI)
+    basis_OR: Tensor = torch.linalg.qr(root_OI @ leading_II[:, -rank:].flip(-1)).Q
+    return basis_OR
 
 
 def _truncated_svd(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:

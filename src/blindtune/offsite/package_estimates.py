@@ -91,7 +91,9 @@ def _compression(decoder: Decoder, i: int, config: EmulatorConfig) -> tuple[int,
         for size in p.sizes:
             small = min(size, p.in_features)
             if config.weighted:  # float64 products take twice as long
-                flops += EIGH_FLOPS * size**3 + 4.0 * size * p.in_features * (p.in_features + size)
+                problems = 1 if size <= p.in_features else 2
+                flops += problems * EIGH_FLOPS * small**3
+                flops += 4.0 * size * p.in_features * (p.in_features + small)
             else:
                 flops += SVD_FLOPS * small**2 * max(size, p.in_features)
     return saved, flops
