@@ -7,6 +7,7 @@ number, and private text stays where its owner put it; only data sets of the hub
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +18,7 @@ import torch
 
 from blindtune.errors import ConfigError, DataError
 from blindtune.training.dataset import IGNORED_LABEL, TokenDataset, show_sample
+from blindtune.training.long_text import ids_in_pieces
 from blindtune.training.records import (
     Example,
     Record,
@@ -25,7 +27,6 @@ from blindtune.training.records import (
     read_item,
     record_shape,
     text_of,
-    token_ids,
 )
 from blindtune.training.rows import csv_rows, decoded, json_rows, parquet_rows
 
@@ -62,7 +63,7 @@ class DataConfig:
     max_samples: int | None = None
     """Read at most this many records."""
     max_tokens: int | None = None
-    """Stop once this many tokens have been read."""
+    """Stop once this many tokens have been read; what follows is not looked at."""
     seed: int = 42
     """Seed of the split."""
     chat_template: str | None = None
@@ -111,13 +112,15 @@ def encode_rows(
         raise DataError(f"{source}: expected records, the file is empty: give a file with data")
     shape = record_shape(first[1], config.text_column, first[0])
     everything = _chain(first, rows)
+    if shape == "text" and config.pack:
+        return _packed(source, everything, tokenizer, config)
     if shape == "text":
-        examples = _encode_texts(source, everything, tokenizer, config)
+        examples = _texts_apart(everything, tokenizer, config)
     else:
-        examples = [_encode(row, shape, tokenizer, config) for row in everything]
-    examples = _limit(examples, config.max_tokens)
+        examples = (_encode(row, shape, tokenizer, config) for row in everything)
+    kept = _limit(examples, config.max_tokens)
     try:
-        return _dataset(examples)
+        return _dataset(kept)
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
 
@@ -143,44 +146,72 @@ def _encode(
     return encode_completion(prompt, completion, tokenizer, config.max_length)
 
 
-def _encode_texts(
+def _documents(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> Iterator[Iterator[list[int]]]:
+    """Token ids of every text that is not blank, a piece at a time."""
+    for where, record in rows:
+        text = text_of(record, config.text_column, where)
+        if text.strip():
+            yield ids_in_pieces(text, tokenizer)
+
+
+def _packed(
     source: str, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig
-) -> list[Example]:
-    """Texts as full windows (packed), or one example a text."""
-    texts = (text_of(record, config.text_column, where) for where, record in rows)
-    documents = (token_ids(text, tokenizer) for text in texts if text.strip())
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if not config.pack:
-        size = config.max_length
-        return [
-            Example(input_ids=ids[:size], trained=[True] * len(ids[:size]), cut=len(ids) > size)
-            for ids in (document + eos for document in documents)
-        ]
-    stream: list[int] = []
-    for ids in documents:
-        stream.extend(eos + ids if stream else ids)
-        if config.max_tokens is not None and len(stream) >= config.max_tokens:
-            break
-    stream = stream[: config.max_tokens]
-    size = config.max_length
+) -> TokenDataset:
+    """Texts joined and cut into full windows; read up to the budget."""
+    stream, size = _stream(rows, tokenizer, config), config.max_length
     if len(stream) < size:
         raise DataError(
             f"{source}: one window needs {size} tokens, the text has {len(stream)}: "
             "give more text or a smaller max_length"
         )
-    starts = range(0, len(stream) - size + 1, size)
-    return [Example(input_ids=stream[i : i + size], trained=[True] * size) for i in starts]
+    count = len(stream) // size
+    ids_NL = torch.tensor(stream[: count * size], dtype=torch.int64).view(count, size)
+    windows = [ids_L.clone() for ids_L in ids_NL]
+    return TokenDataset(windows, windows)
 
 
-def _limit(examples: list[Example], max_tokens: int | None) -> list[Example]:
-    """The longest head of the examples within the budget, at least one."""
-    if max_tokens is None:
-        return examples
+def _stream(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> array[int]:
+    """Ids of all texts, the end of text between them, or the first `max_tokens` of them."""
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stream = array("i")
+    for pieces in _documents(rows, tokenizer, config):
+        stream.extend(eos if stream else [])
+        for ids in pieces:
+            stream.extend(ids)
+            if config.max_tokens is not None and len(stream) >= config.max_tokens:
+                return stream[: config.max_tokens]
+    return stream
+
+
+def _texts_apart(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> Iterator[Example]:
+    """One example a text, read as far as it is kept."""
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    size = config.max_length
+    for pieces in _documents(rows, tokenizer, config):
+        ids: list[int] = []
+        for piece in pieces:
+            ids += piece
+            if len(ids) > size:
+                break
+        else:
+            ids += eos
+        kept = ids[:size]
+        yield Example(input_ids=kept, trained=[True] * len(kept), cut=len(ids) > size)
+
+
+def _limit(examples: Iterable[Example], max_tokens: int | None) -> list[Example]:
+    """The longest head of the examples within the budget, at least one; no more are encoded."""
     total = 0
     kept: list[Example] = []
     for example in examples:
         total += len(example.input_ids)
-        if kept and total > max_tokens:
+        if kept and max_tokens is not None and total > max_tokens:
             break
         kept.append(example)
     return kept
