@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -267,6 +268,37 @@ def test_study_resumes_to_the_same_result(tmp_path, monkeypatch):
     reread = open_study(tmp_path / "b" / "study")
     assert torch.equal(reread.scores_M, resumed.scores_M)
     assert reread.config == resumed.config
+
+
+def test_second_moments_wait_on_the_disk_while_layers_are_measured(tmp_path, monkeypatch):
+    import gc
+
+    from blindtune.offsite import studying
+
+    save_tiny("llama", tmp_path / "model")
+    save_text(tmp_path)
+    calibrated, alive = [], []
+
+    def calibrate(*arguments, **options):
+        found = calibrated_by(*arguments, **options)
+        calibrated.extend({p: m.clone() for p, m in kept.items()} for kept in found.second_moments)
+        alive.extend(weakref.ref(m) for kept in found.second_moments for m in kept.values())
+        return found
+
+    def measure(*arguments):
+        gc.collect()
+        assert not any(moment() is not None for moment in alive)
+        return measured_by(*arguments)
+
+    calibrated_by, measured_by = studying.calibrate, studying.measured_damage
+    monkeypatch.setattr(studying, "calibrate", calibrate)
+    monkeypatch.setattr(studying, "measured_damage", measure)
+    made = study_tiny(tmp_path)
+    assert alive
+    for found in (made, open_study(tmp_path / "study")):
+        for kept, original in zip(found.second_moments, calibrated, strict=True):
+            assert kept.keys() == original.keys()
+            assert all(torch.equal(kept[path], original[path]) for path in kept)
 
 
 def test_a_half_written_stage_is_not_in_the_way(tmp_path):

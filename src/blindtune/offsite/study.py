@@ -253,9 +253,12 @@ class WorkDirectory:
         found = open_study(self.path / stage)
         for name in (*_PLAIN_FIELDS, "scores_M", "damage_M", "explained"):
             setattr(study, name, getattr(found, name))
-        study.second_moments = found.second_moments or study.second_moments
         study.stand_ins = found.stand_ins
         return True
+
+    def second_moments(self) -> tuple[dict[str, Tensor], ...]:
+        """Those of the calibrated stage, which stay on the disk while the others run."""
+        return open_study(self.path / "calibrated").second_moments
 
     def save_dynamic(self, study: Study, state: DynamicState) -> None:
         """Keep the state of Dynamic LayerReplace."""

@@ -55,7 +55,8 @@ def estimate_study(
     training = max(length, text.tokens - max(damage, text.tokens // 10))
     calibration = min(training, max(length, config.calibration_tokens // length * length))
     parts: dict[str, float] = {"load": weight_bytes(full) / READ_BYTES_PER_SECOND}
-    tokens, states, kept = 0, 0.0, _stand_in_bytes(decoder, config, len(middle))
+    tokens, states = 0, 0.0
+    kept = stand_ins = _stand_in_bytes(decoder, config, len(middle))
     if config.warm_start == "regression":
         moments, flops = _moments(decoder, first, config.feed_forward)
         kept += moments * len(middle)
@@ -82,7 +83,7 @@ def estimate_study(
     return estimated(
         parts,
         rate,
-        memory=weight_bytes(full) + max(hidden, logits + states) + kept,
+        memory=weight_bytes(full) + max(hidden + kept, logits + states + stand_ins),
         written=kept,
         scratch=(stages + 1) * kept,
         tokens=tokens,

@@ -89,8 +89,10 @@ def study(
         work = WorkDirectory(out, partial, windows_NL, fresh=resume == "never")
         stages = _Stages(partial, decoder, windows_NL, work, on_stage)
         stages.calibrate()
+        partial.second_moments = ()  # nothing reads them until they are saved
         stages.measure()
         stages.learn()
+        partial.second_moments = work.second_moments()
         with atomic_directory(out, overwrite=overwrite, mark=FACTS_NAME) as directory:
             save_study(partial, directory)
         work.remove()
