@@ -246,7 +246,7 @@ BAD = {
     ),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "latin.jsonl:2: expected UTF-8.*byte 11"),
     "latin.txt": (b"caf\xe9", "latin.txt: expected UTF-8 text, byte 4"),
-    "columns.jsonl": (b'{"body": "a", "id": 1}\n', "columns.jsonl:1: .*`text`.*found body, id"),
+    "columns.jsonl": (b'{"body": "a", "id": 1}\n', "columns.jsonl:1: .*`text`.*found `body`, `id`"),
     "number.jsonl": (b'{"text": 5}\n', "number.jsonl:1: expected a string in `text`, got int"),
     "other.jsonl": (
         b'{"prompt": "a", "completion": "b"}\n{"text": "a"}\n',
