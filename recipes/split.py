@@ -1,115 +1,119 @@
-"""Split tuning, the whole protocol in one process: bottom, privatize, tune, predict, compare.
+"""Split tuning as two processes: a vendor's server, and a customer who tunes and asks over TLS.
 
-The vendor has a model; the customer has private sentences with classes. Here both are played by one
-program, over the codec that the network uses, so that it can show what noise costs and buys: for
-several strengths the utility accuracy (UA), and the empirical privacy (EP: the share of words that
-the nearest-neighbour attack gets wrong), beside tuning the whole model in one place.
+The vendor's side is the command line alone (`blindtune serve`, `blindtune admit`); the customer's
+is this program, by the functions that `blindtune split-tune` and `blindtune predict` call. It ends
+with a table: utility accuracy (UA) and empirical privacy (EP: the share of words that the
+nearest-neighbour attack gets wrong) without noise and at three strengths, with contributing tokens
+spared (CTI) and without, beside tuning the whole model in one place.
 
     python recipes/split.py --out demo-split
-    python recipes/split.py --model DIR --train mine.csv --test held-out.csv --cut 6
+    python recipes/split.py --train mine.csv --test held-out.csv --changed 0.1 0.3
 """
 
 import argparse
 import json
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from blindtune.exchange.transcript import Recorder
-from blindtune.exchange.transport import InProcessTransport
-from blindtune.models.encoders import load_any
-from blindtune.privacy.metric_dp import Mechanism
-from blindtune.privacy.noise_level import NoiseSurvey
-from blindtune.privacy.token_importance import ImportanceConfig
-from blindtune.split.bottom import open_bottom, write_bottom
-from blindtune.split.customer import PassConfig, new_token, open_job, predict, train
-from blindtune.split.partition import Cut, stack_of
-from blindtune.split.private_states import privatize
-from blindtune.split.terms import TuningConfig
-from blindtune.split.vendor import Vendor
+import blindtune
+from blindtune.split.bottom import open_bottom
+from blindtune.split.customer_job import CustomerJob
 from nearest_attack import attacked
 from side_by_side import as_table, labelled_texts
 from whole_model import tune_whole_model
 
+TUNING = blindtune.TuningConfig(learning_rate=1e-3)
+PASSES = blindtune.PassConfig(epochs=2)
+NO_NOISE = blindtune.PrivatizerConfig(privatizer="none", unprotected=True)
+
 
 def main() -> None:
-    """Run the protocol and leave split.json in the output directory."""
+    """Serve, tune, ask; leave split.json and everything of both parties in the output directory."""
     options, begin, say = parse_options(), time.perf_counter(), Console().print
     out = options.out
     learn, test = labelled_texts(options)
 
-    say("\n[bold]Vendor[/] cuts the model, writes the bottom package, and serves the top.")
-    model, tokenizer = load_any(options.model)
-    stack = stack_of(model)
-    cut = Cut(layers=stack.layer_count, cut=options.cut)
-    identity = write_bottom(
-        model, tokenizer, out / "bottom", cut, max_length=options.max_length, overwrite=True
-    )
-    vendor = Vendor(stack, cut, identity, out / "vendor")
+    say("\n[bold]Nobody[/] could do this: the whole model tuned on the texts as they are.")
+    rows = [{"run": "whole model, no split"}]
+    rows[0]["UA"] = tune_whole_model(options.model, learn, test, TUNING, PASSES, options.max_length)
 
-    say("[bold]Customer[/] opens the package and asks what noise does to its own words.")
-    bottom = open_bottom(out / "bottom")
-    words = torch.cat(privatize(bottom, learn.texts, mechanism=None).ids)
-    survey = NoiseSurvey(bottom.stack.embedding.weight, words, samples=options.samples)
-    etas = options.eta or [round(survey.eta_for(share), 1) for share in (0.1, 0.5, 0.9)]
-    for eta in etas:
-        say(f"  {survey.at(eta)}", style="dim")
-
-    runs = [("no noise", None, None)]
-    for eta in etas:
-        runs.append((f"eta {eta:g} a token", Mechanism(eta=eta), None))
-        runs.append((f"eta {eta:g} a token, CTI", Mechanism(eta=eta), ImportanceConfig()))
-    say("[bold]Nobody[/] could do this: the whole model tuned on the texts as they are.")
-    config, passes = plans(options)
-    whole = tune_whole_model(options.model, learn, test, config, passes, options.max_length)
-    rows = [{"run": "whole model, no split", "UA": whole}]
-    for name, mechanism, importance in runs:
-        say(f"[bold]Customer[/] privatizes once and tunes: {name}.")
-        rows.append(
-            {"run": name} | tune(vendor, bottom, learn, test, mechanism, importance, options)
-        )
+    say("[bold]Vendor[/], a process of its own, cuts the model and serves the top.")
+    with serving(options) as facts:
+        say(f"  {facts['addresses'][0]}, certificate {facts['fingerprint'][:16]}...", style="dim")
+        for name, privatizer in runs(options.changed):
+            say(f"[bold]Customer[/] privatizes once and tunes: {name}.")
+            rows.append({"run": name} | one_job(options, facts, name, privatizer))
     (out / "split.json").write_text(json.dumps(rows, indent=2))
-    say(as_table(rows, cut.cut, cut.layers))
+    say(as_table(rows, facts["cut"], facts["layers"]))
     say(f"{time.perf_counter() - begin:,.0f} s in all.")
 
 
-def tune(vendor, bottom, learn, test, mechanism, importance, options) -> dict:
-    """One job from opening to predicting; accuracy, changed words, bytes and seconds."""
-    begin, recorder, (config, passes) = time.perf_counter(), Recorder(), plans(options)
-    private = privatize(
-        bottom, learn.texts, learn.labels_N, mechanism=mechanism, importance=importance,
-        classes=len(learn.names),
-    )  # fmt: skip
-    unseen = privatize(bottom, test.texts, mechanism=mechanism)
-    with vendor.session("customer") as handler:
-        job = open_job(
-            lambda: InProcessTransport(handler, tap=recorder),
-            bottom,
-            new_token(),
-            config,
-            task="classification",
-            outputs=len(learn.names),
-        )
-        losses = train(job, private, passes)
-        logits_NC = predict(job, unseen)
-        job.close()
-    tokens = sum(map(len, private.states)) * options.epochs + sum(map(len, unseen.states))
+def runs(changed) -> Iterator[tuple[str, blindtune.PrivatizerConfig]]:
+    """Names and privatizers of all jobs: no noise, then each strength without and with CTI."""
+    yield "no noise", NO_NOISE
+    for share in changed:
+        for cti in (0.0, 0.01):
+            name = f"{share:.0%} of tokens changed" + (", CTI" if cti else "")
+            yield (
+                name,
+                blindtune.PrivatizerConfig(
+                    privatizer="token", changed_share=share, cti_fraction=cti
+                ),
+            )
+
+
+@contextmanager
+def serving(options) -> Iterator[dict]:
+    """The vendor's server for as long as the block runs; yields what it printed."""
+    command = [sys.executable, "-m", "blindtune.cli.main"]
+    vendor = ["--out", options.out / "vendor"]
+    serve = ["serve", options.model, "--cut", str(options.cut), *vendor, "--self-signed"]
+    serve += ["--port", "0", "--max-length", str(options.max_length), "--json"]
+    with (options.out / "vendor.log").open("w") as log:
+        process = subprocess.Popen([*command, *serve], stdout=subprocess.PIPE, stderr=log)
+        try:
+            line = process.stdout.readline()
+            if not line:
+                sys.exit(f"the vendor did not start: see {log.name}")
+            facts = json.loads(line)
+            token = options.out / "token"
+            token.unlink(missing_ok=True)
+            subprocess.run(
+                [*command, "admit", f"customer-{time.time_ns()}", *vendor, "--token-file", token],
+                check=True, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+            yield facts
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def one_job(options, facts, name, privatizer) -> dict:
+    """One job from opening to predicting: UA, EP, bytes and seconds."""
+    begin, where = time.perf_counter(), options.out / "jobs" / name.replace(" ", "-")
+    url, bottom = facts["addresses"][0], facts["bottom"]
+    access = blindtune.AccessConfig(
+        token_file=str(options.out / "token"), fingerprint=facts["fingerprint"]
+    )
+    tuned = blindtune.split_tune(
+        url, bottom, options.train, where, privatizer, TUNING, PASSES, access=access
+    )
+    asked = blindtune.predict(url, where, options.test, access=access)
+    package, job = open_bottom(bottom), CustomerJob(where)
+    mechanism = privatizer.mechanism(job.record.eta)
     return {
-        "UA": float((logits_NC.argmax(1) == test.labels_N).float().mean()),
-        "EP, training texts": attacked(bottom, private, mechanism, options.attacked),
-        "EP, texts to predict": attacked(bottom, unseen, mechanism, options.attacked),
-        "last loss": losses[-1],
-        "bytes a token": len(recorder.transcript().wire()) / tokens,
+        "UA": asked.scores["accuracy"],
+        "EP": attacked(package, job.states(), mechanism, options.attacked),
+        "eta": job.record.eta,
+        "bytes a token": tuned.bytes_sent / tuned.tokens,
         "seconds": time.perf_counter() - begin,
     }
-
-
-def plans(options) -> tuple[TuningConfig, PassConfig]:
-    """What is asked of the vendor, and how the customer goes through its texts."""
-    config = TuningConfig(learning_rate=options.learning_rate, seed=options.seed)
-    return config, PassConfig(epochs=options.epochs, seed=options.seed)
 
 
 def parse_options() -> argparse.Namespace:
@@ -119,13 +123,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--train", type=Path, help=".jsonl or .csv with text and label")
     parser.add_argument("--test", type=Path, help="the same, held out")
     parser.add_argument("--cut", type=int, default=0, help="layers at the customer")
-    parser.add_argument("--eta", type=float, nargs="*", help="per token; default: by a survey")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--changed", type=float, nargs="*", default=[0.1, 0.5, 0.9],
+                        help="shares of tokens that shall come out as others")  # fmt: skip
     parser.add_argument("--max-length", type=int, default=64, help="tokens of a text")
-    parser.add_argument("--samples", type=int, default=256, help="of the noise survey")
     parser.add_argument("--attacked", type=int, default=40, help="texts that are attacked")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo-split"))
     return parser.parse_args()
 

@@ -37,7 +37,7 @@ def played(program, out, *options):
 
 
 def test_split_on_a_tiny_model(tiny, tmp_path):
-    said, found = played("split.py", tmp_path / "out", *tiny, "--epochs", 1, "--samples", 64)
+    said, found = played("split_in_process.py", tmp_path / "out", *tiny, "--epochs", 1, "--samples", 64)
     assert len(found) == 8
     assert all(0 <= row["UA"] <= 1 for row in found)
     wrong = [row["EP, training texts"] for row in found[1:]]
@@ -49,7 +49,7 @@ def test_split_on_a_tiny_model(tiny, tmp_path):
 
 def test_vendor_and_customer_as_two_processes(tiny, tmp_path):
     out = tmp_path / "out"
-    said, found = played("split_service.py", out, *tiny, "--changed", 0.8)
+    said, found = played("split.py", out, *tiny, "--changed", 0.8)
     assert [row["run"] for row in found] == [
         "whole model, no split",
         "no noise",
