@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -166,6 +167,21 @@ def test_the_templates_own_marks_are_used(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", {"messages": CONVERSATION})
     data = load_dataset_file(path, tokenizer, DataConfig(chat_template=MARKED))
     assert trained_text(data, tokenizer) == "the cat<|end|>the cat<|end|>"
+
+
+def test_of_several_chat_templates_the_default_is_taken(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", {"messages": CONVERSATION})
+    several = copy.deepcopy(tokenizer)
+    several.chat_template = {"default": MARKED, "tool_use": "{{ 1 / 0 }}"}
+    data = load_dataset_file(path, several, DataConfig())
+    wanted = load_dataset_file(path, tokenizer, DataConfig(chat_template=MARKED))
+    assert data.fingerprint() == wanted.fingerprint()
+    several.chat_template = {"tool_use": MARKED, "rag": MARKED}
+    for nameless, found in ((several, "rag, tool_use"), (copy.deepcopy(tokenizer), "none")):
+        if nameless is not several:
+            nameless.chat_template = None
+        with pytest.raises(DataError, match=rf"a.jsonl:1: .*got {found}: set chat_template"):
+            load_dataset_file(path, nameless, DataConfig())
 
 
 contents = st.text(alphabet="the cat\n <|>é", min_size=1, max_size=12)

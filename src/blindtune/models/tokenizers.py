@@ -32,7 +32,8 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     """The files of a fast tokenizer, by name.
 
     Raises:
-        ModelError: the tokenizer is a slow (Python) one.
+        ModelError: the tokenizer is a slow (Python) one, or has chat templates of which none is the
+            default.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -48,8 +49,20 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
         SETTINGS_NAME: (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode(),
     }
     if tokenizer.chat_template:
-        files[TEMPLATE_NAME] = str(tokenizer.chat_template).encode()
+        files[TEMPLATE_NAME] = _default_template(tokenizer).encode()
     return files
+
+
+def _default_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template, or of several by name the one called `default`."""
+    try:
+        template: str = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ModelError(
+            "expected a tokenizer with one chat template, or one named default among several, got "
+            f"{', '.join(sorted(tokenizer.chat_template))}: name one of them default"
+        ) from error
+    return template
 
 
 def told(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -169,12 +169,7 @@ def encode_messages(
     that is too long loses its end, or as much of its beginning as its first assistant turn needs.
     """
     _check_messages(messages, where)
-    template = chat_template or tokenizer.chat_template
-    if not isinstance(template, str):
-        raise DataError(
-            f"{where}: expected a tokenizer with a chat template for `messages`, got one without: "
-            "set chat_template, or give `prompt` + `completion`"
-        )
+    template = _template(tokenizer, chat_template, where)
     if "{% generation" in template or "{%- generation" in template:
         with encoding():
             encoded = tokenizer.apply_chat_template(
@@ -196,6 +191,19 @@ def encode_messages(
         for first, last in encoded["offset_mapping"]
     ]
     return _fit(encoded["input_ids"], trained, max_length)
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, chosen: str | None, where: str) -> str:
+    """The chosen template, or the tokenizer's: of several by name the one called `default`."""
+    try:
+        template: str = tokenizer.get_chat_template(chosen or None)
+    except ValueError as error:
+        found = ", ".join(sorted(tokenizer.chat_template or ())) or "none"
+        raise DataError(
+            f"{where}: expected a tokenizer with a (default) chat template for `messages`, got "
+            f"{found}: set chat_template, or give `prompt` + `completion`"
+        ) from error
+    return template
 
 
 def _fit(ids: list[int], trained: list[bool], max_length: int) -> Example:
