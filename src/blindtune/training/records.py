@@ -7,7 +7,9 @@
 | `question`, `choices`, `label` or `answerKey` | " " + the right choice, the end-of-text token |
 | `text` (the name is configurable) | all |
 
-A prompt is tokenised on its own, as it will be when the tuned model is asked to continue it.
+A prompt is tokenised on its own, as it will be when the tuned model is asked to continue it. A
+completion is tokenised behind it, as scoring does: alone, many tokenizers would put a space before
+its first word.
 """
 
 from __future__ import annotations
@@ -109,15 +111,26 @@ def encode_completion(
     A completion that alone exceeds `max_length` - 1 loses its end.
     """
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    prompt_ids = token_ids(prompt, tokenizer)
-    if eos and prompt_ids[-1:] == eos and not prompt.endswith(str(tokenizer.eos_token)):
-        prompt_ids = prompt_ids[:-1]
-    answer_ids = token_ids(completion, tokenizer, special=False) + eos
+    prompt_ids = open_ended_ids(prompt, tokenizer)
+    whole_ids = open_ended_ids(prompt + completion, tokenizer)
+    if whole_ids[: len(prompt_ids)] == prompt_ids:
+        answer_ids = whole_ids[len(prompt_ids) :] + eos
+    else:
+        answer_ids = _ids_in_a_line(completion, tokenizer) + eos
     cut = len(prompt_ids) + len(answer_ids) > max_length
     answer_ids = answer_ids[: max_length - 1]
     prompt_ids = prompt_ids[-(max_length - len(answer_ids)) :]
     trained = [False] * len(prompt_ids) + [True] * len(answer_ids)
     return Example(input_ids=prompt_ids + answer_ids, trained=trained, cut=cut)
+
+
+def _ids_in_a_line(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a string that begins a line, without the space that would begin a text."""
+    line_break = token_ids("\n", tokenizer, special=False)
+    ids = token_ids("\n" + text, tokenizer, special=False)
+    if ids[: len(line_break)] == line_break:
+        return ids[len(line_break) :]
+    return token_ids(text, tokenizer, special=False)
 
 
 def read_item(record: Record, where: str) -> Item:
@@ -227,6 +240,17 @@ def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = Tru
     with encoding():
         ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return ids
+
+
+def open_ended_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a string that goes on: without an end token that the tokenizer appends itself.
+
+    Raises:
+        ModelError: the tokenizer cannot encode it.
+    """
+    ids, eos = token_ids(text, tokenizer), tokenizer.eos_token_id
+    appended = eos is not None and not text.endswith(str(tokenizer.eos_token))
+    return ids[:-1] if appended and ids[-1:] == [eos] else ids
 
 
 @contextmanager
