@@ -1,8 +1,10 @@
+import copy
 import json
 import math
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from blindtune.errors import DataError
 from blindtune.evaluation.choices import Item, log_likelihoods, multiple_choice, read_items
@@ -79,6 +81,16 @@ def test_long_prompts_lose_their_beginning(llama, tokenizer):
     too_long = Item(question="?", choices=("c" * 200, "d"), label=0)
     with pytest.raises(DataError, match="choice of 1 to 127 tokens"):
         multiple_choice(llama, tokenizer, [too_long])
+
+
+def test_an_end_token_of_the_tokenizers_own_is_not_scored(llama, tokenizer):
+    ending = copy.deepcopy(tokenizer)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", ending.eos_token_id)]
+    )
+    assert ending.encode("a") == [*tokenizer.encode("a"), ending.eos_token_id]
+    wanted = multiple_choice(llama, tokenizer, ITEMS).answers
+    assert multiple_choice(llama, ending, ITEMS).answers == wanted
 
 
 def test_no_items(llama, tokenizer):

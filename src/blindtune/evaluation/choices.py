@@ -22,7 +22,7 @@ import torch
 from blindtune.errors import DataError
 from blindtune.evaluation.utility import Progress, scoring, target_log_probs
 from blindtune.models.decoder import context_limit
-from blindtune.training.records import Item, encoding, read_item
+from blindtune.training.records import Item, open_ended_ids, read_item
 from blindtune.training.rows import json_rows
 
 if TYPE_CHECKING:
@@ -169,9 +169,8 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str, limit: int
 ) -> tuple[Tokens, Tokens]:
     """Tokens of the prompt, and those that the continuation adds to them."""
-    with encoding():
-        before = tokenizer.encode(prompt)
-        after = tokenizer.encode(prompt + continuation)[len(before) :]
+    before = open_ended_ids(prompt, tokenizer)
+    after = open_ended_ids(prompt + continuation, tokenizer)[len(before) :]
     if not 0 < len(after) < limit:
         raise DataError(
             f"expected a choice of 1 to {limit - 1} tokens, got {len(after)} "
