@@ -455,6 +455,23 @@ def test_plug_in_checks_before_it_writes_over(world, tmp_path):
     assert (tmp_path / "tuned" / "precious").read_text() == "keep me"
 
 
+def test_generation_ends_where_the_models_own_does(world, tmp_path):
+    model = shutil.copytree(world.path / "model", tmp_path / "model")
+    settings = model / "generation_config.json"
+    for ends in ([2, 5], 5):
+        settings.write_text(json.dumps({"eos_token_id": ends}))
+        study = replace(world.study, model=str(model))
+        emulate(study, tmp_path / "emulator", TRIPLET, overwrite=True)
+        assert open_emulator(tmp_path / "emulator").model.generation_config.eos_token_id == ends
+    settings.write_text(json.dumps({"eos_token_id": [2, 500]}))  # 500 is no token
+    made = emulate(study, tmp_path / "emulator", TRIPLET, overwrite=True)
+    assert made.id == world.emulation.id
+    settings.write_text(json.dumps({"eos_token_id": [2, 5]}))
+    plug_in(model, world.path / "adapter", tmp_path / "tuned")
+    kept = json.loads((tmp_path / "tuned" / "generation_config.json").read_text())
+    assert kept["eos_token_id"] == [2, 5]
+
+
 def test_tuning_reports_what_it_did(world):
     assert world.full.training.steps == 3
     assert world.full.training.tokens == 3 * 8 * READING.max_length

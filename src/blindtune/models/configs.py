@@ -38,10 +38,15 @@ _PRIVATE_KEYS = frozenset(
 )
 
 
-def config_values(config: Any) -> dict[str, Any]:
+def config_values(config: Any, generation: Any = None) -> dict[str, Any]:
     """What of a config goes into a package: what its class knows and the model depends on.
 
     Token ids outside of the vocabulary (some models say pad_token_id -1) become None.
+
+    Args:
+        config: the model's.
+        generation: its generation config, which no package carries: where generation ends
+            by it, the config ends. None: as the config says.
     """
     defaults = _defaults(type(config))
     known = (set(defaults) | _STATED_KEYS | _family_keys(config)) - _PRIVATE_KEYS - _runtime_keys()
@@ -49,6 +54,9 @@ def config_values(config: Any) -> dict[str, Any]:
     for key in _TOKEN_KEYS:
         if not _in_vocabulary(getattr(config, key, None), config.vocab_size):
             values[key] = None
+    end = getattr(generation, "eos_token_id", None)
+    if end is not None and _in_vocabulary(end, config.vocab_size):
+        values["eos_token_id"] = end
     return {key: value for key, value in values.items() if key in known}
 
 

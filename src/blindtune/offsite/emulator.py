@@ -112,7 +112,7 @@ def write_emulator(
     manifest = EmulatorManifest(
         model=model_fingerprint,
         model_type=model.config.model_type,
-        config=config_values(model.config) | {"dtype": dtype},
+        config=config_values(model.config, model.generation_config) | {"dtype": dtype},
         dtype=dtype,
         adapter_layers=adapter_layers,
         layers=list(layers),
