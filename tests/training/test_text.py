@@ -1,5 +1,6 @@
 import copy
 import json
+import time
 
 import pytest
 import torch
@@ -366,6 +367,40 @@ def test_copies_of_an_example_stay_together():
     train, validation = rows(2, 2, 2, 2).split(0.25, seed=0)  # nothing else is there
     assert (len(train), len(validation)) == (3, 1)
     assert validation.without(train) is None
+
+
+def slow_split(data, fraction, seed):
+    """Which examples are set aside, as the docstring of `split` says it."""
+    count = min(max(1, round(fraction * len(data))), len(data) - 1)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows = [ids.tolist() for ids in data.input_ids]
+    aside = []
+    for i in order:
+        copies = [j for j, row in enumerate(rows) if row == rows[i]]
+        if i not in aside and len(aside) + len(copies) <= count:
+            aside += copies
+    return sorted(aside or order[:count])
+
+
+@given(
+    counts=st.lists(st.integers(1, 5), min_size=2, max_size=8),
+    fraction=st.floats(0.05, 0.95),
+    seed=st.integers(0, 99),
+)
+def test_a_split_is_what_its_description_says(counts, fraction, seed):
+    data = rows(*[length for length, count in enumerate(counts, 2) for _ in range(count)])
+    _, validation = data.split(fraction, seed)
+    wanted = [len(data.input_ids[i]) for i in slow_split(data, fraction, seed)]
+    assert [len(ids) for ids in validation.input_ids] == wanted
+
+
+def test_many_copies_are_split_in_time():
+    """Each example is asked for once, not once for each of its copies."""
+    data = rows(*[2] * 30_000, *range(3, 20))
+    start = time.process_time()
+    train, validation = data.split(0.1, seed=0)
+    assert time.process_time() - start < 5
+    assert len(train) + len(validation) == len(data)
 
 
 def test_examples_without_a_target_are_left_out():

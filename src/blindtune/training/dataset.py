@@ -101,8 +101,9 @@ class TokenDataset:
         for i, mark in enumerate(marks):
             alike[mark].append(i)
         validation = set[int]()
-        for copies in (alike[marks[i]] for i in order):
-            if validation.isdisjoint(copies) and len(validation) + len(copies) <= count:
+        for i in order:
+            copies = alike[marks[i]]
+            if i not in validation and len(validation) + len(copies) <= count:
                 validation.update(copies)
         validation = validation or set(order[:count])  # all examples are more copies than that
         training = [i for i in range(len(self)) if i not in validation]
