@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from blindtune.errors import ConfigError, MismatchError, PackageError
+from blindtune.errors import ConfigError, DataError, MismatchError, PackageError
 from blindtune.evaluation.evaluating import EvaluationConfig, evaluate
 from blindtune.exchange.package import open_package
 from blindtune.models.decoder import Decoder
@@ -215,6 +215,20 @@ def test_layers_are_not_chosen_by_scores_that_were_never_made(tmp_path):
         replaced_layers(made, EmulatorConfig(adapter_layers=1, alpha=0.5))
     assert replaced_layers(made, EmulatorConfig(adapter_layers=1, alpha=0.5, choice="uniform"))
     assert replaced_layers(made, EmulatorConfig(adapter_layers=1, alpha=0.0)) == ()
+
+
+def test_too_few_tokens_to_calibrate_on_are_told_where_they_are_needed(tmp_path):
+    save_tiny("llama", tmp_path / "model")  # 32 wide
+    save_text(tmp_path)
+    few = {"max_length": 9, "damage_tokens": 9, "calibration_tokens": 18}
+    none = DynamicConfig(steps=0)
+    with pytest.raises(DataError, match=r"at least 32 .*, got 18: .*--calibration-tokens 36"):
+        study_tiny(tmp_path, none, **few)
+    (tmp_path / "public.txt").write_text("the cat sat on the mat and saw the dog")
+    with pytest.raises(DataError, match=r"at least 32 .*, got 18: give more public text"):
+        study_tiny(tmp_path, none, **few)
+    made = study_tiny(tmp_path, none, warm_start="none", initial_scores="zero", **few)
+    assert "calibrate" not in made.tokens
 
 
 def test_one_middle_layer_cannot_be_half_replaced(tmp_path):

@@ -8,6 +8,7 @@ Shapes: N windows, L length, M middle layers.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -163,14 +164,9 @@ class _Stages:
         if self.work.load(study, "calibrated"):
             return
         start = time.perf_counter()
-        train_NL = self.train_NL[: max(1, config.calibration_tokens // config.max_length)]
-        if train_NL.numel() < self.decoder.hidden_size:
-            raise DataError(
-                f"expected at least {self.decoder.hidden_size} tokens to calibrate on, got "
-                f"{train_NL.numel()}: give more public text"
-            )
         found: Calibration | None = None
         if config.warm_start == "regression":
+            train_NL = self._calibration_windows()
             found = calibrate(
                 self.decoder,
                 train_NL,
@@ -188,6 +184,21 @@ class _Stages:
             )
         study.seconds["calibrate"] = time.perf_counter() - start
         self.work.save(study, "calibrated")
+
+    def _calibration_windows(self) -> Tensor:
+        """As much of the text [N, L] as is asked for; DataError below a token a hidden unit."""
+        config, least = self.study.config, self.decoder.hidden_size
+        windows_NL = self.train_NL[: config.calibration_tokens // config.max_length]
+        if windows_NL.numel() < least:
+            remedy = "give more public text"
+            if self.train_NL.numel() >= least:
+                enough = math.ceil(least / config.max_length) * config.max_length
+                remedy = f"give at least --calibration-tokens {enough}"
+            raise DataError(
+                f"expected at least {least} tokens to calibrate on, got {windows_NL.numel()}: "
+                f"{remedy}, or --warm-start none"
+            )
+        return windows_NL
 
     def measure(self) -> None:
         """Initial scores: what replacing each layer costs, alone or in company."""
