@@ -93,7 +93,8 @@ class TokenDataset:
         if len(self) < 2:
             raise DataError(
                 f"a split into training and validation needs 2 examples, got {len(self)}: "
-                "give more data, a smaller max_length, or a validation file of its own"
+                "set validation_split 0 to train on all, or give more data, a smaller max_length, "
+                "or a validation file of its own"
             )
         count = min(max(1, round(fraction * len(self))), len(self) - 1)
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
