@@ -4,11 +4,11 @@ import msgspec
 import pytest
 import torch
 
-from blindtune.errors import ConfigError, MismatchError, PolicyError
+from blindtune.errors import ConfigError, DataError, MismatchError, PolicyError
 from blindtune.exchange.package import open_package
 from blindtune.exchange.package_writing import write_package
 from blindtune.models.decoder import Decoder
-from blindtune.models.loading import load_model
+from blindtune.models.loading import load_model, load_tokenizer
 from blindtune.offsite.plugin import plug_in
 from blindtune.offsite.vetting import (
     ChangeBounds,
@@ -17,6 +17,7 @@ from blindtune.offsite.vetting import (
     check_changes,
     check_loss,
     measure_changes,
+    public_loss,
 )
 
 
@@ -96,6 +97,26 @@ def test_harm_within_the_norms_shows_on_public_text(world, tmp_path):
             ),
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_little_public_text_is_enough(world, tmp_path):
+    text = (world.path / "public.txt").read_text()
+    for size in (1, 100, 127):
+        (tmp_path / "little.txt").write_text(text[:size])
+        plugged = plug_in(
+            world.path / "model", world.path / "adapter", None, data=tmp_path / "little.txt"
+        )
+        assert min(plugged.public_loss) > 0
+    (tmp_path / "none.txt").write_text(" ")
+    with pytest.raises(DataError, match=r"none.txt: .* give records .* or text"):
+        plug_in(world.path / "model", world.path / "adapter", None, data=tmp_path / "none.txt")
+
+
+def test_public_text_is_read_within_the_models_context(world):
+    model, tokenizer = load_model(world.path / "model"), load_tokenizer(world.path / "model")
+    wanted = public_loss(model, tokenizer, world.path / "public.txt", max_length=64)
+    model.config.max_position_embeddings = 64
+    assert public_loss(model, tokenizer, world.path / "public.txt") == wanted
 
 
 def test_an_adapter_of_another_emulator_is_refused(world, tmp_path):

@@ -14,15 +14,15 @@ Shapes: O output features, I input features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blindtune.errors import ConfigError, PolicyError
-from blindtune.models.decoder import Decoder, check_context, context_limit
+from blindtune.errors import ConfigError, DataError, PolicyError
+from blindtune.models.decoder import Decoder, context_limit
 from blindtune.training.loss import accepts_logits_to_keep, count_targets, next_token_loss
 from blindtune.training.text import DataConfig, load_dataset_file
 
@@ -163,15 +163,18 @@ def public_loss(
         model: the full model, before or after.
         tokenizer: its own.
         data: a file of public text.
-        max_length: tokens of a window.
+        max_length: tokens of a window, if the model reads as many and the text has them.
         max_tokens: how many are read.
 
     Raises:
-        DataError, ConfigError: see errors.py.
+        DataError: see errors.py.
     """
-    check_context(max_length, context_limit(model.config))
-    reading = DataConfig(max_length=max_length, max_tokens=max_tokens)
-    dataset = load_dataset_file(data, tokenizer, reading)
+    longest = min(max_length, context_limit(model.config) or max_length)
+    reading = DataConfig(max_length=longest, max_tokens=max_tokens)
+    try:
+        dataset = load_dataset_file(data, tokenizer, reading)
+    except DataError:  # perhaps because the text fills no window
+        dataset = load_dataset_file(data, tokenizer, replace(reading, pack=False))
     keep, was_training = accepts_logits_to_keep(model), model.training
     model.eval()
     loss = count = 0.0
