@@ -1,7 +1,11 @@
 """What `evaluate` refuses, and what it hands on."""
 
-import pytest
+import json
 
+import pytest
+from rich.console import Console
+
+from blindtune.cli.evaluate import show
 from blindtune.errors import ConfigError
 from blindtune.evaluation import evaluating
 from blindtune.evaluation.evaluating import EvaluationConfig, evaluate
@@ -37,6 +41,26 @@ def test_a_model_without_a_limit_reads_any_length(place):
     config = EvaluationConfig(max_length=300)
     found = evaluate(place / "bloom", data=place / "text.txt", config=config).perplexity
     assert found.tokens == 3 * 299
+
+
+def test_records_that_were_cut_or_left_out_are_told(place, capsys):
+    records = [("the cat", " sat"), ("the cat " * 20, " sat"), ("", ""), ("the dog", " sat")]
+    (place / "records.jsonl").write_text(
+        "".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in records)
+    )
+    config = EvaluationConfig(max_length=32)
+    found = evaluate(place / "gpt2", data=place / "records.jsonl", config=config)
+    assert (found.facts()["truncated"], found.facts()["dropped"]) == (1, 1)
+    show(found.facts(), Console(width=200))
+    told = capsys.readouterr().out
+    assert "1 cut at max_length (--max-length)" in told
+    assert "1 left out, with nothing to score" in told
+    whole = evaluate(place / "gpt2", data=place / "text.txt", config=config)
+    assert (whole.truncated, whole.dropped) == (0, 0)
+    show(whole.facts(), Console(width=200))
+    told = capsys.readouterr().out
+    assert "cut at" not in told
+    assert "left out" not in told
 
 
 def test_tasks_run_in_batches_of_the_asked_size(place, monkeypatch):

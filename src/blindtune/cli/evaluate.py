@@ -75,6 +75,12 @@ def show(facts: Facts, console: Console) -> None:
             rows.append((f"{task['task']} {metric}", f"{value:.4f}", error, on))
     console.print(f"[bold]{facts['model']}[/bold], {duration(facts['seconds'])}")
     print_columns(console, ("measure", "value", "standard error", "on"), rows)
+    if facts.get("truncated"):
+        console.print(
+            f"records of the data: {facts['truncated']:,} cut at max_length (--max-length)"
+        )
+    if facts.get("dropped"):
+        console.print(f"records of the data: {facts['dropped']:,} left out, with nothing to score")
     if "path" in facts:
         pairs = [("scores", facts["path"]), ("options", facts["options"])]
         print_pairs(console, "Written", pairs)

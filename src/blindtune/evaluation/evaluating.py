@@ -27,7 +27,7 @@ from blindtune.models.loading import load_model, load_tokenizer, preferred_devic
 from blindtune.offsite.adapter import tuned_emulator
 from blindtune.offsite.emulator import open_emulator
 from blindtune.offsite.plugin import merge
-from blindtune.training.text import DataConfig, load_dataset_file
+from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,8 @@ class EvaluationConfig:
     """What is scored, and how much of it."""
 
     max_length: int = 128
-    """Tokens of a window of plain text."""
+    """Tokens of a window of plain text, and the most tokens of any other record: a longer one
+    loses a part, as in tuning."""
     max_tokens: int | None = None
     """Score at most this many tokens of the data, spread evenly over it."""
     max_items: int | None = None
@@ -64,6 +65,10 @@ class Evaluation:
     choices: MultipleChoice | None
     tasks: tuple[TaskResult, ...]
     seconds: float
+    truncated: int | None = None
+    """Records of the data that lost a part because they were longer than max_length."""
+    dropped: int | None = None
+    """Records of the data that were left out, with nothing to score."""
 
     def facts(self) -> dict[str, Any]:
         """Plain JSON values, without the record of every item."""
@@ -106,11 +111,14 @@ def evaluate(
     if data is not None:
         check_context(config.max_length, *limits)
     loaded.to(preferred_device())
+    dataset = None
+    if data is not None:
+        dataset = load_dataset_file(data, tokenizer, DataConfig(max_length=config.max_length))
     return Evaluation(
         model=str(model),
-        perplexity=None
-        if data is None
-        else _score_data(loaded, tokenizer, data, config, on_progress),
+        truncated=None if dataset is None else dataset.truncated,
+        dropped=None if dataset is None else dataset.dropped,
+        perplexity=None if dataset is None else _score_data(loaded, dataset, config, on_progress),
         choices=None
         if choices is None
         else multiple_choice(
@@ -147,12 +155,10 @@ def open_any(
 
 def _score_data(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: str | Path,
+    dataset: TokenDataset,
     config: EvaluationConfig,
     on_progress: Progress | None,
 ) -> Perplexity:
-    dataset = load_dataset_file(data, tokenizer, DataConfig(max_length=config.max_length))
     wanted = _spread_evenly(len(dataset), config.max_tokens, dataset.tokens)
     if all(len(dataset.input_ids[i]) == config.max_length for i in wanted) and (
         dataset.trained_tokens == dataset.tokens
