@@ -6,18 +6,21 @@ import subprocess
 import sys
 import weakref
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from blindtune.errors import ConfigError, DataError, MismatchError, PackageError
 from blindtune.evaluation.evaluating import EvaluationConfig, evaluate
+from blindtune.exchange.manifest import AdapterLayer, FullModelFacts
 from blindtune.exchange.package import open_package
 from blindtune.models.decoder import Decoder
 from blindtune.models.loading import load_model
 from blindtune.models.surgery import keep_layers
 from blindtune.offsite.emulation import EmulatorConfig, emulate, replaced_layers, uniform_choice
-from blindtune.offsite.emulator import adapter_parameters, open_emulator
+from blindtune.offsite.emulator import adapter_parameters, open_emulator, write_emulator
 from blindtune.offsite.importance import DynamicConfig
 from blindtune.offsite.plugin import plug_in
 from blindtune.offsite.study import open_study
@@ -457,6 +460,33 @@ def test_an_emulator_in_half_precision_opens(world, tmp_path):
     whole = open_emulator(tmp_path / "whole").model
     close = open_emulator(tmp_path / "half", dtype=torch.float32).model
     torch.testing.assert_close(logits(close), logits(whole), atol=0.3, rtol=0.1)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3"])
+def test_a_model_in_half_precision_is_the_one_that_transformers_opens(name, tmp_path):
+    """Weights are rounded; what rotary embeddings and embedding scales are made of is not."""
+    made = owners_world(tmp_path, name)
+    long = torch.arange(90)[None] + 3
+    plugged = plug_in(tmp_path / "model", tmp_path / "adapter", tmp_path / "out", dtype="bfloat16")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert plugged.model.dtype == plain.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(plugged.model(long).logits, plain(long).logits)
+    whole = [AdapterLayer()] * made.study.layer_count
+    tokenizer = made.full.emulator.tokenizer
+    facts = {"model_fingerprint": "0" * 64, "adapter_layers": 4}
+    facts["full_model"] = FullModelFacts(parameters=10**6, bytes=10**6, layers=8)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    for kept, told in product(dtypes, dtypes):
+        model = load_model(tmp_path / "out")  # weights that bfloat16 holds
+        write_emulator(
+            model, tokenizer, whole, tmp_path / kept, dtype=kept, overwrite=True, **facts
+        )
+        emulator = open_emulator(tmp_path / kept, dtype=dtypes[told]).model
+        wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtypes[told])
+        assert emulator.dtype == emulator.config.dtype == dtypes[told]
+        with torch.no_grad():
+            assert torch.equal(emulator(long).logits, wanted(long).logits)
 
 
 def test_plug_in_checks_before_it_writes_over(world, tmp_path):

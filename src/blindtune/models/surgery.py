@@ -1,4 +1,4 @@
-"""Cutting and mending decoders: replace layers, keep some of them, build empty ones.
+"""Cutting and mending decoders: replace layers, keep some of them, cast them, build empty ones.
 
 The KV cache is what surgery can silently break. transformers sizes masks and positions by the
 *first* cache layer of each layer type (layer 0 overall), and a replaced layer writes no cache.
@@ -102,6 +102,16 @@ def _renumber(decoder: Decoder) -> None:
             if not decoder.is_raw(slot):
                 values[slot] = values[0]
         setattr(decoder.config, key, values)
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast every weight, in place, to what the model has when transformers opens it in this dtype.
+
+    Buffers stay: rounded rotary frequencies would turn late positions by the wrong angle.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def empty_model(config: Any, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -152,9 +153,7 @@ def open_emulator(
         UnsupportedModelError: its model family is not known here.
     """
     opened = open_package(package, "emulator", trust=trust)
-    model = _load(opened)
-    if dtype is not None:
-        model = model.to(dtype)
+    model = _load(opened, dtype)
     model.requires_grad_(False)
     indices = adapter_indices(opened.manifest.adapter_layers, len(opened.manifest.layers))
     for _, parameter in adapter_parameters(model, indices):
@@ -193,7 +192,8 @@ def sketch(package: Package[EmulatorManifest]) -> PreTrainedModel:
             f"{package.path}: expected weights in each of {len(package.manifest.layers)} layers, "
             f"got {len(package.header)} tensors: ask for the package again"
         )
-    model = _build(package, meta_model)
+    model = _build(package, partial(meta_model, dtype=DTYPES[package.manifest.dtype]))
+    check_buffers(model)
     check_expected(package.header, _expected(model), package.path)
     return model
 
@@ -202,10 +202,14 @@ def _expected(model: PreTrainedModel) -> Expected:
     return {name: (tuple(t.shape), t.dtype) for name, t in package_tensors(model).items()}
 
 
-def _load(package: Package[EmulatorManifest]) -> PreTrainedModel:
-    shape = sketch(package)
+def _load(package: Package[EmulatorManifest], dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model, built in its dtype: what it computes of the config would be rounded by a cast."""
+    shape, dtype = sketch(package), dtype or DTYPES[package.manifest.dtype]
     tensors = package.read_tensors(_expected(shape))
-    model = _build(package, empty_model)
+    model = _build(package, partial(empty_model, dtype=dtype))
+    check_finite_buffers(model)
+    for name in tensors:
+        tensors[name] = tensors[name].to(dtype)
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     assert not unexpected, unexpected
     assert set(missing) <= set(tied_names(shape)), missing
@@ -214,22 +218,17 @@ def _load(package: Package[EmulatorManifest]) -> PreTrainedModel:
 
 
 def _build(
-    package: Package[EmulatorManifest], build: Callable[..., PreTrainedModel]
+    package: Package[EmulatorManifest], build: Callable[[Any], PreTrainedModel]
 ) -> PreTrainedModel:
-    """The assembled model, without weights; `build` is `meta_model` or `empty_model`."""
+    """The assembled model, without weights; `build` makes one of a config."""
     manifest, config = package.manifest, read_config(package.manifest)
     try:
-        model = assemble(build(config, dtype=DTYPES[manifest.dtype]), manifest.layers)
+        return assemble(build(config), manifest.layers)
     except Exception as error:  # a stranger's numbers reach code that never expected them
         raise PackageError(
             f"{package.path}: no model can be built of its config: "
             f"{' '.join(str(error).split())[:300]}: ask for the package again"
         ) from error
-    if build is meta_model:
-        check_buffers(model)
-    else:
-        check_finite_buffers(model)
-    return model
 
 
 def read_config(manifest: EmulatorManifest) -> Any:

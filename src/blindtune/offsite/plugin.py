@@ -28,6 +28,7 @@ from blindtune.exchange.tensors import is_finite
 from blindtune.models.decoder import Decoder
 from blindtune.models.fingerprint import fingerprint
 from blindtune.models.loading import load_model, load_tokenizer
+from blindtune.models.surgery import cast_weights
 from blindtune.offsite.adapter import Updates, apply_adapter
 from blindtune.offsite.emulator import DTYPES, adapter_indices
 from blindtune.offsite.vetting import (
@@ -113,7 +114,7 @@ def plug_in(
     limits = None if accept_large_change else bounds or ChangeBounds()
     changes, losses = _vetted_merge(full, package, DTYPES[dtype], public, limits)
     if out is not None and tokenizer is not None:
-        full = full.to(DTYPES[dtype])
+        cast_weights(full, DTYPES[dtype])
         _check_finite(full, dtype)
         with atomic_directory(out, overwrite=overwrite, mark=CONFIG_NAME) as directory:
             full.save_pretrained(directory)
