@@ -37,7 +37,9 @@ def played(program, out, *options):
 
 
 def test_split_on_a_tiny_model(tiny, tmp_path):
-    said, found = played("split_in_process.py", tmp_path / "out", *tiny, "--epochs", 1, "--samples", 64)
+    said, found = played(
+        "split_in_process.py", tmp_path / "out", *tiny, "--epochs", 1, "--samples", 64
+    )
     assert len(found) == 8
     assert all(0 <= row["UA"] <= 1 for row in found)
     wrong = [row["EP, training texts"] for row in found[1:]]
