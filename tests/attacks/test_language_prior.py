@@ -136,8 +136,10 @@ def test_bad_views(tmp_path):
         token_candidates(token, ())
     with pytest.raises(ConfigError, match="vector mode at cut 0"):
         vector_candidates(token)
-    with pytest.raises(ConfigError, match="adds positions or norms"):
-        vector_candidates(bert)
+    noisy = Mechanism(eta=9.0, mode="vector")
+    opt, _ = observe(open_tiny_bottom(tmp_path, "opt"), noisy, public=3)
+    with pytest.raises(ConfigError, match="does otherwise"):
+        vector_candidates(opt)
     with pytest.raises(DataError, match="public text"):
         NgramPrior([], 10)
     with pytest.raises(ConfigError, match="at least 1"):

@@ -157,6 +157,14 @@ def test_a_model_with_positions_is_read_by_an_inverter_behind_a_block(world):
     assert alone not in audited(world).verdict
 
 
+def test_an_encoders_embeddings_are_read_by_the_noises_density_behind_the_norm(world):
+    noise = PrivatizerConfig(privatizer="vector", changed_share=0.4)
+    found = audited(world, privatizer=noise, public=world / "public.txt")
+    every = eps(found)
+    assert "noise density" not in {skipped.attack for skipped in found.not_run}
+    assert every["noise density"].value < every["nearest neighbour"].value
+
+
 def test_a_decoders_embeddings_are_read_by_the_noises_density(world):
     noise = PrivatizerConfig(privatizer="vector", changed_share=0.4)
     found = audited(world, "u-shape", noise, public=world / "public.txt")

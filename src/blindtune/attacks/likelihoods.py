@@ -7,8 +7,9 @@ tokens. P(y | x) is computed in exponential mode and a Monte-Carlo estimate in t
 their representatives, among which the mechanism draws.
 
 Vector mode at cut 0 (as BeamClean, arXiv 2505.13758): P(z | w) is exactly proportional to
-exp(-eta ||z - e_w||). Only for models whose embedding leaves as it is, or scaled: behind norms and
-positions take the candidates of a trained inverter.
+exp(-eta ||z - e_w||) in models whose embedding leaves as it is, or scaled. Where positions are
+added and a layer norm takes the length away (BERT and kin), it is the integral over what the norm
+took (`normed_embeddings`). In other models take the candidates of a trained inverter.
 
 Either result can be ranked by a language model: `language_prior`.
 
@@ -19,20 +20,22 @@ distinct sent tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from blindtune.attacks.adversary import Candidates, Guess, StatesView, unigram
+from blindtune.attacks.adversary import Candidates, Guess, Spared, StatesView, unigram
 from blindtune.attacks.embedding_inversion import depends_on_place, made_at
 from blindtune.attacks.imitation import Imitation
+from blindtune.attacks.normed_embeddings import log_density, normed_embedding
 from blindtune.errors import ConfigError, DataError
 from blindtune.privacy.channel import CountingConfig, log_channel
 from blindtune.privacy.metric_dp import MAX_ETA, Mechanism
 from blindtune.privacy.replacing import places_of, words_to_draw
 
-PORTION_TOKENS = 256  # whose distances to the vocabulary are held at once
+PORTION_NUMBERS = 2**20  # float32 numbers of a table [T, V]; a dozen of them are held at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +99,12 @@ def token_candidates(
     best_UC = (log_UK + prior_V[word_K]).topk(min(config.candidates, len(word_K)), dim=1).indices
     word_TC, likelihood_TC = word_K[best_UC][place_T], log_UK.gather(1, best_UC)[place_T]
     # The tokens around a text leave as they are.
-    kept_T = torch.cat([view.margins.mask(text.cpu()) for text in sent])
-    word_TC[kept_T, 0], likelihood_TC[kept_T, 0] = sent_T[kept_T], 0.0
-    likelihood_TC[kept_T, 1:] = -torch.inf
+    _set_known(
+        word_TC,
+        likelihood_TC,
+        torch.cat([view.margins.mask(text.cpu()) for text in sent]),
+        sent_T,
+    )
     return Candidates(
         words=word_TC.split(view.lengths), log_likelihoods=likelihood_TC.split(view.lengths)
     )
@@ -139,45 +145,124 @@ def _log_channel(
 def vector_candidates(view: StatesView, count: int = 16) -> Candidates:
     """Words behind noisy embeddings at cut 0, by the noise's own density.
 
+    Cost: matrix products of T x D x V, and a few dozen operations for every token and word, in
+    portions of `PORTION_NUMBERS` of them.
+
     Args:
         view: of vector mode at cut 0; public text, if there is any, gives the prior of the order.
         count: words of every token that are kept.
 
     Raises:
-        ConfigError: another mode or cut, or a model that adds to the embedding.
+        ConfigError: another mode or cut, or a model that makes states of words in another way.
     """
     mechanism = view.mechanism
     if mechanism is None or mechanism.mode != "vector" or view.cut:
         raise ConfigError("expected vector mode at cut 0: take a trained inverter's candidates")
-    made_VD, scale = _sent_embeddings(view)
-    prior_V = unigram(view.public, len(made_VD)) if view.public else made_VD.new_zeros(len(made_VD))
+    content = [view.margins.content(text) for text in view.public]
+    prior_V = torch.zeros(len(view.table_VD))
+    if content:
+        prior_V = unigram(content, len(prior_V))
+    prior_V = prior_V.to(view.table_VD.device)
+    density = _normed_density(view, mechanism, prior_V) or _plain_density(view, mechanism)
+    state_TD = torch.cat(view.states).to(view.table_VD.device, torch.float32)
+    place_T = torch.cat([torch.arange(length) for length in view.lengths])
     words, likelihoods = [], []
-    for part_TD in torch.cat(view.states).to(made_VD).split(PORTION_TOKENS):
-        log_TV = _log_density(view, mechanism.eta / scale, torch.cdist(part_TD, made_VD))
-        best_TC = (log_TV + prior_V.to(made_VD)).topk(min(count, len(made_VD)), dim=1).indices
+    for some in torch.arange(len(state_TD)).split(max(1, PORTION_NUMBERS // len(prior_V))):
+        log_TV = density(state_TD[some], place_T[some])
+        best_TC = (log_TV + prior_V).topk(min(count, len(prior_V)), dim=1).indices
         words.append(best_TC.cpu())
         likelihoods.append(log_TV.gather(1, best_TC).cpu())
+    word_TC, likelihood_TC = torch.cat(words), torch.cat(likelihoods)
+    around_T, around_ids_T = _around(view)
+    _set_known(word_TC, likelihood_TC, around_T, around_ids_T)
     return Candidates(
-        words=torch.cat(words).split(view.lengths),
-        log_likelihoods=torch.cat(likelihoods).split(view.lengths),
+        words=word_TC.split(view.lengths), log_likelihoods=likelihood_TC.split(view.lengths)
     )
 
 
 EXACT = 1e-2  # of a typical word's norm: so near lies what left without noise, by rounding
 CERTAIN = 1e4  # nats: more than any prior takes away
+Density = Callable[[Tensor, Tensor], Tensor]
+"""log P(state | word) [T, V] of states [T, D] at their places [T], but for a constant a token."""
 
 
-def _log_density(view: StatesView, eta: float, distance_TV: Tensor) -> Tensor:
-    """log P(z | w) but for a constant; of a token drawn from all where some are spared."""
-    log_TV = -eta * distance_TV
-    if (spared := view.spared) is None:
+def _plain_density(view: StatesView, mechanism: Mechanism) -> Density:
+    """Of a model that sends its word embeddings as they are, or scaled; ConfigError of others."""
+    made_VD, scale = _sent_embeddings(view)
+    near = EXACT * float(view.table_VD.norm(dim=1).median())
+    width = made_VD.shape[1]
+
+    def density(state_TD: Tensor, _place_T: Tensor) -> Tensor:
+        distance_TV = torch.cdist(state_TD.to(made_VD), made_VD)
+        return _mixed(
+            view.spared,
+            mechanism.eta / scale,
+            lambda eta: width * math.log(eta) - eta * distance_TV,
+            distance_TV < near,
+        )
+
+    return density
+
+
+def _normed_density(view: StatesView, mechanism: Mechanism, prior_V: Tensor) -> Density | None:
+    """Of a model that adds to its word embeddings at each place, and norms; None of others."""
+    normed = normed_embedding(view.model, max(view.lengths))
+    if normed is None:
+        return None
+    width = view.model.hidden_size
+
+    def density(state_TD: Tensor, place_T: Tensor) -> Tensor:
+        along_TV, squared_TV = normed.measured(state_TD, place_T)
+        near_TV = (squared_TV.sqrt() < EXACT * along_TV) if view.spared is not None else None
+        return _mixed(
+            view.spared,
+            mechanism.eta,
+            lambda eta: log_density(along_TV, squared_TV, width, eta, prior_V),
+            near_TV,
+        )
+
+    return density
+
+
+def _mixed(
+    spared: Spared | None, eta: float, log_of: Callable[[float], Tensor], near_TV: Tensor | None
+) -> Tensor:
+    """log P(state | word) but for a constant; of a token drawn from all where some are spared."""
+    log_TV = log_of(eta)
+    if spared is None:
         return log_TV
     if not spared.factor:
-        near = EXACT * float(view.table_VD.norm(dim=1).median())
-        return log_TV + CERTAIN * (distance_TV < near)
-    width = view.table_VD.shape[1]
-    less_TV = log_TV / spared.factor - width * math.log(spared.factor) + math.log(spared.share)
+        assert near_TV is not None
+        return log_TV + CERTAIN * near_TV
+    less_TV = log_of(eta / spared.factor) + math.log(spared.share)
     return torch.logaddexp(log_TV + math.log1p(-spared.share), less_TV)
+
+
+def _around(view: StatesView) -> tuple[Tensor, Tensor]:
+    """Which states [T] are those of the tokens around a text, which leave as they are; and these.
+
+    A window of a longer text has none, so they are looked for.
+    """
+    before, after = view.margins.before, view.margins.after
+    known, ids = [], []
+    for state_LD in view.states:
+        inside = len(state_LD) - len(before) - len(after)
+        text_L = torch.tensor([*before, *[0] * max(inside, 0), *after])[: len(state_LD)]
+        mask_L = view.margins.mask(text_L)
+        if inside >= 0 and bool(mask_L.any()):
+            clean_LD = Imitation(view.model, 0).states([text_L])[0].to(state_LD)
+            away_L = (clean_LD - state_LD).norm(dim=1)[mask_L]
+            if bool((away_L > EXACT * clean_LD.norm(dim=1)[mask_L]).any()):
+                mask_L = torch.zeros_like(mask_L)
+        known.append(mask_L)
+        ids.append(text_L)
+    return torch.cat(known), torch.cat(ids)
+
+
+def _set_known(word_TC: Tensor, likelihood_TC: Tensor, known_T: Tensor, ids_T: Tensor) -> None:
+    """Leave the one word of tokens that left as they are; in place."""
+    word_TC[known_T, 0], likelihood_TC[known_T, 0] = ids_T[known_T], 0.0
+    likelihood_TC[known_T, 1:] = -torch.inf
 
 
 def _sent_embeddings(view: StatesView) -> tuple[Tensor, float]:
@@ -185,8 +270,8 @@ def _sent_embeddings(view: StatesView) -> tuple[Tensor, float]:
     word_V = torch.arange(len(view.table_VD), device=view.table_VD.device)
     noised_VW = view.model.embedding(word_V)
     refusal = ConfigError(
-        "expected a model that sends its word embeddings as they are, got one that adds positions "
-        "or norms: take a trained inverter's candidates"
+        "expected a model that sends its word embeddings as they are, or by adding positions and a "
+        "layer norm, got one that does otherwise: take a trained inverter's candidates"
     )
     if depends_on_place(view.model, 2):
         raise refusal

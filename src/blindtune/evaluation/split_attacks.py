@@ -201,7 +201,7 @@ class SplitAttacks:
         try:
             self._both("noise density", knew, lambda view: vector_candidates(view, KEPT))
         except ConfigError:
-            needs = "a model that sends its word embeddings as they are, without positions or norm"
+            needs = "a model that sends its word embeddings as they are, or through a layer norm"
             self.not_run.append(NotRun(attack="noise density", needs=needs))
 
     def _group(self) -> None:
