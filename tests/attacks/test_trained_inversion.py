@@ -1,9 +1,12 @@
 """A trained inverter reads undefended states of any cut, and none that are all noise."""
 
+from collections import Counter
+
 import pytest
 import torch
 from attacked import observe, open_tiny_bottom, share_right
 
+import blindtune.attacks.trained_inversion as trained_inversion_module
 from blindtune.attacks.adversary import StatesView, unigram
 from blindtune.attacks.embedding_inversion import nearest_tokens
 from blindtune.attacks.fitting import FitConfig
@@ -17,6 +20,7 @@ from blindtune.attacks.trained_inversion import (
 from blindtune.errors import ConfigError, DataError
 from blindtune.privacy.metric_dp import Mechanism
 
+STATES = Imitation.states
 SHORT = FitConfig(epochs=6, learning_rate=3e-3)
 
 
@@ -91,11 +95,40 @@ def test_it_learns_and_gives_ranked_candidates(tmp_path):
     assert float(in_five.float().mean()) > share_right(found.first(), private.ids)
 
 
-def test_the_same_seed_gives_the_same_guess_without_noise(tmp_path):
-    view, _ = observe(open_tiny_bottom(tmp_path, cut=1), public=30)
-    config = InverterConfig(kind="mlp", fit=FitConfig(epochs=2, seed=4))
+@pytest.mark.parametrize("mode", [None, "vector", "exponential", "block-output"])
+def test_the_same_seed_gives_the_same_guess_with_noise_too(tmp_path, mode):
+    mechanism = None if mode is None else Mechanism(eta=6.0, mode=mode)
+    view, _ = observe(open_tiny_bottom(tmp_path, cut=1), mechanism, public=30)
+    config = InverterConfig(kind="mlp", fit=FitConfig(epochs=6, seed=4))
     first, second = (train_inverter(view, config)[0].state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("mode", "drawn", "most"), [(None, 1, 10), ("vector", 10, 1), ("token", 2 + 4, 2)]
+)
+def test_no_epoch_after_epoch_learns_from_the_same_noise(tmp_path, monkeypatch, mode, drawn, most):
+    """10 epochs: noise on vectors is new in each; of words two draws are kept, and renewed."""
+    mechanism = None if mode is None else Mechanism(eta=6.0, mode=mode)
+    view, _ = observe(open_tiny_bottom(tmp_path), mechanism, public=30)
+    config = InverterConfig(kind="linear", draws=2, fit=FitConfig(epochs=10, patience=99))
+    made, used, learned = [], [], trained_inversion_module._loss
+
+    def states(self, texts, batch_size=32):
+        made.append(STATES(self, texts, batch_size))
+        return made[-1]
+
+    def loss(inverter, some, ids, word_C):
+        used.append(next(k for k, one in enumerate(made) if any(some[0] is row for row in one)))
+        return learned(inverter, some, ids, word_C)
+
+    monkeypatch.setattr(Imitation, "states", states)
+    monkeypatch.setattr(trained_inversion_module, "_loss", loss)
+    assert train_inverter(view, config)[1].epochs == 10
+    epochs = Counter(used[k] for k in range(1, len(used), 3))  # two batches an epoch, then held-out
+    assert len(made) == drawn + 1  # and the held-out texts
+    assert len(epochs) == drawn
+    assert max(epochs.values()) <= most
 
 
 def test_bad_options_and_no_public_text(tmp_path):

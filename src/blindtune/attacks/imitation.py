@@ -63,13 +63,14 @@ class Imitation:
         self._privatizer = privatizer_of(mechanism, table_VD, groups, testing_seed=testing_seed)
 
     @staticmethod
-    def of(view: StatesView, *, noised: bool = True) -> Imitation:
+    def of(view: StatesView, *, noised: bool = True, testing_seed: int | None = None) -> Imitation:
         """The customer that a view is of; `noised` False: without noise and word groups."""
         if not noised:
             return Imitation(view.model, view.cut, margins=view.margins)
         return Imitation(
-            view.model, view.cut, view.mechanism, view.margins, view.groups, view.spared
-        )
+            view.model, view.cut, view.mechanism, view.margins, view.groups, view.spared,
+            testing_seed=testing_seed,
+        )  # fmt: skip
 
     @torch.no_grad()
     def states(self, texts: Sequence[Tensor], batch_size: int = 32) -> list[Tensor]:

@@ -3,7 +3,11 @@
 Sources: the trained EIA of Split-and-Privatize (arXiv 2312.15603, section 4); the bidirectional GRU
 of BiSR (arXiv 2409.00960, section 4). The adversary makes states of public text itself, so it knows
 the tokens behind them, and learns to read states of any cut. It is adaptive: it knows the mechanism
-and trains under the same noise, drawn afresh in every epoch (`draws`), unless told not to.
+and trains under the same noise, unless told not to. Noise on vectors is drawn afresh in every
+epoch, and only the current draw is kept. Drawing words (token and exponential mode) searches the
+vocabulary for every token, which costs more than an epoch: there `draws` draws are kept, epochs go
+through them in turn, and every `draws`-th epoch has a new one in the place of an old one, so that
+none is learned by heart.
 
 The network turns a state and its neighbours into a vector h and scores every word w by
 
@@ -23,7 +27,8 @@ words that are learned with, K best words.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast, final
 
@@ -36,6 +41,8 @@ from blindtune.attacks.adversary import Candidates, Guess, StatesView, unigram
 from blindtune.attacks.fitting import FitConfig, FitResult, fit, parted
 from blindtune.attacks.imitation import Imitation
 from blindtune.errors import ConfigError
+from blindtune.privacy.entropy import SeededNoiseWarning
+from blindtune.privacy.metric_dp import Mechanism
 
 Kind = Literal["linear", "mlp", "gru"]
 KINDS = ("linear", "mlp", "gru")
@@ -57,7 +64,8 @@ class InverterConfig:
     adaptive: bool = True
     """Train under the announced noise and word groups; False: on clean states."""
     draws: int = 4
-    """Fresh draws of noise of every public text; more epochs go through them again."""
+    """Token and exponential mode: draws of all public texts that are kept; one epoch in so many has
+    a new one. Not used in other modes, where every epoch has a new one."""
     other_words: int = 1024
     """Words outside the public text that are learned with, as what it could have been instead."""
     fit: FitConfig = field(default_factory=FitConfig)
@@ -176,10 +184,41 @@ class Inverter(nn.Module):
         return self._fixed[1] if word_C is None else self._fixed[1][word_C]
 
 
+@final
+class _Draws:
+    """The states that each epoch learns from.
+
+    Args:
+        make: draws them anew.
+        kept: how many draws are kept, 1 where every epoch has a new one; 0: one serves all epochs.
+    """
+
+    def __init__(self, make: Callable[[], dict[int, Tensor]], kept: int) -> None:
+        self._make, self._kept, self._epoch = make, kept, 0
+        self._pool = [make()]
+
+    def of(self, epoch: int) -> dict[int, Tensor]:
+        """Those of an epoch, by text; epochs are asked for in order, each as often as needed."""
+        if not self._kept:
+            return self._pool[0]
+        at = (epoch + epoch // self._kept) % self._kept
+        if epoch != self._epoch:
+            self._epoch = epoch
+            if len(self._pool) < self._kept:
+                self._pool.append(self._make())
+            elif epoch % self._kept == 0:
+                self._pool[at].clear()  # before the new one is made
+                self._pool[at] = self._make()
+        return self._pool[at]
+
+
 def train_inverter(
     view: StatesView, config: InverterConfig | None = None
 ) -> tuple[Inverter, FitResult]:
     """Train on the view's public text; its states are not looked at.
+
+    The noise follows from the seed too, so the same seed gives the same inverter, unless time ends
+    the training.
 
     Raises:
         DataError: fewer than 2 public texts.
@@ -187,30 +226,31 @@ def train_inverter(
     config = config or InverterConfig()
     view.require_public("a trained inverter", texts=2)
     begin = time.monotonic()
-    imitation = Imitation.of(view, noised=config.adaptive)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SeededNoiseWarning)  # an attacker's noise protects nobody
+        imitation = Imitation.of(view, noised=config.adaptive, testing_seed=config.fit.seed)
     learn, held = parted(len(view.public), config.fit)
-    draws = [imitation.states(view.public)]
-    noisy = config.adaptive and view.mechanism is not None
     table_VW, ids = view.table_VD, view.public
+    held_states = imitation.states([ids[i] for i in held])
+    draws = _Draws(
+        lambda: dict(zip(learn, imitation.states([ids[i] for i in learn]), strict=True)),
+        _kept(view.mechanism if config.adaptive else None, config),
+    )
     with torch.random.fork_rng():
         torch.manual_seed(config.fit.seed)
         inverter = Inverter(
             config,
             table_VW,
             unigram([ids[i] for i in learn], len(table_VW)),
-            torch.cat([draws[0][i] for i in learn]),
+            torch.cat([draws.of(0)[i] for i in learn]),
             torch.cat([ids[i] for i in learn]).to(table_VW.device),
         )
         word_C = torch.cat([*ids, torch.randperm(len(table_VW))[: config.other_words]]).unique()
     word_C = word_C.to(table_VW.device)
 
     def loss_of(epoch: int, indices: Sequence[int]) -> Tensor:
-        at = epoch % config.draws if noisy else 0
-        if at == len(draws):  # made when needed: an early stop saves them
-            draws.append(imitation.states(view.public))
-        return _loss(inverter, [draws[at][i] for i in indices], [ids[i] for i in indices], word_C)
-
-    held_states = imitation.states([ids[i] for i in held]) if noisy else [draws[0][i] for i in held]
+        states = draws.of(epoch)
+        return _loss(inverter, [states[i] for i in indices], [ids[i] for i in indices], word_C)
 
     @torch.no_grad()
     def held_out_loss() -> float:
@@ -219,6 +259,13 @@ def train_inverter(
     left = max(1.0, config.fit.limit_seconds - (time.monotonic() - begin))
     result = fit(inverter, loss_of, learn, held_out_loss, replace(config.fit, limit_seconds=left))
     return inverter, result
+
+
+def _kept(mechanism: Mechanism | None, config: InverterConfig) -> int:
+    """Draws to keep, see `_Draws`."""
+    if mechanism is None:
+        return 0
+    return config.draws if mechanism.replaces_words else 1
 
 
 @torch.no_grad()

@@ -324,7 +324,7 @@ class SplitAttacks:
             fit = FitConfig(epochs=EPOCHS, limit_seconds=config.attack_seconds, seed=config.seed)
             inverter, result = train_inverter(
                 replace(self._view, public=learned),
-                InverterConfig(adaptive=adaptive, draws=2, fit=fit),
+                InverterConfig(adaptive=adaptive, fit=fit),
             )
             self._inverters[adaptive] = inverter
             self.settled = self.settled and result.settled
