@@ -13,7 +13,8 @@ squares by conjugate gradients) and compare it with what each next token would g
     u_t = c (W' p_t - W[y]),   p_t = softmax of the logits that the adversary computes itself,
 
 by cosine over the whole vocabulary: c, the share of one token in the loss, needs not be known.
-The first token of a text has no prediction and is not found.
+The first token of a text has no prediction and is not found: whoever has the states too reads it
+there (`filled`).
 
 `tokens_by_dummies`: embeddings of no word are moved (AdamW, cosine) until the bottom makes of them
 the states that were seen; then the nearest word. Start it from a trained inverter's guess.
@@ -49,7 +50,7 @@ class GradientsView:
     """One step of a U-shape's language model tuning, as its vendor saw it."""
 
     model: Decoder
-    """The whole model; layers above the cut and the head as the customer has them."""
+    """The model, or the customer's part of it; its top as the customer has it."""
     last: int
     """Layers of the customer's top."""
     outputs: tuple[Tensor, ...]
@@ -59,9 +60,9 @@ class GradientsView:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be of one model."""
-        if not 0 <= self.last < self.model.layer_count:
+        if not 0 <= self.last <= self.model.layer_count:
             raise ConfigError(
-                f"expected less than {self.model.layer_count} layers at the customer's top, got "
+                f"expected at most {self.model.layer_count} layers at the customer's top, got "
                 f"{self.last}"
             )
         shapes = [tuple(rows.shape) for rows in self.outputs]
@@ -100,6 +101,14 @@ def tokens_from_gradients(view: GradientsView, config: SolveConfig | None = None
             guess_L[1:] = next_L[:-1].cpu()
         found.append(guess_L)
     return tuple(found)
+
+
+def filled(guess: Guess, other: Guess) -> Guess:
+    """A guess, with another's token wherever it is `NO_GUESS`; both of the same texts."""
+    return tuple(
+        torch.where(mine_L == NO_GUESS, other_L.to(mine_L), mine_L)
+        for mine_L, other_L in zip(guess, other, strict=True)
+    )
 
 
 def _next_tokens(

@@ -17,8 +17,9 @@ from blindtune.evaluation.split_subject import SplitSubject
 from blindtune.models.decoder import Decoder
 
 KNEW_TOKENS = (
-    "Had the gradient of each text's first backward pass, the model, and the trunk's outputs; took "
-    "the next tokens whose loss has that gradient."
+    "Had the states, the gradient of each text's first backward pass, the model, and the trunk's "
+    "outputs; took the next tokens whose loss has that gradient, and where gradients are silent (a "
+    "text's first token, texts without a backward pass) the word of the "
 )
 KNEW_TUNING = (
     "Has the model, and gets the gradients of the tuning, which give nearly every word that is "

@@ -19,6 +19,7 @@ from blindtune.attacks.adversary import Candidates, Guess, StatesView, unigram
 from blindtune.attacks.averaging import averaged_tokens
 from blindtune.attacks.embedding_inversion import nearest_tokens
 from blindtune.attacks.fitting import FitConfig
+from blindtune.attacks.gradient_matching import filled
 from blindtune.attacks.imitation import Imitation
 from blindtune.attacks.language_prior import NgramPrior, best_weight, decode
 from blindtune.attacks.likelihoods import token_candidates, vector_candidates
@@ -103,7 +104,8 @@ class SplitAttacks:
             margins=subject.bottom.margins if subject.keeps_special else Margins(),
         )  # fmt: skip
         self._needs = _public_needed(len(public), offered, config.public_tokens)
-        self._words = self._words_view()
+        self._words: StatesView | None = None
+        self._by_gradients: Guess | None = None
         self._inverters: dict[bool, Inverter] = {}
         self.learns = bool(self._learned)
         self.settled = True
@@ -134,6 +136,10 @@ class SplitAttacks:
             NotRun(attack="dummy embeddings", needs="minutes a text (attacks.gradient_matching)")
         )
         self.not_run.append(
+            NotRun(attack="a language model's prior", needs="seconds to minutes a text, and a causal "
+                   "model of the same vocabulary (attacks.language_prior); trigrams stand for it")
+        )  # fmt: skip
+        self.not_run.append(
             NotRun(attack="attributes of texts", needs="public texts labelled with the attribute "
                    "(attacks.attribute_inference)")
         )  # fmt: skip
@@ -152,13 +158,23 @@ class SplitAttacks:
         """What tells most about the words that were sent.
 
         Where a language model learns to predict these, its gradients give them behind any cut; they
-        tell as much as states at the embedding do.
+        tell as much as states at the embedding do. Recorded gradients are read; where they are
+        silent, the states are.
         """
-        subject, view = self._subject, self._view
-        if subject.predicted is None or not subject.predicts_sent:
-            return view
-        states = Imitation(view.model, 0).states(subject.predicted)
-        return replace(view, cut=0, states=tuple(states))
+        if self._words is None:
+            self._words = self._view
+            sent = self._subject.predicted
+            if self._subject.predicts_sent and self._subject.gives_text_by_gradients:
+                sent = filled(self._read_by_gradients(), self._sent(self._view))
+            if self._subject.predicts_sent and sent is not None:
+                states = Imitation(self._view.model, 0).states(sent)
+                self._words = replace(self._view, cut=0, states=tuple(states))
+        return self._words
+
+    def _read_by_gradients(self) -> Guess:
+        if self._by_gradients is None:
+            self._by_gradients = gradient_attacks.tokens_of(self._subject)
+        return self._by_gradients
 
     def _nearest(self) -> None:
         self._add(
@@ -190,7 +206,10 @@ class SplitAttacks:
         if self._view.spared is not None:
             knew += "; knew how many tokens contribute, and not which"
         self._both(
-            "Bayes", knew, lambda view: token_candidates(view, self._sent(view)), view=self._words
+            "Bayes",
+            knew,
+            lambda view: token_candidates(view, self._sent(view)),
+            view=self._words_view(),
         )
 
     def _density(self) -> None:
@@ -215,12 +234,19 @@ class SplitAttacks:
         members = _members(groups, prior_V)
         self._both(
             "word of the group", knew, lambda view: _of_group(members, self._sent(view)),
-            view=self._words,
+            view=self._words_view(),
         )  # fmt: skip
 
     def _gradients(self) -> None:
+        if True in self._inverters:
+            name, other = "trained inverter", self._trained(adaptive=True)
+            states = candidates(other, self._view.states).first()
+        else:
+            name, states = "nearest neighbour", nearest_tokens(self._view)
         self._add(
-            "gradients", gradient_attacks.KNEW_TOKENS, gradient_attacks.tokens_of(self._subject)
+            "gradients",
+            f"{gradient_attacks.KNEW_TOKENS}{name}.",
+            filled(self._read_by_gradients(), states),
         )
 
     def _gradients_of_tuning(self) -> None:

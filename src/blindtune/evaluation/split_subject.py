@@ -90,7 +90,7 @@ class SplitSubject:
     """[L] of every text: what a language model is tuned to predict, so that its gradients will give
     it away. None for other tasks, and for transcripts, which have the gradients or none."""
     predicts_sent: bool = False
-    """Whether these are the words that were sent, and not the true ones."""
+    """Whether what is predicted are the words that were sent, and not the true ones."""
 
     @property
     def spared(self) -> Spared | None:
@@ -367,7 +367,13 @@ def _recorded(
     if passes and not language_model and (texts.labels is None or texts.labels.is_floating_point()):
         passes = ()  # nothing to compare a guess with
     labels_N = None if language_model or texts.labels is None else texts.labels[some]
-    return replace(subject, passes=passes, labels_N=labels_N if passes else None)
+    predicts_sent = language_model and made.privatizer.targets == "sent"
+    return replace(
+        subject,
+        passes=passes,
+        labels_N=labels_N if passes else None,
+        predicts_sent=predicts_sent and bool(passes),
+    )
 
 
 def _passes(
