@@ -191,7 +191,7 @@ def test_bad_views(tmp_path):
     model = Decoder(tiny_model("smollm2"))
     rows = torch.zeros(3, 32)
     with pytest.raises(ConfigError, match="customer's top"):
-        GradientsView(model=model, last=8, outputs=(rows,), gradients=(rows,))
+        GradientsView(model=model, last=model.layer_count + 1, outputs=(rows,), gradients=(rows,))
     with pytest.raises(DataError, match="gradient for every row"):
         GradientsView(model=model, last=0, outputs=(rows,), gradients=(rows[:2],))
     with pytest.raises(DataError, match="outputs"):

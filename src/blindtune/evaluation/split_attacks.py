@@ -136,8 +136,8 @@ class SplitAttacks:
             NotRun(attack="dummy embeddings", needs="minutes a text (attacks.gradient_matching)")
         )
         self.not_run.append(
-            NotRun(attack="a language model's prior", needs="seconds to minutes a text, and a causal "
-                   "model of the same vocabulary (attacks.language_prior); trigrams stand for it")
+            NotRun(attack="prior of a language model", needs="a causal model of these words "
+                   "and seconds a text (attacks.language_prior); trigrams stand for it")
         )  # fmt: skip
         self.not_run.append(
             NotRun(attack="attributes of texts", needs="public texts labelled with the attribute "
