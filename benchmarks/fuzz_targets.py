@@ -43,7 +43,8 @@ from blindtune.exchange.signing import SIGNATURE_NAME, Signer, Trust, read_signa
 from blindtune.exchange.tensors import read_header, read_tensors
 from blindtune.models.tokenizers import SETTINGS_NAME, TOKENIZER_NAME, tokenizer_from_files
 from blindtune.split.labelled_text import read_labelled
-from blindtune.training.text import DataConfig, load_dataset_file, token_ids
+from blindtune.training.records import token_ids
+from blindtune.training.text import DataConfig, load_dataset_file
 
 FORBIDDEN, ALLOWED = "refused always", "refused, or round trip"
 Mutate = Callable[[bytes, random.Random], bytes]

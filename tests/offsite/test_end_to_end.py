@@ -214,7 +214,7 @@ def test_layers_are_not_chosen_by_scores_that_were_never_made(tmp_path):
     save_tiny("llama", tmp_path / "model")
     save_text(tmp_path)
     made = study_tiny(tmp_path, DynamicConfig(steps=1, batch_size=2), initial_scores="zero")
-    with pytest.raises(ConfigError, match="--initial-scores"):
+    with pytest.raises(ConfigError, match="with initial scores greedy or with candidates"):
         replaced_layers(made, EmulatorConfig(adapter_layers=1, alpha=0.5))
     assert replaced_layers(made, EmulatorConfig(adapter_layers=1, alpha=0.5, choice="uniform"))
     assert replaced_layers(made, EmulatorConfig(adapter_layers=1, alpha=0.0)) == ()

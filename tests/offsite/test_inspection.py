@@ -191,7 +191,7 @@ def test_no_product_of_factors_is_larger_than_they_are(world, tmp_path, rank):
 
 
 def test_no_package(tmp_path):
-    with pytest.raises(ConfigError, match="expected a package directory"):
+    with pytest.raises(ConfigError, match="expected a package, no such directory"):
         inspect(tmp_path / "none")
 
 

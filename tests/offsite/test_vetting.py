@@ -141,7 +141,7 @@ def test_an_adapter_is_held_to_the_layers_of_the_emulator_that_was_shipped(world
     plug_in(place, tmp_path / "wide", None, emulator=lora.manifest.emulator)  # by its own word
     with pytest.raises(MismatchError, match="expected 1 adapter layers at each end of 8"):
         plug_in(place, tmp_path / "wide", None, emulator=shipped)
-    with pytest.raises(ConfigError, match="expected a package directory"):
+    with pytest.raises(ConfigError, match="expected a package, no such directory"):
         plug_in(place, tmp_path / "wide", None, emulator=tmp_path / "none")
 
 
