@@ -77,6 +77,19 @@ def test_a_two_part_package_holds_nothing_of_the_vendors(tmp_path):
     assert open_bottom(tmp_path / "b").tokenizer("ab")["input_ids"]
 
 
+def test_a_package_in_half_precision_is_built_in_what_it_is_opened_in(tmp_path):
+    model = build("gemma3")
+    cut = Cut(partition="two-part", layers=stack_of(model).layer_count, cut=1)
+    write_bottom(model, tiny_tokenizer(), tmp_path / "b", cut, dtype="bfloat16")
+    opened = open_bottom(tmp_path / "b", dtype=torch.float32).stack.model
+    assert {p.dtype for p in opened.parameters()} == {torch.float32}
+    theirs = dict(model.named_buffers())
+    scales = {n: b for n, b in opened.named_buffers() if n.endswith("embed_scale")}
+    assert scales
+    for name, scale in scales.items():
+        torch.testing.assert_close(scale, theirs[name], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
 @pytest.mark.parametrize("shape", [("two-part", 0, 0), ("two-part", 2, 0), ("u-shape", 1, 1)])
 def test_what_inspecting_tells(tmp_path, name, shape):

@@ -159,7 +159,7 @@ def open_bottom(
         )
     manifest = opened.manifest
     cut = _cut_of(manifest)
-    model = _load(opened, cut).to(dtype).requires_grad_(False)
+    model = _load(opened, cut, dtype).requires_grad_(False)
     tokenizer = tokenizer_of(opened, model)
     return Bottom(
         stack=stack_of(model),
@@ -192,7 +192,8 @@ def verified_sketch(package: Package[BottomManifest]) -> PreTrainedModel:
         PackageError: no model can be built of its config.
         MismatchError: other tensors than the model's.
     """
-    sketch = _built(package, _cut_of(package.manifest), meta=True)
+    own = DTYPES[package.manifest.dtype]
+    sketch = _built(package, _cut_of(package.manifest), own, meta=True)
     check_buffers(sketch)
     check_expected(package.header, _expected(sketch), package.path)
     return sketch
@@ -230,7 +231,9 @@ def _expected(sketch: PreTrainedModel) -> Expected:
     }
 
 
-def _built(package: Package[BottomManifest], cut: Cut, *, meta: bool) -> PreTrainedModel:
+def _built(
+    package: Package[BottomManifest], cut: Cut, dtype: torch.dtype, *, meta: bool
+) -> PreTrainedModel:
     manifest = package.manifest
     config = config_from_values(
         manifest.config,
@@ -239,7 +242,7 @@ def _built(package: Package[BottomManifest], cut: Cut, *, meta: bool) -> PreTrai
         layer_count=max(1, manifest.cut + manifest.last),
     )
     try:
-        return _vacate(_build(config, DTYPES[manifest.dtype], meta=meta), cut)
+        return _vacate(_build(config, dtype, meta=meta), cut)
     except Exception as error:  # a stranger's numbers reach code that never expected them
         raise PackageError(
             f"{package.path}: no model can be built of its config: "
@@ -247,12 +250,14 @@ def _built(package: Package[BottomManifest], cut: Cut, *, meta: bool) -> PreTrai
         ) from error
 
 
-def _load(package: Package[BottomManifest], cut: Cut) -> PreTrainedModel:
+def _load(package: Package[BottomManifest], cut: Cut, dtype: torch.dtype) -> PreTrainedModel:
+    """The model, built in its dtype: what it computes of the config would be rounded by a cast."""
     sketch = verified_sketch(package)
     aliases = tied_names(sketch)
     tensors = package.read_tensors(_expected(sketch))
-    model = _built(package, cut, meta=False)
+    model = _built(package, cut, dtype, meta=False)
     check_finite_buffers(model)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     assert not unexpected, unexpected
     assert set(missing) <= set(aliases), missing
