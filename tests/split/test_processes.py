@@ -204,7 +204,7 @@ def test_mistakes_and_estimates_of_the_vendor(tmp_path, capsys):
     assert "got neither" in refused("serve", model, "--cut", 1, *here)
     wrong = ["serve", model, "--cut", 1, *here, "--self-signed"]
     assert "--max-steps must be above 0" in refused(*wrong, "--max-steps", 0)
-    assert "max_buffered_bytes" in refused(*wrong, "--max-buffered-bytes", 5)
+    assert "--max-buffered-bytes" in refused(*wrong, "--max-buffered-bytes", 5)
     assert "name a customer" in refused("admit", "a/b", *here)
     assert run(["bottom", str(model), "--cut", "1", "--out", str(tmp_path / "b"), "--json"]) == 0
     made = json.loads(capsys.readouterr().out)

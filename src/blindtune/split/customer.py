@@ -22,7 +22,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from blindtune.errors import ConfigError, DataError, PolicyError, VerificationError
+from blindtune.errors import (
+    BlindtuneError,
+    ConfigError,
+    DataError,
+    PolicyError,
+    VerificationError,
+)
 from blindtune.exchange.codec import MessageLimits, row_bytes
 from blindtune.exchange.messages import (
     WINDOW,
@@ -284,7 +290,14 @@ def train(
     for request in _requests(private, private.labels, config, applied, answered):
         if len(waiting) >= WINDOW:
             settle()
-        waiting.append((request, transport.submit(request)))
+        try:
+            waiting.append((request, transport.submit(request)))
+        except (
+            BlindtuneError
+        ):  # a wrong reply that came before says more than what followed from it
+            while waiting:
+                settle()
+            raise
     while waiting:
         settle()
     return losses
