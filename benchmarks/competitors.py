@@ -268,7 +268,7 @@ def healing_row(bench, _folder, name, regrow, rate=2e-4, warmup=10):
     """The emulator healed on public text; scored on WikiText-2, beside an equally deep model."""
     config = HealingConfig(
         regrow=regrow, steps=4 if bench.smoke else 64, points=4, learning_rate=rate,
-        warmup_steps=warmup,
+        control_learning_rate=rate, warmup_steps=warmup,
     )  # fmt: skip
     public = public_windows(MODEL, bench.public(), LENGTH)
     found = judge_misuse(

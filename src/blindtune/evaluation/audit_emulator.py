@@ -177,7 +177,7 @@ def _findings(found: Misuse, config: AuditConfig, used_tokens: int) -> tuple[Fin
             _finding(
                 "control, no attack", control, config,
                 "Evenly spaced layers of the full model itself, as many as the emulator has whole, "
-                "trained in the same way; the attacker does not have them.",
+                "trained on the same text; the attacker does not have them.",
                 _beside_control(healed, control, config),
             )
         )  # fmt: skip

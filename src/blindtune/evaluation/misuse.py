@@ -3,8 +3,9 @@
 Four things on one scale, nats a token on text that the attacker did not train on: the full model,
 the emulator as it is (and tuned, if an adapter is given), the emulator healed on public text by the
 number of tokens spent, and a control: a model with as many full layers as the emulator, made of the
-full model by dropping evenly spaced layers and trained on the same text in the same way. If healing
-gets no further than the control, the emulator gave away no more than a small model would have.
+full model by dropping evenly spaced layers and trained on the same text at a rate of its own. If
+healing gets no further than the control, the emulator gave away no more than a small model would
+have.
 
 Shapes: N windows, L length.
 """
@@ -12,7 +13,7 @@ Shapes: N windows, L length.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -122,7 +123,8 @@ def judge_misuse(
     control: Curve = ()
     if heals and left < Decoder(full).layer_count:
         small = drop_to(full, left)
-        control = curve("control", small, train_on(small, public_NL, config))
+        faster = replace(config, learning_rate=config.control_learning_rate)
+        control = curve("control", small, train_on(small, public_NL, faster))
         del small
     del full
     untouched = score(victim.model)
