@@ -1,9 +1,25 @@
-"""What both recipes of split tuning begin and end with: the texts, and a table of all runs."""
+"""What both recipes of split tuning begin and end with: options, texts, and a table of all runs."""
+
+import argparse
+from pathlib import Path
 
 from rich.table import Table
 
 from blindtune.split.labelled_text import LabelledTexts, read_labelled
 from sample_sentences import write_sentences
+
+
+def common_options(about) -> argparse.ArgumentParser:
+    """Options of both recipes, with defaults that take some minutes on two cores."""
+    parser = argparse.ArgumentParser(description=about.partition("\n")[0])
+    parser.add_argument("--model", default="minilm", help="directory or hub name")
+    parser.add_argument("--train", type=Path, help=".jsonl or .csv with text and label")
+    parser.add_argument("--test", type=Path, help="the same, held out")
+    parser.add_argument("--cut", type=int, default=0, help="layers at the customer")
+    parser.add_argument("--max-length", type=int, default=64, help="tokens of a text")
+    parser.add_argument("--attacked", type=int, default=40, help="texts that are attacked")
+    parser.add_argument("--out", type=Path, default=Path("demo-split"))
+    return parser
 
 
 def labelled_texts(options) -> tuple[LabelledTexts, LabelledTexts]:

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from rich.console import Console
 
@@ -25,7 +24,7 @@ import blindtune
 from blindtune.split.bottom import open_bottom
 from blindtune.split.customer_job import CustomerJob
 from nearest_attack import attacked
-from side_by_side import as_table, labelled_texts
+from side_by_side import as_table, common_options, labelled_texts
 from whole_model import tune_whole_model
 
 TUNING = blindtune.TuningConfig(learning_rate=1e-3)
@@ -117,17 +116,10 @@ def one_job(options, facts, name, privatizer) -> dict:
 
 
 def parse_options() -> argparse.Namespace:
-    """Options with defaults that take some minutes on two cores."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="minilm", help="directory or hub name")
-    parser.add_argument("--train", type=Path, help=".jsonl or .csv with text and label")
-    parser.add_argument("--test", type=Path, help="the same, held out")
-    parser.add_argument("--cut", type=int, default=0, help="layers at the customer")
+    """Those of both recipes, and of this one."""
+    parser = common_options(__doc__)
     parser.add_argument("--changed", type=float, nargs="*", default=[0.1, 0.5, 0.9],
                         help="shares of tokens that shall come out as others")  # fmt: skip
-    parser.add_argument("--max-length", type=int, default=64, help="tokens of a text")
-    parser.add_argument("--attacked", type=int, default=40, help="texts that are attacked")
-    parser.add_argument("--out", type=Path, default=Path("demo-split"))
     return parser.parse_args()
 
 

@@ -12,7 +12,6 @@ the nearest-neighbour attack gets wrong), beside tuning the whole model in one p
 import argparse
 import json
 import time
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -30,7 +29,7 @@ from blindtune.split.private_states import privatize
 from blindtune.split.terms import TuningConfig
 from blindtune.split.vendor import Vendor
 from nearest_attack import attacked
-from side_by_side import as_table, labelled_texts
+from side_by_side import as_table, common_options, labelled_texts
 from whole_model import tune_whole_model
 
 
@@ -113,20 +112,13 @@ def plans(options) -> tuple[TuningConfig, PassConfig]:
 
 
 def parse_options() -> argparse.Namespace:
-    """Options with defaults that take some minutes on two cores."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="minilm", help="directory or hub name")
-    parser.add_argument("--train", type=Path, help=".jsonl or .csv with text and label")
-    parser.add_argument("--test", type=Path, help="the same, held out")
-    parser.add_argument("--cut", type=int, default=0, help="layers at the customer")
+    """Those of both recipes, and of this one."""
+    parser = common_options(__doc__)
     parser.add_argument("--eta", type=float, nargs="*", help="per token; default: by a survey")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--max-length", type=int, default=64, help="tokens of a text")
     parser.add_argument("--samples", type=int, default=256, help="of the noise survey")
-    parser.add_argument("--attacked", type=int, default=40, help="texts that are attacked")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("demo-split"))
     return parser.parse_args()
 
 

@@ -131,7 +131,7 @@ def test_recorded_gradients_of_words_that_were_sent_are_where_bayes_begins(tmp_p
     config = AuditConfig(fresh_draws=1, attack_seconds=5.0)
     attacks = SplitAttacks(subject, texts, config, lambda *_: None, offered=len(texts))
     attacks.run()
-    words = attacks._words_view()
+    words = attacks._words_view
     assert words.cut == 0
     places = [
         next(k for k, mine in enumerate(private.states) if torch.equal(mine, state))

@@ -244,13 +244,13 @@ def _around(view: StatesView) -> tuple[Tensor, Tensor]:
     A window of a longer text has none, so they are looked for.
     """
     before, after = view.margins.before, view.margins.after
-    known, ids = [], []
+    clean, known, ids = Imitation(view.model, 0), [], []
     for state_LD in view.states:
         inside = len(state_LD) - len(before) - len(after)
         text_L = torch.tensor([*before, *[0] * max(inside, 0), *after])[: len(state_LD)]
         mask_L = view.margins.mask(text_L)
         if inside >= 0 and bool(mask_L.any()):
-            clean_LD = Imitation(view.model, 0).states([text_L])[0].to(state_LD)
+            clean_LD = clean.states([text_L])[0].to(state_LD)
             away_L = (clean_LD - state_LD).norm(dim=1)[mask_L]
             if bool((away_L > EXACT * clean_LD.norm(dim=1)[mask_L]).any()):
                 mask_L = torch.zeros_like(mask_L)

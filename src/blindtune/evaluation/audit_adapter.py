@@ -246,11 +246,12 @@ def _guarantee(stated: PrivacyFacts | msgspec.UnsetType) -> tuple[str, ...]:
         return NO_GUARANTEE
     odds = math.exp(stated.epsilon)
     most = min(1.0, odds * 0.01 + stated.delta)
-    said = (
-        f"So no attack, known or not, that accuses 1 % of strangers can name a trained "
-        f"{stated.unit} that stands in the data once with a chance above {most:.0%}."
-    )
-    if most > LARGE_CHANCE:
+    if most <= LARGE_CHANCE:
+        said = (
+            f"So no attack, known or not, that accuses 1 % of strangers can name a trained "
+            f"{stated.unit} that stands in the data once with a chance above {most:.0%}."
+        )
+    else:
         said = (
             f"So large an epsilon rules out little: an attack that accuses 1 % of strangers may "
             f"name a trained {stated.unit} with a chance of {most:.0%}. What speaks for the "

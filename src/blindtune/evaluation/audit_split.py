@@ -28,12 +28,9 @@ from blindtune.evaluation.split_subject import (
     spread_texts,
 )
 from blindtune.exchange.signing import Trust
-from blindtune.split.privacy_statement import PrivacyStatement
+from blindtune.split.privacy_statement import LARGE_EPSILON, PrivacyStatement
 from blindtune.split.private_texts import ReadingConfig
 from blindtune.split.privatizer_config import PrivatizerConfig
-
-LARGE_EPSILON = 10.0
-"""From here on the bound on an attacker's odds, exp(epsilon), rules out nothing in practice."""
 
 
 def audit_split(

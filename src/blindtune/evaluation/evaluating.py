@@ -108,12 +108,11 @@ def evaluate(
     if data is None and choices is None and not config.tasks:
         raise ConfigError("expected something to score: give --data, --choices or --tasks")
     loaded, tokenizer, limits = open_any(model, adapter, trust=trust)
-    if data is not None:
-        check_context(config.max_length, *limits)
-    loaded.to(preferred_device())
     dataset = None
     if data is not None:
+        check_context(config.max_length, *limits)
         dataset = load_dataset_file(data, tokenizer, DataConfig(max_length=config.max_length))
+    loaded.to(preferred_device())
     return Evaluation(
         model=str(model),
         truncated=None if dataset is None else dataset.truncated,

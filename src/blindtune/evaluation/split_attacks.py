@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import final
 
 import torch
@@ -104,8 +105,6 @@ class SplitAttacks:
             margins=subject.bottom.margins if subject.keeps_special else Margins(),
         )  # fmt: skip
         self._needs = _public_needed(len(public), offered, config.public_tokens)
-        self._words: StatesView | None = None
-        self._by_gradients: Guess | None = None
         self._inverters: dict[bool, Inverter] = {}
         self.learns = bool(self._learned)
         self.settled = True
@@ -154,6 +153,7 @@ class SplitAttacks:
             return [("Bayes", self._bayes)]
         return [] if self._view.cut else [("noise density", self._density)]
 
+    @cached_property
     def _words_view(self) -> StatesView:
         """What tells most about the words that were sent.
 
@@ -161,20 +161,20 @@ class SplitAttacks:
         tell as much as states at the embedding do. Recorded gradients are read; where they are
         silent, the states are.
         """
-        if self._words is None:
-            self._words = self._view
-            sent = self._subject.predicted
-            if self._subject.predicts_sent and self._subject.gives_text_by_gradients:
-                sent = filled(self._read_by_gradients(), self._sent(self._view))
-            if self._subject.predicts_sent and sent is not None:
-                states = Imitation(self._view.model, 0).states(sent)
-                self._words = replace(self._view, cut=0, states=tuple(states))
-        return self._words
+        subject, view = self._subject, self._view
+        if not subject.predicts_sent:
+            return view
+        sent = subject.predicted
+        if subject.gives_text_by_gradients:
+            sent = filled(self._by_gradients, self._sent(view))
+        if sent is None:
+            return view
+        return replace(view, cut=0, states=tuple(Imitation(view.model, 0).states(sent)))
 
-    def _read_by_gradients(self) -> Guess:
-        if self._by_gradients is None:
-            self._by_gradients = gradient_attacks.tokens_of(self._subject)
-        return self._by_gradients
+    @cached_property
+    def _by_gradients(self) -> Guess:
+        """What recorded gradients give, `NO_GUESS` where they are silent."""
+        return gradient_attacks.tokens_of(self._subject)
 
     def _nearest(self) -> None:
         self._add(
@@ -196,7 +196,7 @@ class SplitAttacks:
         def read(view: StatesView) -> Candidates:
             return candidates(self._trained(adaptive=True), view.states, KEPT)
 
-        self._both("trained inverter", knew, read)
+        self._both("trained inverter", knew, read, trained=True)
 
     def _bayes(self) -> None:
         knew = (
@@ -209,7 +209,7 @@ class SplitAttacks:
             "Bayes",
             knew,
             lambda view: token_candidates(view, self._sent(view)),
-            view=self._words_view(),
+            view=self._words_view,
         )
 
     def _density(self) -> None:
@@ -234,7 +234,7 @@ class SplitAttacks:
         members = _members(groups, prior_V)
         self._both(
             "word of the group", knew, lambda view: _of_group(members, self._sent(view)),
-            view=self._words_view(),
+            view=self._words_view,
         )  # fmt: skip
 
     def _gradients(self) -> None:
@@ -246,7 +246,7 @@ class SplitAttacks:
         self._add(
             "gradients",
             f"{gradient_attacks.KNEW_TOKENS}{name}.",
-            filled(self._read_by_gradients(), states),
+            filled(self._by_gradients, states),
         )
 
     def _gradients_of_tuning(self) -> None:
@@ -315,12 +315,16 @@ class SplitAttacks:
         knew: str,
         read: Callable[[StatesView], Candidates],
         view: StatesView | None = None,
+        *,
+        trained: bool = False,
     ) -> None:
-        """An attack by itself and with a prior of the language, after a rehearsal."""
+        """An attack by itself and with a prior of the language, after a rehearsal.
+
+        Behind a cut every attack reads by a network that was `trained`.
+        """
         view = view or self._view
         found = read(view)
-        trained = attack == "trained inverter" or view.cut > 0
-        note = ENDED if trained and not self.settled else ""
+        note = ENDED if (trained or view.cut) and not self.settled else ""
         self._add(attack, f"{knew}.", found.first(), note)
         prior = NgramPrior(self._learned, len(self._view.table_VD))
         weight = best_weight(read(self._rehearsal(view)), self._rehearsed, prior)

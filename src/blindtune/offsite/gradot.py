@@ -293,7 +293,7 @@ def _apply(decoder: Decoder, i: int, change: Change) -> dict[str, tuple[int, ...
         _zero_channels(decoder, i, change.channels)
     factored: dict[str, tuple[int, ...]] = {}
     for projection, module in change.low_rank:
-        ranks = tuple(module.ranks)
+        ranks = module.ranks
         if saves_space(projection, ranks):
             decoder.layers[i].set_submodule(projection.path, module)
             factored[projection.path] = ranks

@@ -257,7 +257,8 @@ def _load(package: Package[BottomManifest], cut: Cut, dtype: torch.dtype) -> Pre
     tensors = package.read_tensors(_expected(sketch))
     model = _built(package, cut, dtype, meta=False)
     check_finite_buffers(model)
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    for name in tensors:
+        tensors[name] = tensors[name].to(dtype)
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     assert not unexpected, unexpected
     assert set(missing) <= set(aliases), missing

@@ -292,9 +292,8 @@ def train(
             settle()
         try:
             waiting.append((request, transport.submit(request)))
-        except (
-            BlindtuneError
-        ):  # a wrong reply that came before says more than what followed from it
+        except BlindtuneError:
+            # A wrong reply that came before says more than what followed from it.
             while waiting:
                 settle()
             raise

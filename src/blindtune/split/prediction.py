@@ -48,7 +48,6 @@ from blindtune.split.privatizer_config import PrivatizerConfig
 from blindtune.split.terms import TuningConfig
 from blindtune.split.ushape import Top, customers_head, each_u_shape
 
-_ROW = itemgetter("row")
 OnTexts = Callable[[int, int], None]
 """(texts that are done, texts that there are)."""
 
@@ -135,8 +134,8 @@ def predict(
             saying_what_next(),
             closing(resume_job(connect, found.token, access.retries())) as transport,
         ):
-            size = asking.batch_size
-            told, scores = _ask(found, package, texts, private, transport, size, on_progress)
+            told, scores = _ask(found, package, texts, private, transport, asking, on_progress)
+            told.sort(key=itemgetter("row"))
     if out is not None:
         _write(Path(out), told)
     return Prediction(
@@ -187,13 +186,14 @@ def _prepare(
     privatizer = PrivatizerConfig(**job.record.options["privatizer"])  # type: ignore[arg-type]
     about = texts_hash(texts.ids)
     path, statement = job.asked_path(about), job.statements().get(about)
-    reused = path.exists() and statement is not None
-    if statement is not None and not reused:
+    drawn = path.exists()
+    reused = drawn and statement is not None
+    if statement is not None and not drawn:
         raise DataError(
             f"{path}: the states that were sent for these texts are gone, and another draw would "
             "spend again: put the file back, or ask about other texts"
         )
-    if path.exists():
+    if drawn:
         private = PrivateStates.load(path)
     else:
         private = privatize(
@@ -218,11 +218,12 @@ def _ask(
     texts: PrivateTexts,
     private: PrivateStates,
     transport: ResumingTransport,
-    batch_size: int,
+    asking: AskingConfig,
     on_progress: OnTexts,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Ask about all texts, in an order that tells nothing of the file's."""
     order, options = private.ordered(), job.record.options
+    batch_size = asking.batch_size
     texts, private = texts.taken(order), private.taken(order)
     precision: Precision = options["passes"]["precision"]  # type: ignore[assignment]
     check_largest(
@@ -258,12 +259,11 @@ def _ask(
 def _labelled(
     texts: PrivateTexts, outputs_NC: Tensor
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Predictions of classes (with names) or values (without) by row, and how right they are."""
+    """Predictions of classes (with names) or values (without), and how right they are."""
     labels = texts.labels
     if not texts.names:
         value_N = outputs_NC[:, 0].float()
         told = [{"row": r, "value": v} for r, v in zip(texts.rows, value_N.tolist(), strict=True)]
-        told.sort(key=_ROW)
         if labels is None:
             return told, {}
         return told, {"mean_squared_error": (value_N - labels).square().mean().item()}
@@ -276,7 +276,6 @@ def _labelled(
         }
         for row, best, shares in zip(texts.rows, best_N.tolist(), share_NC.tolist(), strict=True)
     ]
-    told.sort(key=_ROW)
     if labels is None:
         return told, {}
     return told, {"accuracy": (best_N == labels).float().mean().item()}
@@ -299,6 +298,5 @@ def _windows(
         {"row": row, "tokens": tokens, "nats_per_token": nats / tokens}
         for row, (tokens, nats) in zip(texts.rows, windows, strict=True)
     ]
-    told.sort(key=_ROW)
     mean = sum(nats for _, nats in windows) / sum(tokens for tokens, _ in windows)
     return told, {"nats_per_token": mean, "perplexity": math.exp(min(mean, 700.0))}

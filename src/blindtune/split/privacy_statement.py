@@ -100,14 +100,14 @@ def choose_eta(bottom: Bottom, ids: Sequence[Tensor], config: PrivatizerConfig) 
     """
     if config.changed_share is None:
         return config.eta
-    words = _words(bottom, ids)
-    if (twins := _twins(bottom, words, config.privatizer)) > MOST_TWINS:
+    rows_VD, place_T = _measured(bottom, _words(bottom, ids), config.privatizer)
+    if (twins := twin_share(rows_VD, place_T)) > MOST_TWINS:
         raise ConfigError(
             f"expected a bottom whose words differ, {twins:.0%} of your tokens have another word "
             "in nearly the same place, so that changing one into the other hides nothing: take a "
             "bottom of a model that is known in public, or give an eta and look at an audit"
         )
-    return _survey(bottom, words, config.privatizer).eta_for(config.changed_share)
+    return _survey(config.privatizer, rows_VD, place_T).eta_for(config.changed_share)
 
 
 def state_privacy(
@@ -147,8 +147,9 @@ def state_privacy(
         typical = torch.cat(states).norm(dim=1).median().item()
     else:
         words = _words(bottom, private.ids)
-        notes = (*_warnings(_twins(bottom, words, config.privatizer, groups)), *notes)
-        survey = _survey(bottom, words, config.privatizer, groups)
+        rows_VD, place_T = _measured(bottom, words, config.privatizer, groups)
+        notes = (*_warnings(twin_share(rows_VD, place_T)), *notes)
+        survey = _survey(config.privatizer, rows_VD, place_T)
         level = survey.at(mechanism.eta)
         norm, typical = level.mean_norm, level.neighbour_distance
         change = level.changed_share
@@ -232,23 +233,31 @@ def _words(bottom: Bottom, ids: Sequence[Tensor]) -> Tensor:
     return content if len(content) else torch.cat(list(ids))
 
 
-def _survey(
+def _measured(
     bottom: Bottom,
     words: Tensor,
     privatizer: PrivatizerName,
     groups: WordGroups | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The rows [V, D] among which noise moves words, and which of them these words are.
+
+    With groups: those of representatives.
+    """
+    embedding = bottom.stack.embedding
+    with torch.no_grad():  # a module may scale its rows, and vector mode noises what it gives
+        table_VD = embedding.weight
+        assert isinstance(table_VD, Tensor)
+        if privatizer == "vector":
+            table_VD = embedding(torch.arange(len(table_VD), device=table_VD.device))
+    return words_to_draw(table_VD, groups), places_of(words, groups)
+
+
+def _survey(
+    privatizer: PrivatizerName, rows_VD: Tensor, place_T: Tensor
 ) -> NoiseSurvey | DrawSurvey:
-    """What noise does to these words; to their representatives, among those of all groups."""
-    table_VD = _rows(bottom, privatizer)
+    """What noise does to these words."""
     survey = DrawSurvey if privatizer == "exponential" else NoiseSurvey
-    return survey(words_to_draw(table_VD, groups), places_of(words, groups))
-
-
-def _twins(
-    bottom: Bottom, words: Tensor, privatizer: PrivatizerName, groups: WordGroups | None = None
-) -> float:
-    table_VD = _rows(bottom, privatizer)
-    return twin_share(words_to_draw(table_VD, groups), places_of(words, groups))
+    return survey(rows_VD, place_T)
 
 
 def _warnings(twins: float) -> list[str]:
@@ -261,18 +270,6 @@ def _warnings(twins: float) -> list[str]:
     ]
 
 
-def _rows(bottom: Bottom, privatizer: PrivatizerName) -> Tensor:
-    """The rows that noise is measured by: a module may scale them, and vector mode noises that."""
-    embedding = bottom.stack.embedding
-    with torch.no_grad():
-        table_VD = embedding.weight
-        assert isinstance(table_VD, Tensor)
-        if privatizer == "vector":
-            scaled_VD: Tensor = embedding(torch.arange(len(table_VD), device=table_VD.device))
-            return scaled_VD
-    return table_VD
-
-
 def _change_with_groups(bottom: Bottom, words: Tensor, groups: WordGroups, eta: float) -> float:
     """Expected share of tokens that leave as others: all but representatives that are drawn again.
 
@@ -281,7 +278,8 @@ def _change_with_groups(bottom: Bottom, words: Tensor, groups: WordGroups, eta: 
     own = words[groups.apply(words) == words]
     if not len(own):
         return 1.0
-    same = 1 - _survey(bottom, own, "groups", groups).at(eta).changed_share
+    survey = _survey("groups", *_measured(bottom, own, "groups", groups))
+    same = 1 - survey.at(eta).changed_share
     return 1 - len(own) / len(words) * same
 
 
