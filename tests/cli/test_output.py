@@ -75,6 +75,11 @@ def test_other_options_are_another_output(run):
     refused = run("emulator", "--alpha", "0.5")
     assert refused.code == 2
     assert "an output of other options or inputs is there" in refused.err
+    assert "there (--alpha 0.25 (now 0.5)):" in refused.err
+    many = run("emulator", "--alpha", "0.5", "--beta", "0.5", "--unsigned")
+    assert "--alpha 0.25 (now 0.5), --beta" in many.err
+    never = run("emulator", "--resume", "never")
+    assert "the output of this very command is there (--resume auto" in never.err
     assert run("emulator", "--alpha", "0.5", "--overwrite").found is False
     assert run("emulator", "--alpha", "0.5", "--overwrite").found is True
     assert run("emulator", "--alpha", "0.5", "--threads", "1").found is True  # speed only
@@ -84,7 +89,8 @@ def test_another_input_is_another_output(place, run):
     assert run("scores.json").code == 0
     with (place / "choices.jsonl").open("a") as file:
         file.write("\n")
-    assert run("scores.json").code == 2
+    refused = run("scores.json")
+    assert (refused.code, "is there (other bytes of --choices)" in refused.err) == (2, True)
     assert run("scores.json", "--overwrite").found is False
 
 
@@ -93,7 +99,8 @@ def test_a_changed_output_is_not_taken_as_done(place, run, name):
     assert run("emulator").code == 0
     with (place / "new-emulator" / name).open("ab") as file:
         file.write(b" ")
-    assert run("emulator").code == 2
+    refused = run("emulator")
+    assert (refused.code, "is there, and was changed since" in refused.err) == (2, True)
     again = run("emulator", "--overwrite")
     if name == "more.txt":  # somebody's own file, which is not thrown away
         assert (again.code, (place / "new-emulator" / name).read_text()) == (2, " ")

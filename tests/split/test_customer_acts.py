@@ -533,3 +533,17 @@ def test_a_vocabulary_of_twins_is_refused_or_warned_of(tmp_path, data):
             tune(world, data, tmp_path / privatizer, half)
     given = tune(world, data, tmp_path / "job", VECTOR).privacy
     assert given.notes[0].startswith("WARNING: ")
+
+
+def test_the_statement_counts_texts_that_lose_their_end(tmp_path, data):
+    world = World(tmp_path, "bert", cut=1)
+    lengths = [len(ids) for ids in encode_texts(world.bottom, TEXTS)]
+    cut = sum(length > 5 for length in lengths)
+    assert 0 < cut < len(TEXTS)
+    done = tune(world, data, tmp_path / "job", reading=ReadingConfig(max_length=5))
+    said = f"{cut} of {len(TEXTS)} texts are longer than 5 tokens"
+    assert sum(said in note for note in done.privacy.notes) == 1
+    asked = ask(world, write_table(tmp_path / "new.csv", labels=None))
+    assert any(said in note for note in asked.privacy.notes)
+    whole = tune(World(tmp_path / "b", "bert", cut=1), data, tmp_path / "whole")
+    assert not any("longer than" in note for note in whole.privacy.notes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,12 @@ Facts = dict[str, Any]
 """What an act returned, as plain JSON values."""
 _NO_IDENTITY = frozenset({"out", "resume", "threads"})
 """Options that do not decide what is made."""
+SAID = 4
+"""Differences that a refusal names."""
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else str(value)[:40]
 
 
 def record_path(out: Path) -> Path:
@@ -64,6 +70,40 @@ class Request:
             return False
         made = digest(self.out)
         return made is not None and made != found.get("before")
+
+    def difference(self, typed: Callable[[str], str]) -> str:
+        """What output is there instead, in words; "" where that is not known.
+
+        Args:
+            typed: how an option of this name is typed.
+        """
+        found = _read(record_path(self.out))
+        earlier = found.get("identity")
+        if self.identity is None or not isinstance(earlier, dict):
+            return ""
+        if earlier == self.identity:
+            if found.get("output") == digest(self.out):
+                return "the output of this very command is there (--resume auto takes it as it is)"
+            return "the output of this very command is there, and was changed since"
+        there, asked = (
+            {
+                "made by version": identity.get("version"),
+                **{typed(name): value for name, value in identity.get("options", {}).items()},
+                **{
+                    f"other bytes of {typed(name)}": value
+                    for name, value in identity.get("inputs", {}).items()
+                },
+            }
+            for identity in (earlier, self.identity)
+        )
+        names = [name for name in {**there, **asked} if there.get(name) != asked.get(name)]
+        said = [
+            name if name.startswith("other bytes") else
+            f"{name} {_shown(there.get(name))} (now {_shown(asked.get(name))})"
+            for name in names[:SAID]
+        ]  # fmt: skip
+        more = [f"{len(names) - SAID} more"] if len(names) > SAID else []
+        return f"an output of other options or inputs is there ({', '.join([*said, *more])})"
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
@@ -194,7 +234,9 @@ def check_parent(out: Path) -> None:
         raise OutputError(f"{out}: cannot be made, {place} is not yours to write: choose another")
 
 
-def check_place(verb: str, out: Path, *, mark: str, is_file: bool, overwrite: bool) -> None:
+def check_place(
+    verb: str, out: Path, *, mark: str, is_file: bool, overwrite: bool, there: str = ""
+) -> None:
     """Refuse at once an output that could not be made in the end, or would bury something else.
 
     Args:
@@ -203,6 +245,7 @@ def check_place(verb: str, out: Path, *, mark: str, is_file: bool, overwrite: bo
         mark: what every output directory of the verb holds.
         is_file: whether the output is one file of JSON instead.
         overwrite: an earlier output of the verb may be replaced.
+        there: what output is there instead, for the refusal; "": not known.
 
     Raises:
         OutputError: it cannot be made there.
@@ -220,8 +263,9 @@ def check_place(verb: str, out: Path, *, mark: str, is_file: bool, overwrite: bo
         )
     if not free and not overwrite:
         raise OutputError(
-            f"{out}: expected a new {kind}, or the output of this very command, an output of other "
-            "options or inputs is there: choose another --out, or replace it with --overwrite"
+            f"{out}: expected a new {kind}, "
+            f"{there or 'an output of other options or inputs is there'}: choose another "
+            "--out, or replace it with --overwrite"
         )
 
 

@@ -87,8 +87,8 @@ def show(facts: Facts, console: Console) -> None:
         (stage, duration(seconds) + _tokens(facts["tokens"].get(stage)))
         for stage, seconds in facts["seconds"].items()
     ]
-    pairs += [("study", facts["path"]), ("options", facts["options"])]
-    print_pairs(console, "Written", pairs)
+    print_pairs(console, "Time", pairs)
+    print_pairs(console, "Written", [("study", facts["path"]), ("options", facts["options"])])
 
 
 def _tokens(count: int | None) -> str:

@@ -20,7 +20,7 @@ import click
 
 from blindtune.cli.configfile import options_path, read_config, write_config
 from blindtune.cli.libraries import calm, full_memory
-from blindtune.cli.options import Field, Group, as_typed
+from blindtune.cli.options import Field, Group, as_typed, option_name
 from blindtune.cli.output import Facts, Request, check_parent, check_place, request, write_facts
 from blindtune.cli.printing import print_estimate, print_json, stdout_console
 from blindtune.errors import BlindtuneError, OutputError
@@ -162,6 +162,11 @@ class Verb:
         threads = Field(name="threads", kind=int, default=None, help="", optional=True)
         return known | {"threads": threads}
 
+    def typed(self, name: str) -> str:
+        """How an option or argument is typed: --adapter-layers, STUDY."""
+        arguments = {str(p.name) for p in self.parameters if isinstance(p, click.Argument)}
+        return name.upper() if name in arguments else option_name(name)
+
 
 class _VerbCommand(click.Command):  # type: ignore[misc]  # click is untyped here
     """A command whose help groups the options under headings."""
@@ -272,7 +277,10 @@ def _found_done(settings: Settings, asked: Request) -> Facts | None:
 def _anew(verb: Verb, settings: Settings, asked: Request) -> Facts:
     """Make an output that is not there, and note what was asked and told."""
     own = settings.overwrite or asked.begun()
-    check_place(verb.name, asked.out, mark=verb.mark, is_file=verb.out_is_file, overwrite=own)
+    check_place(
+        verb.name, asked.out, mark=verb.mark, is_file=verb.out_is_file, overwrite=own,
+        there=asked.difference(verb.typed),
+    )  # fmt: skip
     settings = replace(settings, overwrite=own)
     if process_rank() != 0:
         return verb.act(settings)

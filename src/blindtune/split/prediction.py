@@ -206,8 +206,9 @@ def _prepare(
         private.save(path)
     if statement is None:
         statement = state_privacy(
-            package, private, privatizer, job.record.eta, groups=job.groups(), training=False
-        )
+            package, private, privatizer, job.record.eta,
+            groups=job.groups(), training=False, shortened=texts.shortened,
+        )  # fmt: skip
         job.keep_statement(about, statement)
     return private, statement, reused
 

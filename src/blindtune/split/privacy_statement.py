@@ -120,6 +120,7 @@ def state_privacy(
     classes: int = 0,
     epochs: int = 1,
     training: bool = True,
+    shortened: int = 0,
 ) -> PrivacyStatement:
     """Say what sending these states spends.
 
@@ -131,9 +132,10 @@ def state_privacy(
         classes: number of classes, with CTI.
         epochs: how often each record is sent; one draw, however often.
         training: False for texts to predict.
+        shortened: how many of the texts lost their end, being longer than is read.
     """
     mechanism = config.mechanism(eta)
-    notes = _notes(bottom, private, config, training)
+    notes = (*_notes(bottom, private, config, training), *_left_out(private, shortened))
     if mechanism is None:
         return PrivacyStatement(
             privatizer=config.privatizer, eta=None, noise_norm=None, typical_norm=None,
@@ -310,6 +312,16 @@ def _notes(
     again = "in every epoch" if training else "when these texts are predicted again for this job"
     notes.append(f"drawn once, and sent again {again}: that spends nothing more")
     return tuple(notes)
+
+
+def _left_out(private: PrivateStates, shortened: int) -> list[str]:
+    if not shortened:
+        return []
+    longest = max(map(len, private.ids))
+    return [
+        f"{shortened:,} of {len(private):,} texts are longer than {longest:,} tokens: their end is "
+        "left out, neither sent nor learned from (a larger max_length reads more)"
+    ]
 
 
 def _targets_said(bottom: Bottom, private: PrivateStates, config: PrivatizerConfig) -> str:

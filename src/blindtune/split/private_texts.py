@@ -74,6 +74,8 @@ class PrivateTexts:
     """What the classes are called."""
     rows: tuple[int, ...] = ()
     """Which row of the file each text is, from 1; for windows, their own number."""
+    shortened: int = 0
+    """How many texts of the file were longer, and lost their end."""
 
     def taken(self, order: Sequence[int]) -> PrivateTexts:
         """The texts at these places, in this order."""
@@ -121,8 +123,8 @@ def read_unseen(
     if found.labelled:
         read = labelled(found, names=names, kind=_kind(reading))
         return _encoded(bottom, read, reading)
-    ids = encode_texts(bottom, found.texts, reading.max_length)
-    return PrivateTexts(ids=ids, labels=None, names=names, rows=found.rows)
+    ids, shortened = _cut(bottom, found.texts, reading)
+    return PrivateTexts(ids=ids, labels=None, names=names, rows=found.rows, shortened=shortened)
 
 
 def _kind(reading: ReadingConfig) -> LabelKind:
@@ -158,8 +160,24 @@ def _longest(bottom: Bottom, max_length: int | None) -> int | None:
 
 
 def _encoded(bottom: Bottom, found: LabelledTexts, reading: ReadingConfig) -> PrivateTexts:
-    ids = encode_texts(bottom, found.texts, reading.max_length)
-    return PrivateTexts(ids=ids, labels=found.labels_N, names=found.names, rows=found.rows)
+    ids, shortened = _cut(bottom, found.texts, reading)
+    return PrivateTexts(
+        ids=ids, labels=found.labels_N, names=found.names, rows=found.rows, shortened=shortened
+    )
+
+
+def _cut(
+    bottom: Bottom, texts: Sequence[str], reading: ReadingConfig
+) -> tuple[tuple[Tensor, ...], int]:
+    """Ids of every text, and how many texts lost their end."""
+    ids = encode_texts(bottom, texts, reading.max_length)
+    longest = _longest(bottom, reading.max_length)
+    full = [text for text, ids_L in zip(texts, ids, strict=True) if len(ids_L) == longest]
+    if longest is None or not full:
+        return ids, 0
+    with encoding():
+        whole = bottom.tokenizer(full, add_special_tokens=True, verbose=False)["input_ids"]
+    return ids, sum(len(text) > longest for text in whole)
 
 
 def _windows(bottom: Bottom, path: str | Path, reading: ReadingConfig) -> PrivateTexts:

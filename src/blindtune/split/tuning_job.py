@@ -251,7 +251,7 @@ def _prepare(
     if statement is None:
         statement = state_privacy(
             package, private, privatizer, eta,
-            groups=groups, classes=classes, epochs=passes.epochs,
+            groups=groups, classes=classes, epochs=passes.epochs, shortened=texts.shortened,
         )  # fmt: skip
         job.keep_statement("tuning", statement)
     return private, statement
