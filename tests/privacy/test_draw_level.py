@@ -18,7 +18,7 @@ IDS = torch.arange(400)
 
 def test_share_and_distance_are_those_of_the_formula(monkeypatch):
     monkeypatch.setattr(draw_level, "WORDS", 7)
-    found = DrawSurvey(TABLE_VD, torch.tensor([5]), samples=20, testing_seed=3)
+    found = DrawSurvey(TABLE_VD, torch.tensor([5]), samples=20)
     distance_V = (TABLE_VD.double() - TABLE_VD[5].double()).norm(dim=1)
     for eta in (0.1, 1.0, 3.0):
         right_V = (-eta / 2 * distance_V).softmax(0)
@@ -30,7 +30,7 @@ def test_share_and_distance_are_those_of_the_formula(monkeypatch):
 
 
 def test_shares_agree_with_draws_within_their_error():
-    level = DrawSurvey(TABLE_VD, samples=200, testing_seed=3).at(1.3)
+    level = DrawSurvey(TABLE_VD, samples=200).at(1.3)
     machine = Privatizer(Mechanism(eta=1.3, mode="exponential"), TABLE_VD, testing_seed=9)
     drawn = machine.tokens(IDS.repeat(10))
     share = (drawn != IDS.repeat(10)).double().mean()
@@ -41,25 +41,25 @@ def test_shares_agree_with_draws_within_their_error():
 
 @pytest.mark.parametrize("share", [0.01, 0.4, 0.95])
 def test_eta_for_a_share_is_its_inverse(share):
-    found = DrawSurvey(TABLE_VD, samples=100, testing_seed=3)
+    found = DrawSurvey(TABLE_VD, samples=100)
     assert found.at(found.eta_for(share)).changed_share == pytest.approx(share, rel=1e-2)
 
 
 def test_the_text_says_that_words_are_drawn():
-    text = str(DrawSurvey(TABLE_VD, samples=20, testing_seed=3).at(1.0))
+    text = str(DrawSurvey(TABLE_VD, samples=20).at(1.0))
     assert "words drawn at a mean distance of" in text
     assert "noise" not in text
 
 
 def test_equal_rows_are_one_word_to_their_neighbours():
     doubled = torch.cat((TABLE_VD, TABLE_VD))
-    twice = DrawSurvey(doubled, IDS, samples=50, testing_seed=3)
-    once = DrawSurvey(TABLE_VD, IDS, samples=50, testing_seed=3)
+    twice = DrawSurvey(doubled, IDS, samples=50)
+    once = DrawSurvey(TABLE_VD, IDS, samples=50)
     assert torch.allclose(twice.neighbour_distance_N, once.neighbour_distance_N)
 
 
 def test_unreachable_shares_and_bad_inputs_are_refused():
-    found = DrawSurvey(TABLE_VD[:2], samples=10, testing_seed=3)
+    found = DrawSurvey(TABLE_VD[:2], samples=10)
     for share in (0.0, 0.6, 1.0, math.nan):  # of two words at most half change
         with pytest.raises(ConfigError, match="changed share"):
             found.eta_for(share)

@@ -9,11 +9,13 @@ from blindtune.errors import ConfigError, DataError
 from blindtune.privacy.entropy import seeded_uniforms
 from blindtune.privacy.metric_dp import Mechanism, Privatizer, d_chi_noise
 from blindtune.privacy.nearest import NearestRows, Tiling
-from blindtune.privacy.noise_level import NoiseSurvey
+from blindtune.privacy.noise_level import NoiseSurvey, sampled_words
 
 pytestmark = pytest.mark.filterwarnings("ignore::blindtune.privacy.entropy.SeededNoiseWarning")
 
 TABLE_VD = torch.randn(400, 48, generator=torch.Generator().manual_seed(0))
+SPREAD = (torch.arange(300) * 4 + 2) // 3
+"""300 of 400 words, evenly spread."""
 
 
 def survey(table_VD=TABLE_VD, **options):
@@ -22,13 +24,11 @@ def survey(table_VD=TABLE_VD, **options):
 
 def test_shares_are_those_of_the_mechanism_with_the_same_noise():
     found = survey(tiling=Tiling(rows=37))
-    uniforms = seeded_uniforms(3)
-    ids = (uniforms(300) * 400).ceil().long() - 1
-    noise_ND = d_chi_noise(300, 48, 1.0, uniforms)
+    noise_ND = d_chi_noise(300, 48, 1.0, seeded_uniforms(3))
     for eta in (2.0, 4.0, 6.0, 10.0, 20.0):
-        nearest = NearestRows(TABLE_VD).find(TABLE_VD[ids].double() + noise_ND / eta)
+        nearest = NearestRows(TABLE_VD).find(TABLE_VD[SPREAD].double() + noise_ND / eta)
         level = found.at(eta)
-        assert level.changed_share == pytest.approx((nearest != ids).double().mean().item())
+        assert level.changed_share == pytest.approx((nearest != SPREAD).double().mean().item())
         assert level.mean_norm == 48 / eta
 
 
@@ -46,9 +46,7 @@ def test_shares_agree_with_fresh_noise_within_their_error():
 
 def test_neighbour_distance_is_the_median_to_another_word():
     distance = torch.cdist(TABLE_VD.double(), TABLE_VD.double()).fill_diagonal_(torch.inf)
-    uniforms = seeded_uniforms(3)
-    ids = (uniforms(300) * 400).ceil().long() - 1
-    expected = distance.amin(1)[ids]
+    expected = distance.amin(1)[SPREAD]
     assert torch.allclose(survey().neighbour_distance_N, expected)
     assert survey().at(1.0).neighbour_distance == pytest.approx(expected.median().item())
 
@@ -76,6 +74,18 @@ def test_sampled_tokens_can_be_those_of_a_text():
     table_VD = torch.tensor([[0.0], [1.0], [10.0]])
     assert survey(table_VD, token_ids=torch.tensor([[2]])).at(1.0).neighbour_distance == 9
     assert survey(table_VD, token_ids=torch.tensor([0, 1])).at(1.0).neighbour_distance == 1
+
+
+def test_sampled_tokens_are_evenly_spread_and_always_the_same():
+    text = torch.tensor([7, 3, 3, 9]).repeat(64)  # a template that beats against any even spacing
+    for samples in (2, 8, 64, 100, 300):
+        words = sampled_words(TABLE_VD, text, samples)
+        assert torch.equal(words, sampled_words(TABLE_VD, text.flip(0), samples))
+        for word, share in ((3, 0.5), (7, 0.25), (9, 0.25)):
+            assert abs((words == word).sum() - share * samples) < 1
+    assert torch.equal(sampled_words(TABLE_VD, None, 400), torch.arange(400))
+    assert sampled_words(TABLE_VD, None, 800).bincount().tolist() == [2] * 400
+    assert sampled_words(TABLE_VD, torch.tensor([5]), 3).tolist() == [5, 5, 5]
 
 
 def test_the_text_names_eta_distance_and_share():

@@ -5,7 +5,8 @@ known for every word, 1 - P(w | w) = 1 - 1/Z(w). It falls from (V-1)/V to 0 as e
 bisection finds the eta for a wanted share. Each of V words weighs exp(-eta/2 d), so eta d must be
 about 2 ln V before a word is more likely to stay than to change.
 
-The share is a diagnostic, no guarantee, and its error is that of the sampled tokens alone.
+The share is a diagnostic, no guarantee, and its error is that of the sampled tokens alone (as if
+they had been taken by chance: evenly spread ones err less).
 
 Shapes: N sampled tokens, U different ones, V vocabulary.
 """
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import ConfigError, DataError
-from blindtune.privacy.entropy import uniforms_from
 from blindtune.privacy.nearest import NearestRows, Tiling
 from blindtune.privacy.noise_level import NoiseLevel, sampled_words
 from blindtune.privacy.word_sampling import word_distances
@@ -39,7 +39,6 @@ class DrawSurvey:
         token_ids: tokens to sample from, as often as they occur. None: every word equally often.
         samples: N.
         tiling: speed and memory.
-        testing_seed: for tests only. Warns.
 
     Attributes:
         neighbour_distance_N: distance of each sampled word to its nearest other.
@@ -55,10 +54,8 @@ class DrawSurvey:
         *,
         samples: int = 512,
         tiling: Tiling | None = None,
-        testing_seed: int | None = None,
     ) -> None:
-        uniforms = uniforms_from(testing_seed)
-        word_N = sampled_words(table_VD, token_ids, samples, uniforms)
+        word_N = sampled_words(table_VD, token_ids, samples)
         word_U, self._place_N = word_N.unique(return_inverse=True)
         rows = NearestRows(table_VD, tiling)
         distances, nearest = [], []

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import ConfigError, DataError
-from blindtune.privacy.entropy import Uniforms, uniforms_from
+from blindtune.privacy.entropy import uniforms_from
 from blindtune.privacy.metric_dp import d_chi_noise
 from blindtune.privacy.nearest import Tiling
 
@@ -101,12 +101,12 @@ class NoiseSurvey:
         tiling: Tiling | None = None,
         testing_seed: int | None = None,
     ) -> None:
-        uniforms = uniforms_from(testing_seed)
-        word_N = sampled_words(table_VD, token_ids, samples, uniforms)
+        word_N = sampled_words(table_VD, token_ids, samples)
         table_VD = table_VD.detach()
         self.dimension = table_VD.shape[1]
         word_ND = table_VD[word_N].double()
-        noise_ND = d_chi_noise(samples, self.dimension, 1.0, uniforms).to(table_VD.device)
+        noise_ND = d_chi_noise(samples, self.dimension, 1.0, uniforms_from(testing_seed))
+        noise_ND = noise_ND.to(table_VD.device)
         length_N = noise_ND.norm(dim=1)
         nearest_N, radius_N = _walk_out(
             word_ND, noise_ND / length_N[:, None], table_VD, (tiling or Tiling()).rows
@@ -151,10 +151,13 @@ class NoiseSurvey:
         return math.sqrt(below * above)
 
 
-def sampled_words(
-    table_VD: Tensor, token_ids: Tensor | None, samples: int, uniforms: Uniforms
-) -> Tensor:
+def sampled_words(table_VD: Tensor, token_ids: Tensor | None, samples: int) -> Tensor:
     """Words [N] to survey: tokens as often as they occur, or every word of the table.
+
+    They are evenly spread over the occurrences in the order of ids: the middles of N equal parts.
+    So a word that is n of M occurrences is taken N n / M times, rounded up or down; the order of
+    texts, in which equal lengths or a template could beat against the spacing, plays no part; and
+    two surveys of one text look at the same words.
 
     Raises:
         ConfigError: fewer than 2 samples. DataError: no tokens, or ids outside the vocabulary.
@@ -164,8 +167,8 @@ def sampled_words(
     pool = torch.arange(len(table_VD)) if token_ids is None else token_ids.reshape(-1).cpu()
     if not len(pool) or not 0 <= int(pool.min()) <= int(pool.max()) < len(table_VD):
         raise DataError(f"expected token ids from 0 to {len(table_VD) - 1}, and at least one")
-    picks_N = (uniforms(samples) * len(pool)).ceil().long() - 1
-    word_N: Tensor = pool[picks_N].to(table_VD.device)
+    middle_N = (2 * torch.arange(samples) + 1) * len(pool) // (2 * samples)
+    word_N: Tensor = pool.sort().values[middle_N].to(table_VD.device)
     return word_N
 
 
