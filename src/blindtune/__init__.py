@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from blindtune.evaluation.audit_page import write_audit
     from blindtune.evaluation.audit_split import audit_split
     from blindtune.evaluation.evaluating import Evaluation, EvaluationConfig, evaluate
-    from blindtune.evaluation.frontier import Frontier, FrontierConfig, frontier
+    from blindtune.evaluation.frontier import FrontierConfig, frontier
+    from blindtune.evaluation.frontier_scores import Frontier
     from blindtune.evaluation.inspection import Inspection, inspect
     from blindtune.evaluation.split_frontier import (
         SplitFrontier,
@@ -97,7 +98,7 @@ _PLACES = {
     "EmulatorConfig": "blindtune.offsite.emulation",
     "Evaluation": "blindtune.evaluation.evaluating",
     "EvaluationConfig": "blindtune.evaluation.evaluating",
-    "Frontier": "blindtune.evaluation.frontier",
+    "Frontier": "blindtune.evaluation.frontier_scores",
     "FrontierConfig": "blindtune.evaluation.frontier",
     "GuardConfig": "blindtune.exchange.guard",
     "Inspection": "blindtune.evaluation.inspection",

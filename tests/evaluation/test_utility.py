@@ -5,7 +5,7 @@ import torch
 
 from blindtune.errors import DataError, ModelError
 from blindtune.evaluation import utility
-from blindtune.evaluation.utility import loss_on_targets, perplexity
+from blindtune.evaluation.utility import loss_of_each, loss_on_targets, perplexity
 
 
 def windows(rows=5, length=12, seed=1):
@@ -84,6 +84,11 @@ def test_targets_of_examples_of_any_length(any_model):
     result = loss_on_targets(any_model, examples, batch_size=3)
     assert result.tokens == len(nats)
     assert result.nats_per_token == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+    each_N, tokens_N = loss_of_each(any_model, examples, batch_size=2)
+    assert tokens_N.tolist() == [5, 2, 7, 3, 1]  # as the data set has them, not by length
+    for own, count in zip(each_N.tolist(), (5, 2, 7, 3, 1), strict=True):
+        assert own == pytest.approx(sum(nats[:count]), rel=1e-5)
+        nats = nats[count:]
 
 
 def test_progress_and_mode(llama):
@@ -111,3 +116,5 @@ def test_nan_is_refused(llama):
     torch.nn.init.constant_(llama.model.norm.weight, float("nan"))
     with pytest.raises(ModelError, match="finite"):
         perplexity(llama, windows())
+    with pytest.raises(ModelError, match="finite"):
+        loss_of_each(llama, [{"input_ids": [1, 2, 3], "labels": [5, 6, 7]}])

@@ -5,9 +5,8 @@ anything. What the settings share is made once: one study, the full model untouc
 whole (FT), and for every N_a its adapter layers tuned on the full model (direct). A setting is then
 emulated, tuned and plugged in as the two parties would, from the package that would be shipped.
 
-Recovery is (ZS - plug-in) / (ZS - FT) in nats: the share of full fine-tuning's gain that the owner
-gets. The gap is emulator FT - plug-in in nats a token: how much worse is what the data owner keeps.
-Every finished row is kept in OUT/rows, under a digest of all that decides it.
+Every tuning is run once a seed; `frontier_scores` says what follows from all rows. Every finished
+row is kept in OUT/rows, under a digest of all that decides it.
 
 `split_frontier` sweeps the knobs of split tuning.
 """
@@ -17,18 +16,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar, final
+from typing import Any, final
 
 import torch
 from transformers import PreTrainedModel
 
 from blindtune.errors import ConfigError
-from blindtune.evaluation.scoreboard import LEAST_GAIN
-from blindtune.evaluation.sweeps import KeptRows, digest_of, unbeaten
-from blindtune.evaluation.utility import loss_on_targets
+from blindtune.evaluation.frontier_scores import Frontier, gathered
+from blindtune.evaluation.sweeps import KeptRows, Row, digest_of
+from blindtune.evaluation.utility import loss_of_each
 from blindtune.models.costs import decoder_cost
 from blindtune.models.decoder import Decoder, check_context, context_limit
 from blindtune.models.fingerprint import fingerprint
@@ -43,7 +41,8 @@ from blindtune.offsite.studying import OnStage, study
 from blindtune.training.loop import RunConfig, TrainingConfig, fit
 from blindtune.training.text import DataConfig, load_dataset_file
 
-T = TypeVar("T")
+HOLDS = "nats of every test text"
+"""What a row has of a model; rows of means alone, as they were once, are made again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +67,18 @@ class FrontierConfig:
     """Of adapters."""
     ft_learning_rate: float = 2e-4
     """Of full fine-tuning."""
-    seed: int = 0
-    """Of the order of examples and of the test share."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the order of examples. Each setting is tuned once a seed; with several the lower
+    ends of recovery and gap cover the choice of the seed, not that of test texts alone."""
+    split_seed: int = 0
+    """Of the choice of the test share."""
 
     def __post_init__(self) -> None:
         """Refuse empty sweeps and values out of range; each setting is checked when it is made."""
-        if not (self.adapter_layers and self.alpha and self.beta):
-            raise ConfigError("expected at least one value of adapter_layers, alpha and beta")
+        if not (self.adapter_layers and self.alpha and self.beta and self.seeds):
+            raise ConfigError(
+                "expected at least one value each of adapter_layers, alpha, beta and seeds"
+            )
         if not 0 < self.test_share < 1 or min(self.ft_learning_rate, self.learning_rate) <= 0:
             raise ConfigError(
                 "expected test_share between 0 and 1 and learning rates above 0, got "
@@ -92,92 +96,15 @@ class FrontierConfig:
         return tuple(sorted(set(self.adapter_layers)))
 
     @property
+    def runs(self) -> tuple[int, ...]:
+        """Every seed once."""
+        return tuple(sorted(set(self.seeds)))
+
+    @property
     def triplets(self) -> tuple[EmulatorConfig, ...]:
         """Every setting, mildest first."""
         sweep = product(self.ends, sorted(set(self.alpha)), sorted(set(self.beta))[::-1])
         return tuple(EmulatorConfig(adapter_layers=n, alpha=a, beta=b) for n, a, b in sweep)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """One setting's scores, in nats a token of test text, and what it costs the data owner."""
-
-    adapter_layers: int
-    alpha: float
-    beta: float
-    emulator_zs: float
-    emulator_ft: float
-    plug_in: float
-    parameters: int
-    """Of the emulator."""
-    bytes: int
-    """Of the package."""
-    flops_per_token: float
-    """Of one step of tuning."""
-
-    @property
-    def gap(self) -> float:
-        """How much worse the tuned emulator is than the plug-in, nats a token."""
-        return self.emulator_ft - self.plug_in
-
-    @property
-    def name(self) -> str:
-        """The triplet in short."""
-        return f"{self.adapter_layers}, {self.alpha:g}, {self.beta:g}"
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Frontier:
-    """All that was measured."""
-
-    zs: float
-    ft: float
-    direct: Mapping[int, float]
-    """By N_a: the adapter layers tuned on the full model, which neither party could do."""
-    settings: tuple[Setting, ...]
-    test_tokens: int
-    study_text: str
-    """What the study read."""
-
-    def recovery(self, nats: float) -> float | None:
-        """Share of full fine-tuning's gain; None where it gains nothing."""
-        gain = self.zs - self.ft
-        return (self.zs - nats) / gain if gain >= LEAST_GAIN else None
-
-    def efficient(self) -> tuple[Setting, ...]:
-        """Settings that no other one beats in plug-in and gap at once, best plug-in first."""
-        return unbeaten(self.settings, lambda s: (-s.plug_in, s.gap))
-
-    def cheapest(self, recovery: float | None, gap: float | None) -> Setting | None:
-        """The setting that tunes with the fewest FLOPs and reaches both; None if none does."""
-        fit_for = [
-            setting
-            for setting in self.settings
-            if (gap is None or setting.gap >= gap)
-            and (recovery is None or self._recovers(setting, recovery))
-        ]
-        return min(fit_for, key=lambda s: (s.flops_per_token, s.plug_in), default=None)
-
-    def _recovers(self, setting: Setting, wanted: float) -> bool:
-        found = self.recovery(setting.plug_in)
-        return found is not None and found >= wanted
-
-    def facts(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
-        efficient = self.efficient()
-        rows = [
-            asdict(s)
-            | {
-                "gap": s.gap,
-                "recovery": self.recovery(s.plug_in),
-                "efficient": s in efficient,
-            }
-            for s in self.settings
-        ]
-        plain = {name: getattr(self, name) for name in ("zs", "ft", "test_tokens", "study_text")}
-        direct = {str(n): nats for n, nats in self.direct.items()}
-        return plain | {"direct": direct, "settings": rows}
 
 
 def frontier(
@@ -227,24 +154,34 @@ def frontier(
         for triplet in config.triplets:
             replaced_layers(found, triplet)  # refuses what cannot be made before anything is tuned
         mark = hashlib.sha256((Path(made_study) / FACTS_NAME).read_bytes()).hexdigest()
-        report = partial(_report, on_stage, len(config.triplets) + len(config.ends) + 2)
-        zs, ft = report(0, sweep.untouched()), report(1, sweep.on_full_model(None))
-        direct = {n: report(2 + k, sweep.on_full_model(n)) for k, n in enumerate(config.ends)}
-        first = 2 + len(direct)
-        settings = [
-            report(first + k, sweep.setting(found, mark, triplet))
-            for k, triplet in enumerate(config.triplets)
-        ]
-    return Frontier(
-        zs=zs, ft=ft, direct=direct, settings=tuple(settings),
-        test_tokens=sweep.test.trained_tokens, study_text=text,
-    )  # fmt: skip
+        report = _Report(on_stage, config)
+        zs = report.done(sweep.untouched())
+        ft = [report.done(sweep.on_full_model(None, seed)) for seed in config.runs]
+        direct = {
+            n: [report.done(sweep.on_full_model(n, seed)) for seed in config.runs]
+            for n in config.ends
+        }
+        tried = {
+            triplet: [report.done(sweep.setting(found, mark, triplet, s)) for s in config.runs]
+            for triplet in config.triplets
+        }
+    return gathered(zs, ft, direct, tried, study_text=text)
 
 
-def _report(on_stage: OnStage | None, total: int, index: int, result: T) -> T:
-    if on_stage is not None:
-        on_stage("rows", index + 1, total)
-    return result
+@final
+class _Report:
+    """Counts rows that are done."""
+
+    def __init__(self, on_stage: OnStage | None, config: FrontierConfig) -> None:
+        self._on_stage, self._count = on_stage, 0
+        self._total = 1 + len(config.runs) * (1 + len(config.ends) + len(config.triplets))
+
+    def done(self, row: Row) -> Row:
+        """One more."""
+        self._count += 1
+        if self._on_stage is not None:
+            self._on_stage("rows", self._count, self._total)
+        return row
 
 
 @final
@@ -263,7 +200,7 @@ class _Sweep:
         tokenizer, reading = load_tokenizer(model), DataConfig(max_length=config.max_length)
         everything = load_dataset_file(data, tokenizer, reading)
         if test is None:
-            self.train, self.test = everything.split(config.test_share, config.seed)
+            self.train, self.test = everything.split(config.test_share, config.split_seed)
         else:
             self.train, self.test = everything, load_dataset_file(test, tokenizer, reading)
         full = load_model(model)
@@ -276,80 +213,79 @@ class _Sweep:
         read = load_dataset_file(text, load_tokenizer(self.model), reading).fingerprint()
         return f"study-{digest_of([self.fingerprint, read, asdict(how), asdict(dynamic)])}"
 
-    def untouched(self) -> float:
-        """The full model as it is, nats a token."""
-        made = self._row("zs", {}, lambda: {"nats": self._nats(load_model(self.model))})
-        return float(made["nats"])
+    def untouched(self) -> Row:
+        """The full model as it is."""
+        return self._row("zs", {}, lambda: self._losses(load_model(self.model)))
 
-    def on_full_model(self, adapter_layers: int | None) -> float:
-        """The full model tuned, all of its weights or its adapter layers alone; nats a token."""
+    def on_full_model(self, adapter_layers: int | None, seed: int) -> Row:
+        """The full model tuned, all of its weights or its adapter layers alone."""
         c = self.config
         rate = c.ft_learning_rate if adapter_layers is None else c.learning_rate
 
-        def make() -> dict[str, Any]:
+        def make() -> Row:
             full = load_model(self.model)
             if adapter_layers is not None:
                 full.requires_grad_(False)
                 indices = adapter_indices(adapter_layers, Decoder(full).layer_count)
                 for _, parameter in adapter_parameters(full, indices):
                     parameter.requires_grad_(True)
-            self._fit(full, rate)
-            return {"nats": self._nats(full)}
+            self._fit(full, rate, seed)
+            return self._losses(full)
 
         name = "ft" if adapter_layers is None else f"direct-{adapter_layers}"
-        made = self._row(name, {**self._tuning(rate), "layers": adapter_layers}, make)
-        return float(made["nats"])
+        own = {**self._tuning(rate, seed), "layers": adapter_layers}
+        return self._row(f"{name}-seed{seed}", own, make)
 
-    def setting(self, made_study: Study, mark: str, triplet: EmulatorConfig) -> Setting:
+    def setting(self, made_study: Study, mark: str, triplet: EmulatorConfig, seed: int) -> Row:
         """Emulate, tune, plug in, score; `mark` tells the study from others."""
-        work = self.rows.work
+        work, rate = self.rows.work, self.config.learning_rate
 
-        def make() -> dict[str, Any]:
+        def make() -> Row:
             emulate(made_study, work / "emulator", triplet, model=self.model)
             opened = open_emulator(work / "emulator", dtype=torch.float32)
-            before = self._nats(opened.model)
-            self._fit(opened.model, self.config.learning_rate)
+            before = self._losses(opened.model)
+            self._fit(opened.model, rate, seed)
             write_adapter(opened, AdapterConfig(), work / "adapter")
             # The owner's own adapter: a setting that changes much is a row, no reason to stop.
             plugged = plug_in(self.model, work / "adapter", None, accept_large_change=True).model
             return {
-                "emulator_zs": before,
-                "emulator_ft": self._nats(opened.model),
-                "plug_in": self._nats(plugged),
+                "emulator_zs": before["nats"],
+                "emulator_ft": self._losses(opened.model)["nats"],
+                "plug_in": self._losses(plugged)["nats"],
+                "tokens": before["tokens"],
                 "parameters": opened.model.num_parameters(),
                 "bytes": sum(p.stat().st_size for p in (work / "emulator").iterdir()),
                 "flops_per_token": tuning_flops(opened, self.config.max_length),
             }
 
         t = triplet
-        own = {**self._tuning(self.config.learning_rate), "triplet": asdict(t), "study": mark}
-        made = self._row(f"{t.adapter_layers}-{t.alpha:g}-{t.beta:g}", own, make)
-        return Setting(adapter_layers=t.adapter_layers, alpha=t.alpha, beta=t.beta, **made)
+        own = {**self._tuning(rate, seed), "triplet": asdict(t), "study": mark}
+        return self._row(f"{t.adapter_layers}-{t.alpha:g}-{t.beta:g}-seed{seed}", own, make)
 
-    def _tuning(self, rate: float) -> dict[str, Any]:
+    def _tuning(self, rate: float, seed: int) -> dict[str, Any]:
         c = self.config
-        return {"train": self.train.fingerprint(), "tuning": [c.steps, c.batch_size, rate, c.seed]}
+        return {"train": self.train.fingerprint(), "tuning": [c.steps, c.batch_size, rate, seed]}
 
-    def _row(
-        self, name: str, own: Mapping[str, Any], make: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
+    def _row(self, name: str, own: Mapping[str, Any], make: Callable[[], Row]) -> Row:
         """The row of this name, from OUT/rows or made now."""
-        decides = {"model": self.fingerprint, "test": self.test.fingerprint(), **own}
+        test = self.test.fingerprint()
+        decides = {"holds": HOLDS, "model": self.fingerprint, "test": test, **own}
         return self.rows.row(name, decides, make)
 
-    def _fit(self, model: PreTrainedModel, rate: float) -> None:
+    def _fit(self, model: PreTrainedModel, rate: float, seed: int) -> None:
         c = self.config
         training = TrainingConfig(
             learning_rate=rate,
             max_steps=c.steps,
             per_device_train_batch_size=c.batch_size,
-            seed=c.seed,
+            seed=seed,
         )
         run = RunConfig(silent=True, resume="never", save_steps=c.steps)
         fit(model, self.train, None, training, self.rows.work / "fit", run=run)
 
-    def _nats(self, model: PreTrainedModel) -> float:
-        return loss_on_targets(model, [self.test[i] for i in range(len(self.test))]).nats_per_token
+    def _losses(self, model: PreTrainedModel) -> Row:
+        nats_N, tokens_N = loss_of_each(model, [self.test[i] for i in range(len(self.test))])
+        return {"nats": nats_N.tolist(), "tokens": [int(n) for n in tokens_N]}
 
 
 def tuning_flops(emulator: Emulator, length: int) -> float:

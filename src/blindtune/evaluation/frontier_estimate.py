@@ -66,16 +66,17 @@ def estimate_frontier(
     numbers = weight_bytes(full) / FLOAT
     whole = rate.seconds(tokens * cost.training, calls) + config.steps * numbers * ADAMW_SECONDS
     score = rate.seconds(scored * cost.forward, decoder.layer_count * scored / length)
-    loads = 2 + len(config.ends) + 2 * len(config.triplets)
+    seeds = len(config.runs)
+    loads = 1 + seeds * (1 + len(config.ends) + 2 * len(config.triplets))
     parts: dict[str, float] = {"load": loads * weight_bytes(full) / READ_BYTES_PER_SECOND}
     if made_study is None:
         study = StudyConfig(max_length=length, min_adapter_layers=min(config.ends))
         parts["study"] = estimate_study(model, public or data, study).seconds
-    parts["the full model, tuned whole"] = whole + 2 * score
-    parts["its adapter layers"] = len(config.ends) * (whole + score)
+    parts["the full model, tuned whole"] = seeds * (whole + score) + score
+    parts["its adapter layers"] = seeds * len(config.ends) * (whole + score)
     left = [1 - t.alpha * (1 - 2 * t.adapter_layers / decoder.layer_count) for t in config.triplets]
-    parts["settings"] = sum(left) * (whole + PASSES_A_SETTING * score)
-    rows = 1 + len(config.ends) + len(config.triplets)
+    parts["settings"] = seeds * sum(left) * (whole + PASSES_A_SETTING * score)
+    rows = seeds * (1 + len(config.ends) + len(config.triplets))
     words = int(decoder.config.vocab_size)
     batch = (
         config.batch_size * length * (16 * decoder.hidden_size * decoder.layer_count + 3 * words)

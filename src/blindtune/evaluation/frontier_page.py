@@ -9,7 +9,8 @@ from typing import Any
 
 from blindtune.atomic import atomic_file
 from blindtune.evaluation import plots, report
-from blindtune.evaluation.frontier import Frontier, FrontierConfig, Setting
+from blindtune.evaluation.frontier import FrontierConfig
+from blindtune.evaluation.frontier_scores import Frontier, Setting
 from blindtune.evaluation.report import Report, Section, Table
 from blindtune.evaluation.scoreboard import as_perplexity
 
@@ -30,7 +31,7 @@ def write_frontier(
         found: what was measured.
         out: an existing directory.
         config: of the sweep, for the record.
-        recovery, gap: what a setting must reach; the cheapest that does is the answer.
+        recovery, gap: what a setting must surely reach; the cheapest that does is the answer.
 
     Raises:
         OutputError: a file cannot be written.
@@ -40,6 +41,7 @@ def write_frontier(
     facts = found.facts() | {
         "asked": {"recovery": recovery, "gap": gap} if asked else None,
         "answer": None if answer is None else asdict(answer),
+        "sentence": answer_sentence(found, answer, recovery, gap) if asked else None,
         "config": asdict(config),
     }
     with atomic_file(Path(out) / JSON_NAME) as partial:
@@ -58,16 +60,55 @@ def answer_sentence(
     if answer is not None:
         return (
             f"The cheapest setting with {wish} is (N_a, alpha, beta) = ({answer.name}): "
-            f"recovery {_share(found.recovery(answer.plug_in))}, gap {answer.gap:.3f} nats, "
-            f"{answer.flops_per_token / 1e6:,.0f} MFLOPs a token to tune."
+            f"{_scores(found, answer)}, {answer.flops_per_token / 1e6:,.0f} MFLOPs a token to "
+            f"tune. {confidence(found)}"
         )
-    best = max(found.settings, key=lambda s: -s.plug_in)
+    undefined = f" {undefined_recovery(found)}" if recovery is not None else ""
+    likely = found.cheapest(recovery, gap, surely=False)
+    if likely is not None:
+        more = "More test text" if found.seeds == 1 else "More test text or more seeds"
+        return (
+            f"No setting tried is sure to have {wish}, but by its scores alone ({likely.name}) "
+            f"has: {_scores(found, likely)}. {more} would tell. {confidence(found)}"
+        )
+    best = min(found.settings, key=lambda s: s.plug_in)
     widest = max(found.settings, key=lambda s: s.gap)
     return (
         f"No setting tried has {wish}: the best recovery is "
         f"{_share(found.recovery(best.plug_in))} at ({best.name}), the widest gap "
-        f"{widest.gap:.3f} nats at ({widest.name})."
+        f"{widest.gap:.3f} nats at ({widest.name}).{undefined}"
+    ).rstrip()
+
+
+def confidence(found: Frontier) -> str:
+    """What "at least" rests on, in words."""
+    texts = f"{found.test_texts:,} test text{'s' * (found.test_texts != 1)}"
+    if found.seeds > 1:
+        return f"At least: with 95 % confidence, over {texts} and {found.seeds} seeds of tuning."
+    return (
+        f"At least: with 95 % confidence, over {texts} alone; with another seed of tuning it may "
+        "come out otherwise (several seeds would tell)."
     )
+
+
+def undefined_recovery(found: Frontier) -> str:
+    """Why recovery is undefined, and what would help; empty where it is defined."""
+    if found.recovery(found.zs) is not None:
+        return ""
+    gain, low = found.zs - found.ft, found.gain_low
+    return (
+        f"Recovery is undefined: full fine-tuning gains {gain:.3f} nats over ZS here, and "
+        f"{'nobody knows how surely' if low is None else f'surely only {low:.3f}'}; more test text "
+        "or longer tuning may help."
+    )
+
+
+def _scores(found: Frontier, setting: Setting) -> str:
+    recovered = found.recovery(setting.plug_in)
+    said = "undefined"
+    if recovered is not None:
+        said = f"{recovered:.3f} (at least {_share(setting.recovery_low, '?')})"
+    return f"recovery {said}, gap {setting.gap:.3f} nats (at least {_share(setting.gap_low, '?')})"
 
 
 def _page(
@@ -79,11 +120,13 @@ def _page(
 ) -> Report:
     asked = recovery is not None or gap is not None
     summary = [answer_sentence(found, answer, recovery, gap)] if asked else []
-    if found.recovery(found.zs) is None:
-        summary.append("Recovery is undefined: full fine-tuning gains nothing over ZS here.")
+    undefined = undefined_recovery(found)
+    if undefined and not any(undefined in said for said in summary):
+        summary.append(undefined)
     return Report(
         title="Privacy-utility frontier",
-        subtitle=f"{len(found.settings)} settings on {found.test_tokens:,} test tokens",
+        subtitle=f"{len(found.settings)} settings on {found.test_tokens:,} test tokens, "
+        f"{found.seeds} seed{'s' * (found.seeds > 1)} of tuning",
         summary=summary,
         numbers=[
             (f"{as_perplexity(found.zs):,.1f}", "perplexity of the full model, untouched"),
@@ -106,11 +149,13 @@ def _drawn(
         points,
         [s.name for s in efficient],
         chosen="" if answer is None else answer.name,
+        lows={s.name: (s.recovery_low, s.gap_low) for s in found.settings},
         wanted=(recovery if defined else None, gap),
         bound=max((share for share in direct if share is not None), default=None),
         **({} if defined else {"xlabel": "minus nats a token of the plug-in"}),
         caption="Each point is (N_a, alpha, beta); joined are those that no other beats in both. "
-        "Dashed: the adapter tuned on the full model itself.",
+        "Lines to the left and down end at the lower ends. Dashed: the adapter tuned on the full "
+        "model itself.",
     )
     text = [
         "To the right the model owner gains more of full fine-tuning; upwards the data owner keeps "
@@ -122,21 +167,36 @@ def _drawn(
 
 def _table(found: Frontier, answer: Setting | None) -> Section:
     efficient = found.efficient()
-    header = ["N_a, alpha, beta", "Plug-in", "Emulator FT", "Emulator ZS", "Gap, nats", "Recovery"]
-    header += ["Size, MiB", "MFLOPs a token", "Frontier"]
+    header = ["N_a, alpha, beta", "Plug-in", "Emulator FT", "Emulator ZS"]
+    header += [
+        "Gap, nats",
+        "at least",
+        "Recovery",
+        "at least",
+        "Size, MiB",
+        "MFLOPs a token",
+        "Frontier",
+    ]
     rows = [
         [
             s.name,
             *(f"{as_perplexity(n):,.2f}" for n in (s.plug_in, s.emulator_ft, s.emulator_zs)),
             f"{s.gap:.3f}",
+            _share(s.gap_low, "?"),
             _share(found.recovery(s.plug_in)),
+            _share(s.recovery_low, "?"),
             f"{s.bytes / 2**20:,.1f}",
             f"{s.flops_per_token / 1e6:,.1f}",
             "yes" if s in efficient else "",
         ]
         for s in found.settings
     ]
-    notes = [f"The study read {found.study_text}. One seed: small differences mean nothing."]
+    notes = [
+        f"The study read {found.study_text}.",
+        f"{confidence(found)} For each setting by itself: of many settings that fall short, one "
+        "may pass by luck. Texts count as independent; windows of one long text are alike, and "
+        "tell less than that.",
+    ]
     block = Table(
         header=header,
         rows=rows,
@@ -146,5 +206,5 @@ def _table(found: Frontier, answer: Setting | None) -> Section:
     return Section(title="All settings", blocks=[block], notes=notes)
 
 
-def _share(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"
+def _share(value: float | None, unknown: str = "undefined") -> str:
+    return unknown if value is None else f"{value:.3f}"

@@ -238,6 +238,7 @@ def frontier(
     efficient: Sequence[str],
     *,
     chosen: str = "",
+    lows: Mapping[str, tuple[float | None, float | None]] | None = None,
     wanted: tuple[float | None, float | None] = (None, None),
     bound: float | None = None,
     xlabel: str = "recovery of full fine-tuning's gain",
@@ -250,6 +251,7 @@ def frontier(
         points: name -> (utility, privacy).
         efficient: names on the frontier.
         chosen: one name to stress.
+        lows: lower ends of utility and privacy, by name; thin lines lead there.
         wanted: least utility and privacy, drawn as dotted lines.
         bound: the best utility there can be, a dashed line.
         xlabel, ylabel: of the axes.
@@ -263,6 +265,16 @@ def frontier(
             on = name in efficient
             axes.plot([x], [y], "o", color=ACCENT if on else MUTED, markersize=9 if name == chosen
                       else 5.5, alpha=1.0 if on else 0.5)  # fmt: skip
+            low_x, low_y = (lows or {}).get(name, (None, None))
+            thin: dict[str, Any] = {
+                "color": ACCENT if on else MUTED,
+                "linewidth": 0.7,
+                "alpha": 0.7,
+            }
+            if low_x is not None:
+                axes.plot([x, low_x], [y, y], **thin)
+            if low_y is not None:
+                axes.plot([x, x], [y, low_y], **thin)
         least_x, least_y = wanted
         if least_x is not None:
             axes.axvline(least_x, color=MID, linewidth=0.8, dashes=(1, 2))

@@ -74,7 +74,7 @@ def perplexity(
         (windows_NL[i : i + batch_size], labels_NL[i : i + batch_size], None)
         for i in range(0, len(windows_NL), batch_size)
     )
-    return _mean_loss(model, batches, len(windows_NL), on_progress)
+    return _mean(*_sums(model, batches, len(windows_NL), on_progress))
 
 
 def loss_on_targets(
@@ -97,20 +97,31 @@ def loss_on_targets(
         DataError: no token of the data set is a target.
         ModelError: the loss is not finite.
     """
-    examples = [
-        (torch.as_tensor(example["input_ids"]), torch.as_tensor(example["labels"]))
-        for example in (dataset[i] for i in range(len(dataset)))
-    ]
-    if not any((labels[1:] != IGNORED_LABEL).any() for _, labels in examples):
-        raise DataError(
-            f"expected target tokens to score, found none in {len(examples)} examples; "
-            "check the data's completion or assistant turns"
-        )
-    examples.sort(key=lambda example: len(example[0]), reverse=True)
-    batches = (
-        _pad_right(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)
+    _, nats_N, tokens_N = _target_sums(model, dataset, batch_size, on_progress)
+    return _mean(nats_N, tokens_N)
+
+
+def loss_of_each(
+    model: PreTrainedModel,
+    dataset: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int = 8,
+    on_progress: Progress | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `loss_on_targets` averages: nats and number of scored tokens of every example.
+
+    Both are float64 of shape N, in the order of the data set, so that models can be compared
+    example by example.
+
+    Raises:
+        DataError, ModelError: as for `loss_on_targets`.
+    """
+    order_N, *sums = _target_sums(model, dataset, batch_size, on_progress)
+    _mean(*sums)  # refuses what is not finite
+    nats_N, tokens_N = (
+        torch.empty_like(found_N).index_copy(0, order_N, found_N) for found_N in sums
     )
-    return _mean_loss(model, batches, len(examples), on_progress)
+    return nats_N, tokens_N
 
 
 def target_log_probs(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
@@ -144,13 +155,37 @@ def scoring(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _mean_loss(
+def _target_sums(
+    model: PreTrainedModel,
+    dataset: Sequence[Mapping[str, Any]],
+    batch_size: int,
+    on_progress: Progress | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Places in the data set, nats and number of scored tokens of every example, longest first."""
+    examples = [
+        (torch.as_tensor(example["input_ids"]), torch.as_tensor(example["labels"]))
+        for example in (dataset[i] for i in range(len(dataset)))
+    ]
+    if not any((labels[1:] != IGNORED_LABEL).any() for _, labels in examples):
+        raise DataError(
+            f"expected target tokens to score, found none in {len(examples)} examples; "
+            "check the data's completion or assistant turns"
+        )
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]), reverse=True)
+    batches = (
+        _pad_right([examples[i] for i in order[begin : begin + batch_size]])
+        for begin in range(0, len(order), batch_size)
+    )
+    return torch.tensor(order), *_sums(model, batches, len(order), on_progress)
+
+
+def _sums(
     model: PreTrainedModel,
     batches: Iterable[tuple[Tensor, Tensor, Tensor | None]],
     total: int,
     on_progress: Progress | None,
-) -> Perplexity:
-    """Mean over all scored tokens; the standard error is that of a ratio of row sums."""
+) -> tuple[Tensor, Tensor]:
+    """Nats and number of scored tokens of every row, in the order of the batches."""
     row_nats: list[Tensor] = []
     row_tokens: list[Tensor] = []
     done = 0
@@ -162,8 +197,12 @@ def _mean_loss(
             done += len(ids_BL)
             if on_progress is not None:
                 on_progress(done, total)
-    nats_N, tokens_N = torch.cat(row_nats), torch.cat(row_tokens)
-    tokens = int(tokens_N.sum())
+    return torch.cat(row_nats), torch.cat(row_tokens)
+
+
+def _mean(nats_N: Tensor, tokens_N: Tensor) -> Perplexity:
+    """Mean over all scored tokens; the standard error is that of a ratio of row sums."""
+    total, tokens = len(nats_N), int(tokens_N.sum())
     mean = float(nats_N.sum()) / tokens
     if not math.isfinite(mean):
         raise ModelError(
