@@ -266,15 +266,8 @@ def frontier(
             axes.plot([x], [y], "o", color=ACCENT if on else MUTED, markersize=9 if name == chosen
                       else 5.5, alpha=1.0 if on else 0.5)  # fmt: skip
             low_x, low_y = (lows or {}).get(name, (None, None))
-            thin: dict[str, Any] = {
-                "color": ACCENT if on else MUTED,
-                "linewidth": 0.7,
-                "alpha": 0.7,
-            }
-            if low_x is not None:
-                axes.plot([x, low_x], [y, y], **thin)
-            if low_y is not None:
-                axes.plot([x, x], [y, low_y], **thin)
+            axes.plot([x if low_x is None else low_x, x, x], [y, y, y if low_y is None else low_y],
+                      color=ACCENT if on else MUTED, linewidth=0.7, alpha=0.7)  # fmt: skip
         least_x, least_y = wanted
         if least_x is not None:
             axes.axvline(least_x, color=MID, linewidth=0.8, dashes=(1, 2))
