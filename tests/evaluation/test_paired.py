@@ -57,7 +57,7 @@ def test_one_text_tells_nothing():
 
 
 def test_a_ratios_lower_end_is_where_the_difference_may_be_0():
-    tokens_N = torch.tensor([3.0, 5.0, 8.0, 4.0, 9.0, 6.0])
+    tokens_N = torch.tensor([3.0, 5.0, 8.0, 4.0, 9.0, 6.0], dtype=torch.float64)
     whole_KN = tokens_N + 0.3 * random(2, 6)
     part_KN = 0.7 * whole_KN + 0.2 * random(2, 6, seed=1)
     low = ratio_low(estimate(part_KN, tokens_N), estimate(whole_KN, tokens_N))
