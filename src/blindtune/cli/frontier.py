@@ -84,11 +84,12 @@ def show(facts: Facts, console: Console) -> None:
     print_columns(console, (*names, "recovery", "at least", "frontier"), rows)
     if facts["sentence"] is not None:
         console.print(facts["sentence"])
-    pairs = [
-        ("ZS, FT", f"{facts['zs']:.3f}, {facts['ft']:.3f} nats a token"),
-        ("page", facts["page"]),
+    whole = [
+        ("untouched (ZS)", f"{facts['zs']:.3f} nats a token"),
+        ("tuned (FT)", f"{facts['ft']:.3f}"),
     ]
-    print_pairs(console, "Written", pairs)
+    print_pairs(console, "Full model", whole)
+    print_pairs(console, "Written", [("page", facts["page"])])
 
 
 def estimate(settings: Settings) -> Estimate:
