@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from blindtune.privacy.nearest import Tiling
+from blindtune.privacy.noise_level import sampled_words
 
 NEAR = 0.1
 """Of the median distance between two different words: nearer rows are one word's twins."""
@@ -31,9 +32,12 @@ def twin_share(table_VD: Tensor, token_ids: Tensor, *, samples: int = 512) -> fl
     Args:
         table_VD: the rows among which words are drawn or looked up.
         token_ids: rows of the text's tokens, as often as they occur.
-        samples: tokens that are looked at, evenly spread.
+        samples: tokens that are looked at, evenly spread (`sampled_words`).
+
+    Raises:
+        ConfigError, DataError: as for `sampled_words`.
     """
-    word_N = token_ids.reshape(-1)[:: max(1, len(token_ids) // samples)].to(table_VD.device)
+    word_N = sampled_words(table_VD, token_ids, samples)
     shuffled = torch.randperm(len(word_N), generator=torch.Generator().manual_seed(0))
     word_ND, other_N = table_VD[word_N].float(), word_N[shuffled.to(word_N.device)]
     differ_N = word_N != other_N

@@ -135,7 +135,7 @@ def state_privacy(
         shortened: how many of the texts lost their end, being longer than is read.
     """
     mechanism = config.mechanism(eta)
-    notes = (*_notes(bottom, private, config, training), *_left_out(private, shortened))
+    notes = _notes(bottom, private, config, training, shortened)
     if mechanism is None:
         return PrivacyStatement(
             privatizer=config.privatizer, eta=None, noise_norm=None, typical_norm=None,
@@ -145,16 +145,15 @@ def state_privacy(
     factors = _factors(bottom, private, config, classes)
     if mechanism.mode == "block-output":
         norm, change = bottom.hidden_size / mechanism.eta, None
-        states = clean_states(bottom, private.ids[:_STATES])
-        typical = torch.cat(states).norm(dim=1).median().item()
+        states_TD = torch.cat(clean_states(bottom, private.ids[:_STATES]))
+        typical = states_TD.norm(dim=1).median().item()
     else:
         words = _words(bottom, private.ids)
         rows_VD, place_T = _measured(bottom, words, config.privatizer, groups)
         notes = (*_warnings(twin_share(rows_VD, place_T)), *notes)
         survey = _survey(config.privatizer, rows_VD, place_T)
         level = survey.at(mechanism.eta)
-        norm, typical = level.mean_norm, level.neighbour_distance
-        change = level.changed_share
+        norm, typical, change = level.mean_norm, level.neighbour_distance, level.changed_share
         if config.cti_fraction:
             change = _change_with_factors(survey, mechanism.eta, torch.cat(factors))
         if groups is not None:
@@ -286,7 +285,7 @@ def _change_with_groups(bottom: Bottom, words: Tensor, groups: WordGroups, eta: 
 
 
 def _notes(
-    bottom: Bottom, private: PrivateStates, config: PrivatizerConfig, training: bool
+    bottom: Bottom, private: PrivateStates, config: PrivatizerConfig, training: bool, shortened: int
 ) -> tuple[str, ...]:
     notes = ["sent besides the states: number of tokens of every text, their order, times"]
     if config.privatizer == "none":
@@ -311,7 +310,7 @@ def _notes(
         )
     again = "in every epoch" if training else "when these texts are predicted again for this job"
     notes.append(f"drawn once, and sent again {again}: that spends nothing more")
-    return tuple(notes)
+    return (*notes, *_left_out(private, shortened))
 
 
 def _left_out(private: PrivateStates, shortened: int) -> list[str]:
