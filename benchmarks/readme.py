@@ -9,6 +9,7 @@ A document marks where a table goes; `BLOCKS` says which results go there, `TABL
 import sys
 from pathlib import Path
 
+import audit_tables
 import competitor_tables
 import fault_tables
 import leakage_tables
@@ -36,6 +37,7 @@ BLOCKS = {
         "words": ("targets-words",),
         "search": ("privacy-search",),
     },
+    "docs/attacks.md": {"audits": ("audits-attribute", "audits-dummies", "audits-prior")},
     "docs/adapters.md": {"leakage": ("leakage-arc",)},
     "docs/reliability.md": {
         "verbs": ("faults-verbs",),
@@ -77,6 +79,9 @@ TABLES = {
     "faults-service": fault_tables.service_table,
     "faults-network": fault_tables.network_table,
     "hostile_clients-crowds": fault_tables.hostile_table,
+    "audits-attribute": lambda report: audit_tables.audit_table(report, "attribute"),
+    "audits-dummies": lambda report: audit_tables.audit_table(report, "dummies"),
+    "audits-prior": lambda report: audit_tables.audit_table(report, "prior"),
     "leakage-arc": leakage_tables.leakage_table,
     "grid": offsite_tables.grid_table,
     "ranking": offsite_tables.ranking_table,

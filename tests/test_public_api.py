@@ -29,7 +29,7 @@ CONFIGS = [
     "StudyConfig", "DynamicConfig", "EmulatorConfig", "AdapterConfig", "TrainingConfig",
     "RunConfig", "DataConfig", "EvaluationConfig", "PrivatizerConfig", "TuningConfig", "PassConfig",
     "FrontierConfig", "SplitFrontierConfig", "ReadingConfig", "AccessConfig", "AskingConfig",
-    "ChangeBounds", "AuditConfig", "DpConfig", "CanaryConfig", "Trial",
+    "ChangeBounds", "AuditConfig", "AdversaryConfig", "DpConfig", "CanaryConfig", "Trial",
 ]  # fmt: skip
 RESULTS = ["Study", "Emulation", "Inspection", "Tuning", "PlugIn", "Evaluation", "Emulator"]
 RESULTS += [

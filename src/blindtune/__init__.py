@@ -26,7 +26,7 @@ from blindtune.errors import (
 from blindtune.version import __version__
 
 if TYPE_CHECKING:
-    from blindtune.evaluation.audit import Audit, AuditConfig
+    from blindtune.evaluation.audit import AdversaryConfig, Audit, AuditConfig
     from blindtune.evaluation.audit_adapter import audit_adapter
     from blindtune.evaluation.audit_emulator import audit_emulator
     from blindtune.evaluation.audit_page import write_audit
@@ -81,6 +81,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "AccessConfig": "blindtune.split.access",
     "AdapterConfig": "blindtune.offsite.adapter",
+    "AdversaryConfig": "blindtune.evaluation.audit",
     "AskingConfig": "blindtune.split.prediction",
     "Audit": "blindtune.evaluation.audit",
     "AuditConfig": "blindtune.evaluation.audit",
@@ -156,6 +157,7 @@ _PLACES = {
 __all__ = [
     "AccessConfig",
     "AdapterConfig",
+    "AdversaryConfig",
     "AskingConfig",
     "Audit",
     "AuditConfig",

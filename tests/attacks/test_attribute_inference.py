@@ -27,7 +27,9 @@ def attack(bottom, mechanism):
         margins=view.margins, public=public,
     )  # fmt: skip
     config = AttributeConfig(fit=FitConfig(epochs=60, learning_rate=3e-3, patience=10))
-    return record_privacy(infer_attribute(view, of_author(known), config), of_author(mine))
+    guess_N, result = infer_attribute(view, of_author(known), config)
+    assert result.epochs > 0
+    return record_privacy(guess_N, of_author(mine))
 
 
 def test_it_reads_an_attribute_of_undefended_texts_and_less_under_noise(tmp_path):

@@ -10,7 +10,13 @@ from blindtune.attacks.adversary import Candidates, Spared, unigram
 from blindtune.attacks.embedding_inversion import nearest_tokens
 from blindtune.attacks.fitting import FitConfig
 from blindtune.attacks.imitation import Imitation
-from blindtune.attacks.language_prior import CausalPrior, NgramPrior, best_weight, decode
+from blindtune.attacks.language_prior import (
+    CausalPrior,
+    NgramPrior,
+    best_weight,
+    decode,
+    right_by_weight,
+)
 from blindtune.attacks.likelihoods import ChannelConfig, token_candidates, vector_candidates
 from blindtune.attacks.trained_inversion import InverterConfig, candidates, train_inverter
 from blindtune.errors import ConfigError, DataError
@@ -90,15 +96,77 @@ def test_pure_noise_leaves_the_language_alone(tmp_path):
 
 def test_a_causal_model_is_a_prior_as_its_own_forward_says():
     model = tiny_model("smollm2")
-    before, words = torch.tensor([[1, 40, 41], [1, 50, 51]]), torch.tensor([7, 90])
+    before = torch.tensor([[1, 40, 41], [1, 50, 51], [1, 40, 41]])
+    words = torch.tensor([[7, 90], [7, 90], [8, 10**6]])  # the last is of a table's padding
     said = CausalPrior(Decoder(model)).log_probabilities(before, words)
     with torch.no_grad():
-        true = model(input_ids=before).logits[:, -1].log_softmax(1)[:, words]
+        true = model(input_ids=before).logits[:, -1].log_softmax(1)
+    true = true.gather(1, words.clamp(max=true.shape[1] - 1))
     torch.testing.assert_close(said, true, atol=1e-4, rtol=1e-4)
     with_begin = CausalPrior(Decoder(model), begin_id=1).log_probabilities(before[:, 1:], words)
     torch.testing.assert_close(with_begin, true, atol=1e-4, rtol=1e-4)
     nothing = CausalPrior(Decoder(model)).log_probabilities(before[:, :0], words)
-    assert torch.equal(nothing, torch.zeros(2, 2))
+    assert torch.equal(nothing, torch.zeros(3, 2))
+
+
+def lattices(seed, lengths, shut=0.0):
+    """Candidates of texts; a share of the tokens has but one that is possible."""
+    draw = torch.Generator().manual_seed(seed)
+    words = [
+        torch.stack([torch.randperm(100, generator=draw)[:6] for _ in range(n)]) for n in lengths
+    ]
+    seen = [torch.randn(n, 6, generator=draw) for n in lengths]
+    for rows in seen:
+        rows[torch.rand(len(rows), generator=draw) < shut, 1:] = -torch.inf
+    return Candidates(words=tuple(words), log_likelihoods=tuple(seen))
+
+
+def slowly(model, begin_id, words_LK, seen_LK, beams, weight):
+    """One text and one weight, all words before read anew for every token."""
+    texts, scores = [[begin_id]], torch.zeros(1, dtype=torch.float64)
+    for word_K, seen_K in zip(words_LK, seen_LK, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor(texts)).logits[:, -1].double()
+        grown = scores[:, None] + seen_K.double() + weight * logits.log_softmax(1)[:, word_K]
+        order = [i for i in grown.flatten().argsort(descending=True).tolist()
+                 if grown.flatten()[i] > -torch.inf][:beams]  # fmt: skip
+        texts = [[*texts[i // len(word_K)], int(word_K[i % len(word_K)])] for i in order]
+        scores = grown.flatten()[order]
+    return torch.tensor(texts[0][1:])
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gpt2", "opt", "bloom", "gemma"])
+def test_beams_that_share_keys_and_values_read_as_a_pass_for_each_would(name):
+    model, weights = tiny_model(name), (0.0, 0.5, 1.0)
+    found = lattices(0, (5, 1, 9, 7, 3, 6, 2, 8, 4, 5), shut=0.3)
+    prior = CausalPrior(Decoder(model), begin_id=1)
+    pairs = list(zip(found.words, found.log_likelihoods, strict=True))
+    for weight in weights:
+        guess = decode(found, prior, beams=3, weight=weight)
+        for text, pair in zip(guess, pairs, strict=True):
+            assert torch.equal(text, slowly(model, 1, *pair, 3, weight))
+    known = decode(found, prior, beams=3, weight=0.5)
+    right = right_by_weight(found, known, prior, beams=3, weights=weights)
+    assert right[1] == sum(map(len, known)) > right[0]
+
+
+def test_a_model_reads_each_word_once_and_nothing_that_is_certain(monkeypatch):
+    model = tiny_model("smollm2")
+    read = []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda **given: read.append(given["input_ids"].shape) or forward(**given)
+    )
+    prior = CausalPrior(Decoder(model), begin_id=1)
+    decode(lattices(1, (6, 6), shut=1.0), prior)
+    assert not read
+    decode(lattices(1, (6, 6)), prior, beams=4)
+    assert [length for _, length in read] == [1] * 6
+    assert read[0][0] == 1  # the beginning of both
+    read.clear()
+    found = lattices(1, (6,))
+    right_by_weight(found, [torch.zeros(6)], prior, beams=4, weights=(0.5, 0.5, 0.5))
+    assert max(rows for rows, _ in read) <= 4  # what several weights go on from is read once
 
 
 def test_beams_find_the_best_of_all_texts():
@@ -121,9 +189,12 @@ def test_ngrams_are_a_distribution():
     texts = [torch.tensor([1, 5, 6, 7]), torch.tensor([1, 5, 6, 8])]
     prior = NgramPrior(texts, 20)
     for before in ([], [1], [1, 5], [5, 6], [13, 14]):
-        said = prior.log_probabilities(torch.tensor([before], dtype=torch.int64), torch.arange(20))
+        words = torch.arange(20)[None]
+        said = prior.log_probabilities(torch.tensor([before], dtype=torch.int64), words)
         assert said.exp().sum() == pytest.approx(1.0, abs=1e-4)
-    assert int(prior.log_probabilities(torch.tensor([[1, 5]]), torch.arange(20)).argmax()) == 6
+    assert (
+        int(prior.log_probabilities(torch.tensor([[1, 5]]), torch.arange(20)[None]).argmax()) == 6
+    )
     assert unigram(texts, 20).exp().sum() == pytest.approx(1.0, abs=1e-4)
 
 

@@ -81,6 +81,32 @@ def test_a_customer_audits_a_bottom_before_the_first_run(made, blindtune, tmp_pa
     assert (tmp_path / "audit" / "audit.html").exists()
 
 
+def test_an_adversary_is_given_a_model_an_attribute_and_a_search(made, blindtune, tmp_path):
+    bottom = tmp_path / "bottom"
+    assert blindtune("bottom", made / "llama", "--cut", 1, "--out", bottom).code == 0
+    words = [line for line in (made / "public.txt").read_text().splitlines() if line.strip()][:80]
+    rows = [{"text": line, "author": "ab"[len(line) % 2]} for line in words]
+    for name, some in (("data", rows[:20]), ("public", rows[20:])):
+        lines = "".join(json.dumps(row) + "\n" for row in some)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    asked = [
+        "audit", bottom, "--data", tmp_path / "data.jsonl", "--public", tmp_path / "public.jsonl",
+        "--privatizer", "none", "--unprotected", "--max-length", 16, "--attack-seconds", 1,
+        "--prior", made / "llama", "--attribute-column", "author", "--dummies", "--out",
+        tmp_path / "audit",
+    ]  # fmt: skip
+    dry = blindtune(*asked, "--dry-run", "--json")
+    assert dry.code == 0, dry.err
+    assert dry.facts["estimate"]["parts"]["dummy embeddings, at most"] == 1
+    done = blindtune(*asked)
+    assert done.code == 0, done.err
+    for word in ("trained inverter, language model", "dummy embeddings", "EP of attribute"):
+        assert word in done.out
+    refused = blindtune(*asked[:2], "--data", made / "public.txt", "--eta", 1, "--prior",
+                        made / "llama", "--out", tmp_path / "other")  # fmt: skip
+    assert (refused.code, "expected --public for --prior" in refused.err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("subject", "options", "says"),
     [
@@ -128,6 +154,11 @@ def test_a_customer_audits_a_bottom_before_the_first_run(made, blindtune, tmp_pa
             "--no-pack, --validation-split do not fit the audit of a transcript",
         ),
         ("llama", [], "manifest.json"),
+        (
+            "adapter",
+            ["--model", "emulator", "--data", "private.jsonl", "--dummies", "--prior", "llama"],
+            "--prior, --dummies do not fit the audit of an adapter",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_in_a_line(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from blindtune.attacks.adversary import StatesView
-from blindtune.attacks.fitting import FitConfig, fit, parted
+from blindtune.attacks.fitting import FitConfig, FitResult, fit, parted
 from blindtune.attacks.imitation import Imitation
 from blindtune.errors import ConfigError, DataError
 
@@ -46,8 +46,8 @@ class AttributeConfig:
 
 def infer_attribute(
     view: StatesView, known_N: Tensor, config: AttributeConfig | None = None
-) -> Tensor:
-    """The attribute of every text in the view, int64 [texts].
+) -> tuple[Tensor, FitResult]:
+    """The attribute of every text in the view, int64 [texts], and how the training ended.
 
     Args:
         view: with public texts.
@@ -91,10 +91,10 @@ def infer_attribute(
             found = [cross_entropy(network(made_NF[held]), target_N[held]) for made_NF in made_MNF]
             return float(torch.stack(found).mean())
 
-        fit(network, loss_of, learn, held_out_loss, config.fit)
+        result = fit(network, loss_of, learn, held_out_loss, config.fit)
     with torch.no_grad():
         scores_NC: Tensor = network((_pooled(view.states).to(mean_F) - mean_F) / scale_F)
-    return scores_NC.argmax(1).cpu()
+    return scores_NC.argmax(1).cpu(), result
 
 
 def _pooled(states: Sequence[Tensor]) -> Tensor:

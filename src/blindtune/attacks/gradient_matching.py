@@ -1,6 +1,6 @@
-"""Matching what was seen: gradients at the top cut (U-shape), and states by dummy embeddings.
+"""Matching the gradients that were seen at the top cut of a U-shape.
 
-Source: BiSR (arXiv 2409.00960), sections 4.2 and 4.3, which takes the pre-trained weights as what
+Source: BiSR (arXiv 2409.00960), section 4.3, which takes the pre-trained weights as what
 the adversary knows: the vendor owns the model, so it knows the bottom, and the top but for what the
 customer trained.
 
@@ -16,11 +16,7 @@ by cosine over the whole vocabulary: c, the share of one token in the loss, need
 The first token of a text has no prediction and is not found: whoever has the states too reads it
 there (`filled`).
 
-`tokens_by_dummies`: embeddings of no word are moved (AdamW, cosine) until the bottom makes of them
-the states that were seen; then the nearest word. Start it from a trained inverter's guess.
-
-Shapes: L length of one text, D hidden, F what the head takes, W width of word embeddings, V
-vocabulary.
+Shapes: L length of one text, D hidden, F what the head takes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,18 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cosine_similarity
-from torch.nn.utils.rnn import pad_sequence
 
-from blindtune.attacks.adversary import Guess, StatesView
-from blindtune.attacks.imitation import Imitation, padded
+from blindtune.attacks.adversary import Guess
 from blindtune.errors import ConfigError, DataError
 from blindtune.models.decoder import Decoder
-from blindtune.privacy.nearest import NearestRows
 
 NO_GUESS = -1
 """In a guess: the attack says nothing of this token."""
-TEXTS = 16  # whose dummy embeddings move together
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -183,62 +174,3 @@ def _solve(
         before, size = size, slope_LF.square().sum()
         step_LF = slope_LF + size / before * step_LF
     return found_LF.detach()
-
-
-@dataclass(frozen=True, kw_only=True)
-class DummyConfig:
-    """How dummy embeddings are moved; BiSR's values."""
-
-    steps: int = 600
-    """Steps of AdamW."""
-    learning_rate: float = 1e-3
-    """In units of the word embeddings' own deviation."""
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        if self.steps < 1 or self.learning_rate <= 0:
-            raise ConfigError(
-                f"expected at least 1 step and a positive learning_rate, got {self.steps} and "
-                f"{self.learning_rate}"
-            )
-
-
-def tokens_by_dummies(
-    view: StatesView, start: Guess | None = None, config: DummyConfig | None = None
-) -> Guess:
-    """Words whose embeddings the bottom turns into the states that were seen.
-
-    Args:
-        view: its mechanism is not used: under noise this finds what was sent, not the truth.
-        start: a guess to begin from; None: the middle of the vocabulary, everywhere.
-        config: steps and rate.
-
-    Raises:
-        DataError: a start of other lengths.
-    """
-    config = config or DummyConfig()
-    if start is not None and tuple(map(len, start)) != view.lengths:
-        raise DataError("expected a start with one token for every state: take this view's guess")
-    imitation, table_VD = Imitation(view.model, view.cut), view.table_VD
-    with torch.no_grad():  # as the module gives them, scaled where it scales
-        made_VW = view.model.embedding(torch.arange(len(table_VD), device=table_VD.device))
-    rows, unit = NearestRows(made_VW), float(made_VW.std())
-    found: list[Tensor] = []
-    for first in range(0, len(view.states), TEXTS):
-        some = range(first, min(first + TEXTS, len(view.states)))
-        target_BLD = pad_sequence([view.states[i].to(made_VW) for i in some], batch_first=True)
-        _, mask_BL = padded([torch.zeros(view.lengths[i], dtype=torch.int64) for i in some])
-        mask_BL = mask_BL.to(made_VW.device)
-        begin_BLW = made_VW.mean(0).expand(*mask_BL.shape, -1)
-        if start is not None:
-            begin_BLW = made_VW[padded([start[i].clamp_min(0) for i in some])[0]]
-        dummy_BLW = (begin_BLW / unit).clone().requires_grad_()
-        optimizer = torch.optim.AdamW([dummy_BLW], config.learning_rate, weight_decay=0.0)
-        for _ in range(config.steps):
-            made_BLD = imitation.through(dummy_BLW * unit, mask_BL)
-            loss = ((1 - cosine_similarity(made_BLD, target_BLD, dim=2)) * mask_BL).sum()
-            (dummy_BLW.grad,) = torch.autograd.grad(loss, [dummy_BLW])
-            optimizer.step()
-        ended_TW = (dummy_BLW * unit).detach()[mask_BL.bool()]
-        found += rows.find(ended_TW).cpu().split([view.lengths[i] for i in some])
-    return tuple(found)

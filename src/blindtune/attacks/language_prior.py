@@ -8,7 +8,11 @@ Sources: re-ranking in Bayes-optimal reconstruction (arXiv 2410.17052) and BeamC
 Two priors: counts of the public text (`NgramPrior`, no model), and any causal language model with
 the same vocabulary (`CausalPrior`); for a decoder the vendor's own model is one.
 
-Shapes: B beams, K candidates, L length, V vocabulary.
+Beams of several texts, and of all weights of a rehearsal, grow together by a word a step, so a
+model reads them in one batch, each beginning that several of them share once, and of each but its
+last word nothing anew.
+
+Shapes: B beams, K candidates, L length, R beginnings, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,19 +23,22 @@ from typing import Protocol, final
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from blindtune.attacks.adversary import Candidates, Guess, unigram
 from blindtune.errors import ConfigError, DataError
 from blindtune.models.decoder import Decoder
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
+TOGETHER = 8
+"""Texts whose beams grow together."""
 
 
 class Prior(Protocol):
     """Abstract. What a language says of the next word."""
 
-    def log_probabilities(self, before_BL: Tensor, word_K: Tensor) -> Tensor:
-        """log P(word | words before) [B, K]; L may be 0."""
+    def log_probabilities(self, before_BL: Tensor, word_BK: Tensor) -> Tensor:
+        """log P(word | words before) [B, K], each beam with words of its own; L may be 0."""
 
 
 @final
@@ -64,12 +71,12 @@ class NgramPrior:
                     self._counts[gram] += 1
                     self._contexts[gram[:-1]] += 1
 
-    def log_probabilities(self, before_BL: Tensor, word_K: Tensor) -> Tensor:
+    def log_probabilities(self, before_BL: Tensor, word_BK: Tensor) -> Tensor:
         """See `Prior`."""
         rows = []
-        for before in before_BL.tolist():
+        for before, words in zip(before_BL[:, -2:].tolist(), word_BK.tolist(), strict=True):
             context = (-1, *before)[-2:]
-            rows.append([self._probability(context, word) for word in word_K.tolist()])
+            rows.append([self._probability(context, word) for word in words])
         return torch.tensor(rows).log()
 
     def _probability(self, context: tuple[int, ...], word: int) -> float:
@@ -82,30 +89,54 @@ class NgramPrior:
 
 @final
 class CausalPrior:
-    """A causal language model. Cost: for each token a pass over all words before it, a beam.
+    """A causal language model.
+
+    It keeps what the model made of the beginnings that it was asked for last (keys and values), so
+    beginnings that go on from these cost a pass over their new words alone.
 
     Args:
-        model: its vocabulary is the bottom's.
+        model: its vocabulary is the bottom's; ids beyond it are taken for no words.
         begin_id: what stands before a text's first token; None: the first token gets no prior.
     """
 
     def __init__(self, model: Decoder, begin_id: int | None = None) -> None:
         self._model, self._begin_id = model, begin_id
+        self._cache: DynamicCache | None = None
+        self._rows: dict[tuple[int, ...], int] = {}
+        self._length = 0
 
     @torch.no_grad()
-    def log_probabilities(self, before_BL: Tensor, word_K: Tensor) -> Tensor:
+    def log_probabilities(self, before_BL: Tensor, word_BK: Tensor) -> Tensor:
         """See `Prior`."""
         if self._begin_id is not None:
             begin_B1 = before_BL.new_full((len(before_BL), 1), self._begin_id)
             before_BL = torch.cat([begin_B1, before_BL], 1)
         if not before_BL.shape[1]:
-            return torch.zeros(len(before_BL), len(word_K))
+            return torch.zeros(word_BK.shape)
+        before = [tuple(row) for row in before_BL.tolist()]
+        rows = {beginning: row for row, beginning in enumerate(dict.fromkeys(before))}
+        said_RV = self._said(rows)
+        word_BK = word_BK.clamp(max=said_RV.shape[1] - 1)  # rows of a table beyond all words
+        return said_RV[[rows[beginning] for beginning in before]].gather(1, word_BK)
+
+    def _said(self, rows: dict[tuple[int, ...], int]) -> Tensor:
+        """log P of every word after each of these beginnings [R, V]."""
         device = next(self._model.model.parameters()).device
-        inputs = self._model.begin(before_BL.to(device))
-        end = self._model.layer_count
-        hidden_BLD = self._model.run_layers(inputs.hidden_BLD, inputs.calls, 0, end)
-        logits_BV = self._model.logits(hidden_BLD[:, -1:])[:, 0].float()
-        return logits_BV.log_softmax(1)[:, word_K.to(device)].cpu()
+        ids_RL = torch.tensor(list(rows), device=device)
+        parents = [self._rows.get(beginning[: self._length], -1) for beginning in rows]
+        if self._cache is None or self._length >= ids_RL.shape[1] or min(parents) < 0:
+            self._cache, self._length = DynamicCache(config=self._model.config), 0
+        else:
+            self._cache.reorder_cache(torch.tensor(parents, device=device))
+        logits_RLV = self._model.model(
+            input_ids=ids_RL[:, self._length :],
+            attention_mask=torch.ones_like(ids_RL),
+            past_key_values=self._cache,
+            use_cache=True,
+        ).logits
+        self._rows, self._length = rows, ids_RL.shape[1]
+        said_RV: Tensor = logits_RLV[:, -1].float().log_softmax(1).cpu()
+        return said_RV
 
 
 def decode(
@@ -128,8 +159,7 @@ def decode(
     """
     if beams < 1 or weight < 0:
         raise ConfigError(f"expected beams >= 1 and weight >= 0, got {beams} and {weight}")
-    pairs = zip(found.words, found.log_likelihoods, strict=True)
-    return tuple(_decoded(words_LK, seen_LK, prior, beams, weight) for words_LK, seen_LK in pairs)
+    return _decoded(found, prior, beams, (weight,))[0]
 
 
 def best_weight(
@@ -155,24 +185,77 @@ def best_weight(
     Raises:
         DataError: no texts, or others than the candidates'.
     """
-    if not known or [len(text) for text in known] != [len(words) for words in found.words]:
-        raise DataError("expected candidates for each token of at least one known text")
-    right = []
-    for weight in weights:
-        guess = decode(found, prior, beams=beams, weight=weight)
-        right.append(sum(int((g == t.cpu()).sum()) for g, t in zip(guess, known, strict=True)))
+    right = right_by_weight(found, known, prior, beams=beams, weights=weights)
     return weights[right.index(max(right))]
 
 
-def _decoded(words_LK: Tensor, seen_LK: Tensor, prior: Prior, beams: int, weight: float) -> Tensor:
-    text_BL = torch.empty(1, 0, dtype=torch.int64)
-    score_B = torch.zeros(1, dtype=torch.float64)
-    for word_K, seen_K in zip(words_LK, seen_LK, strict=True):
-        possible = seen_K > -torch.inf  # the likeliest always is
-        word_K, seen_K = word_K[possible], seen_K[possible]
-        said_BK = prior.log_probabilities(text_BL, word_K).double()
-        score_BK = score_B[:, None] + seen_K.double() + weight * said_BK
-        score_B, best = score_BK.reshape(-1).topk(min(beams, score_BK.numel()))
-        parent, choice = best // len(word_K), best % len(word_K)
-        text_BL = torch.cat([text_BL[parent], word_K[choice][:, None]], 1)
-    return text_BL[0]
+def right_by_weight(
+    found: Candidates,
+    known: Sequence[Tensor],
+    prior: Prior,
+    *,
+    beams: int = 8,
+    weights: Sequence[float] = WEIGHTS,
+) -> list[int]:
+    """How many tokens of known texts each weight reads; arguments and errors as `best_weight`."""
+    if not known or [len(text) for text in known] != [len(words) for words in found.words]:
+        raise DataError("expected candidates for each token of at least one known text")
+    return [
+        sum(int((g == t.cpu()).sum()) for g, t in zip(guess, known, strict=True))
+        for guess in _decoded(found, prior, beams, weights)
+    ]
+
+
+@final
+class _Lattice:
+    """The candidates of one text, and the beams that go through them with one weight."""
+
+    def __init__(self, words_LK: Tensor, seen_LK: Tensor, weight: float, beams: int) -> None:
+        self.words_LK, self.weight = words_LK.cpu(), weight
+        self._seen_LK, self._beams = seen_LK.cpu().double(), beams if weight else 1
+        self.text_BL = torch.empty(1, 0, dtype=torch.int64)
+        self._score_B = torch.zeros(1, dtype=torch.float64)
+
+    def is_open(self, at: int) -> bool:
+        """Whether a prior can change what is chosen here."""
+        choices = len(self._score_B) * int((self._seen_LK[at] > -torch.inf).sum())
+        return choices > 1 and self.weight > 0
+
+    def grow(self, at: int, said_BK: Tensor | None) -> None:
+        """Go on by a word; None: nothing is said of it."""
+        score_BK = self._score_B[:, None] + self._seen_LK[at]
+        if said_BK is not None:
+            score_BK = score_BK + self.weight * said_BK
+        score_B, best = score_BK.reshape(-1).topk(min(self._beams, score_BK.numel()))
+        possible = score_B > -torch.inf  # the likeliest always is
+        self._score_B, best = score_B[possible], best[possible]
+        parent, choice = best // score_BK.shape[1], best % score_BK.shape[1]
+        self.text_BL = torch.cat([self.text_BL[parent], self.words_LK[at, choice][:, None]], 1)
+
+
+def _decoded(found: Candidates, prior: Prior, beams: int, weights: Sequence[float]) -> list[Guess]:
+    """The likeliest texts by each weight."""
+    pairs = list(zip(found.words, found.log_likelihoods, strict=True))
+    guesses: list[list[Tensor]] = [[] for _ in weights]
+    for first in range(0, len(pairs), TOGETHER):
+        some = pairs[first : first + TOGETHER]
+        by_weight = [[_Lattice(*pair, weight, beams) for pair in some] for weight in weights]
+        _grow([lattice for lattices in by_weight for lattice in lattices], prior)
+        for guess, lattices in zip(guesses, by_weight, strict=True):
+            guess += [lattice.text_BL[0] for lattice in lattices]
+    return [tuple(guess) for guess in guesses]
+
+
+def _grow(lattices: Sequence[_Lattice], prior: Prior) -> None:
+    """Lead the beams of all of them to their ends, a word a step."""
+    for at in range(max(len(lattice.words_LK) for lattice in lattices)):
+        live = [lattice for lattice in lattices if at < len(lattice.words_LK)]
+        asked = [lattice for lattice in live if lattice.weight]
+        said: dict[_Lattice, Tensor] = {}
+        if any(lattice.is_open(at) for lattice in asked):
+            words = [lattice.words_LK[at].expand(len(lattice.text_BL), -1) for lattice in asked]
+            before_BL = torch.cat([lattice.text_BL for lattice in asked])
+            said_BK = prior.log_probabilities(before_BL, torch.cat(words)).double()
+            said = dict(zip(asked, said_BK.split([len(rows) for rows in words]), strict=True))
+        for lattice in live:
+            lattice.grow(at, said.get(lattice))

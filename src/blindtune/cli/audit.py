@@ -32,7 +32,9 @@ Run by whoever is about to hand something over; SUBJECT says what:
   a bottom      the customer of split tuning, before a run: a sample of --data
                 is privatized as split-tune would with the same options, kept
                 here, and read as the vendor would. Or a job's directory: the
-                states that it drew. Or a recorded transcript.
+                states that it drew. Or a recorded transcript. On request with
+                a language model (--prior), by search (--dummies), and for an
+                attribute of the texts (--attribute-column).
 
 Prints each attack's figure with its interval beside what is guaranteed, and says in words what the
 attacker knew and what the figure means. A leak that is found is real; one that is not found proves
@@ -55,6 +57,8 @@ Example:
   blindtune audit adapter/ --model emulator/ --data private.jsonl --out audit/
   blindtune audit bottom/ --data train.csv --public public.txt \\
       --changed-share 0.5 --out audit/
+  blindtune audit bottom/ --data train.csv --public public.csv \\
+      --changed-share 0.5 --attribute-column author --out audit/
 """
 
 
@@ -133,6 +137,11 @@ VERB = Verb(
     ),
     groups=(
         Group(heading="Audit", module="blindtune.evaluation.audit", name="AuditConfig"),
+        Group(
+            heading="The adversary of split tuning",
+            module="blindtune.evaluation.audit",
+            name="AdversaryConfig",
+        ),
         Group(
             heading="Reading the data, as at tuning",
             module="blindtune.training.text",

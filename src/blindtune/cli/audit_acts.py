@@ -54,6 +54,9 @@ OPTIONS = {
     "public_tokens": _SPLIT,
     "attack_seconds": _SPLIT,
     "fresh_draws": _SPLIT,
+    "prior": _SPLIT,
+    "attribute_column": ("bottom", "transcript"),
+    "dummies": _SPLIT,
     "batch_size": _WINDOWED,
     "seed": ("emulator", *_SPLIT),
     "text_column": (*_WINDOWED, *_SPLIT),
@@ -166,7 +169,7 @@ def _adapter(settings: Settings, on_stage: Callable[[str, int, int], None]) -> A
 
 
 def _split(settings: Settings, on_stage: Callable[[str, int, int], None]) -> Audit:
-    from blindtune.evaluation.audit import AuditConfig
+    from blindtune.evaluation.audit import AdversaryConfig, AuditConfig
     from blindtune.evaluation.audit_split import audit_split
     from blindtune.split.privatizer_config import PrivatizerConfig
 
@@ -178,6 +181,7 @@ def _split(settings: Settings, on_stage: Callable[[str, int, int], None]) -> Aud
         privatizer=settings.of(PrivatizerConfig),
         reading=_split_reading(settings),
         config=settings.of(AuditConfig),
+        adversary=settings.of(AdversaryConfig),
         trust=trust_of(settings),
         on_progress=on_stage,
     )
@@ -199,7 +203,7 @@ def _split_reading(settings: Settings) -> ReadingConfig:
 
 def estimate(settings: Settings) -> Estimate:
     """Estimate the audit that fits the subject."""
-    from blindtune.evaluation.audit import AuditConfig
+    from blindtune.evaluation.audit import AdversaryConfig, AuditConfig
     from blindtune.evaluation.audit_estimate import (
         estimate_audit_adapter,
         estimate_audit_emulator,
@@ -226,6 +230,7 @@ def estimate(settings: Settings) -> Estimate:
         public=settings["public"],
         reading=_split_reading(settings),
         config=config,
+        adversary=settings.of(AdversaryConfig),
         trust=trust_of(settings, remember=False),
     )
 

@@ -40,7 +40,7 @@ class AuditConfig:
     public_tokens: int = 32768
     """Split: the attacker learns from texts that hold about so many tokens."""
     attack_seconds: float = 300.0
-    """Split: no training of an attack goes on for longer."""
+    """Split: no training or search of an attack goes on for longer."""
     fresh_draws: int = 8
     """Split: independent draws that are averaged, to show what sending one draw prevents."""
     batch_size: int = 8
@@ -62,6 +62,26 @@ class AuditConfig:
         for name in ("healing_learning_rate", "attack_seconds"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"expected {name} > 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversaryConfig:
+    """What the adversary of split tuning has, wants and does beyond what every audit runs."""
+
+    prior: str | None = None
+    """A causal language model with the bottom's own tokenizer (a directory, a hub name, an embedded
+    model) that weighs what attacks found; seconds a text. Needs --public."""
+    attribute_column: str | None = None
+    """Column of --data and --public with an attribute of each text, such as who wrote it, that the
+    adversary guesses. Needs both."""
+    dummies: bool = False
+    """Behind layers: search for the words of which the bottom makes the states that were seen."""
+
+    def __post_init__(self) -> None:
+        """Refuse empty names."""
+        for name in ("prior", "attribute_column"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"expected a name as {name}, got an empty one: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,11 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blindtune.evaluation.audit import AuditConfig
+from blindtune.attacks.language_prior import TOGETHER
+from blindtune.evaluation.audit import AdversaryConfig, AuditConfig
 from blindtune.evaluation.audit_adapter import both_kinds, reading_of
+from blindtune.evaluation.audit_split import check_adversary
+from blindtune.evaluation.language_attack import BEAMS, check_words
 from blindtune.evaluation.split_subject import read_audited, spread_texts
 from blindtune.exchange.package import open_package
 from blindtune.exchange.signing import Trust
@@ -42,6 +45,8 @@ from blindtune.training.text import DataConfig
 WRITTEN = 200_000
 """Bytes of page and JSON, about."""
 HEALING_STOPS = 5
+DRAWS_TO_LEARN = 4
+"""Of every public text, for an attribute."""
 CHANNEL_WORDS = 64_000
 """Draws of the noise in Bayes' rule, twice (its words, their draws, once more at rehearsal)."""
 
@@ -125,17 +130,20 @@ def estimate_audit_split(
     public: str | Path | None = None,
     reading: ReadingConfig | None = None,
     config: AuditConfig | None = None,
+    adversary: AdversaryConfig | None = None,
     trust: Trust | None = None,
 ) -> Estimate:
     """Estimate `audit_split`: searches in the vocabulary, and the time that trainings may take.
 
     Raises:
-        DataError, PackageError, PolicyError: as for `audit_split`.
+        DataError, ConfigError, ModelError, PackageError, PolicyError: as for `audit_split`.
     """
     config, reading = config or AuditConfig(), reading or ReadingConfig()
+    adversary = adversary or AdversaryConfig()
     if (Path(subject) / MARK).is_file():
         bottom = bottom or CustomerJob(subject).record.bottom_path
     package = open_bottom(bottom or subject, trust=trust)
+    check_adversary(adversary, package, public=public, data=data)
     table_VD = package.stack.embedding.weight
     assert isinstance(table_VD, Tensor)
     attacked, longest = config.test_tokens, 1
@@ -156,8 +164,31 @@ def estimate_audit_split(
         parts["noise of public text"] = rate.seconds(3 * config.public_tokens * search)
         parts["training, at most"] = config.attack_seconds
     width = package.hidden_size
-    memory = FLOAT * (3 * config.public_tokens * width + 12 * table_VD.numel())
+    memory: float = FLOAT * (3 * config.public_tokens * width + 12 * table_VD.numel())
+    if adversary.dummies:
+        parts["dummy embeddings, at most"] = config.attack_seconds
+    if adversary.attribute_column is not None:
+        made = rate.seconds(DRAWS_TO_LEARN * config.public_tokens * search)
+        parts["attribute inference, at most"] = made + config.attack_seconds
+    if adversary.prior is not None:
+        check_words(adversary.prior, package)
+        model = sketch(adversary.prior)
+        parts |= _weighing(rate, model, attacked, longest, config)
+        memory += weight_bytes(model) + FLOAT * TOGETHER * BEAMS * _words(model)
     return estimated(parts, rate, memory=memory, written=WRITTEN, tokens=attacked)
+
+
+def _weighing(
+    rate: Rate, model: PreTrainedModel, attacked: int, longest: int, config: AuditConfig
+) -> dict[str, float]:
+    """Seconds to load a language model and to weigh the candidates of two attacks with it."""
+    cost = decoder_cost(Decoder(model), longest)
+    calls = len(cost.layers) * attacked / TOGETHER
+    weighed = min(config.attack_seconds, rate.seconds(2 * BEAMS * attacked * cost.forward, calls))
+    return {
+        "load the language model": weight_bytes(model) / READ_BYTES_PER_SECOND,
+        "language model, two attacks": 2 * weighed,
+    }
 
 
 def _pass(

@@ -12,15 +12,30 @@ from pathlib import Path
 
 from torch import Tensor
 
-from blindtune.evaluation.audit import Audit, AuditConfig, Finding, NotRun, show
+from blindtune.errors import ConfigError
+from blindtune.evaluation.attribute_attack import (
+    KnownAttribute,
+    attribute_findings,
+    known_attribute,
+    read_attribute,
+)
+from blindtune.evaluation.audit import (
+    AdversaryConfig,
+    Audit,
+    AuditConfig,
+    Finding,
+    NotRun,
+    show,
+)
 from blindtune.evaluation.gradient_attacks import labels_of
+from blindtune.evaluation.language_attack import open_prior
 from blindtune.evaluation.leakage import (
     EmpiricalPrivacy,
     TokenLeakage,
     common_words,
     empirical_privacy,
 )
-from blindtune.evaluation.split_attacks import ENDED, Attempt, SplitAttacks
+from blindtune.evaluation.split_attacks import ENDED, Attempt, Equipment, SplitAttacks
 from blindtune.evaluation.split_subject import (
     SplitSubject,
     open_subject,
@@ -28,6 +43,7 @@ from blindtune.evaluation.split_subject import (
     spread_texts,
 )
 from blindtune.exchange.signing import Trust
+from blindtune.split.bottom import Bottom
 from blindtune.split.privacy_statement import LARGE_EPSILON, PrivacyStatement
 from blindtune.split.private_texts import ReadingConfig
 from blindtune.split.privatizer_config import PrivatizerConfig
@@ -42,6 +58,7 @@ def audit_split(
     privatizer: PrivatizerConfig | None = None,
     reading: ReadingConfig | None = None,
     config: AuditConfig | None = None,
+    adversary: AdversaryConfig | None = None,
     trust: Trust | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Audit:
@@ -57,6 +74,7 @@ def audit_split(
         privatizer: as for `split_tune`; a job has its own.
         reading: where the texts stand in their file.
         config: how hard the attacker tries.
+        adversary: what it has, wants and does besides.
         trust: whose bottom packages are opened; None: anybody's.
         on_progress: called with (attack, done, of all).
 
@@ -69,12 +87,76 @@ def audit_split(
         subject, bottom=bottom, data=data, privatizer=privatizer, reading=reading,
         tokens=config.test_tokens, trust=trust,
     )  # fmt: skip
+    adversary = adversary or AdversaryConfig()
+    check_adversary(adversary, seen.bottom, public=public, data=data if seen.places else None)
     texts = () if public is None else read_audited(seen.bottom, public, reading).ids
-    learned = [texts[i] for i in spread_texts(texts, config.public_tokens)] if texts else []
+    chosen = spread_texts(texts, config.public_tokens) if texts else []
+    learned = [texts[i] for i in chosen]
+    truth, known = _attributes(adversary, seen, chosen, public, data, reading)
+    equipment = Equipment(
+        prior=None
+        if adversary.prior is None
+        else open_prior(adversary.prior, seen.bottom, learned),
+        attribute=known,
+        dummies=adversary.dummies,
+    )
     told = on_progress or (lambda *_: None)
-    attacks = SplitAttacks(seen, learned, config, told, offered=len(texts))
+    attacks = SplitAttacks(seen, learned, config, told, offered=len(texts), equipment=equipment)
     attacks.run()
-    return _audit(subject, public, seen, learned, attacks, config)
+    found: Sequence[Finding] = ()
+    if known is not None and attacks.attribute_N is not None:
+        found = attribute_findings(
+            attacks.attribute_N, known, truth, config.confidence, attacks.attribute_note
+        )
+    return _audit(subject, public, seen, learned, attacks, config, found)
+
+
+def check_adversary(
+    adversary: AdversaryConfig,
+    bottom: Bottom,
+    *,
+    public: str | Path | None,
+    data: str | Path | None,
+) -> None:
+    """Raise ConfigError for what this adversary cannot do with this bottom and these files."""
+    for name, given in (
+        ("prior", adversary.prior),
+        ("attribute-column", adversary.attribute_column),
+    ):
+        if given is not None and public is None:
+            raise ConfigError(f"expected --public for --{name}: give text of the kind of yours")
+    if adversary.attribute_column is not None and data is None:
+        raise ConfigError(
+            "expected --data for --attribute-column, got a job, which has no columns: audit its "
+            "bottom package with the options of the run"
+        )
+    if adversary.dummies and not bottom.cut.cut:
+        raise ConfigError(
+            "expected a bottom with layers for --dummies, got a cut at 0, where the nearest "
+            "neighbour is what it would find: leave it out"
+        )
+
+
+def _attributes(
+    adversary: AdversaryConfig,
+    seen: SplitSubject,
+    chosen: Sequence[int],
+    public: str | Path | None,
+    data: str | Path | None,
+    reading: ReadingConfig,
+) -> tuple[Sequence[str | None], KnownAttribute | None]:
+    """The true values of the attacked texts, for the judge, and what the adversary knows."""
+    column = adversary.attribute_column
+    if column is None or public is None or data is None:
+        return (), None
+    if reading.task == "language-model":
+        raise ConfigError(
+            "expected --attribute-column for a task of texts, got the windows of a language model: "
+            "leave it out"
+        )
+    theirs, mine = (read_attribute(path, column, reading) for path in (public, data))
+    known = known_attribute(column, [theirs[i] for i in chosen])
+    return [mine[i] for i in seen.places], known
 
 
 def _audit(
@@ -84,12 +166,14 @@ def _audit(
     learned: Sequence[Tensor],
     attacks: SplitAttacks,
     config: AuditConfig,
+    attribute: Sequence[Finding],
 ) -> Audit:
     common = common_words(learned, seen.bottom.margins) if learned else None
     scored = [(attempt, _score(attempt, seen, config, common)) for attempt in attacks.attempts]
     findings = [f for attempt, leak in scored for f in _findings(attempt, leak)]
     if seen.labels_N is not None and (found := labels_of(seen, seen.labels_N, config.confidence)):
         findings.append(found)
+    findings += attribute
     real = sorted((pair for pair in scored if pair[0].real), key=lambda pair: pair[1].content.value)
     best = real[0][0]
     blind = next((s for a, s in scored if a.attack.startswith("guessing")), None)
@@ -101,7 +185,9 @@ def _audit(
     return Audit(
         kind="split",
         subject=str(subject),
-        verdict=" ".join([*_verdict(real, blind), *_doubts(seen, attacks)]),
+        verdict=" ".join(
+            [*_verdict(real, blind), *_of_attribute(attribute), *_doubts(seen, attacks)]
+        ),
         guarantee=guarantee(seen.statement),
         findings=tuple(findings),
         strongest=next(k for k, f in enumerate(findings) if f.attack == best.attack),
@@ -176,6 +262,10 @@ def _verdict(real: Sequence[tuple[Attempt, TokenLeakage]], blind: TokenLeakage |
     if blind is not None:
         said.append(f"Saying the commonest word each time gets {_share(blind.content)}.")
     return said
+
+
+def _of_attribute(attribute: Sequence[Finding]) -> list[str]:
+    return [f"Attribute inference: {attribute[0].meaning[3:]}"] if attribute else []
 
 
 def _doubts(seen: SplitSubject, attacks: SplitAttacks) -> list[str]:

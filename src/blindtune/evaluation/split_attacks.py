@@ -8,7 +8,7 @@ Shapes: L length, K candidates, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from blindtune.attacks.adversary import Candidates, Guess, StatesView, unigram
+from blindtune.attacks.attribute_inference import AttributeConfig, infer_attribute
 from blindtune.attacks.averaging import averaged_tokens
+from blindtune.attacks.dummy_embeddings import DummyConfig, tokens_by_dummies
 from blindtune.attacks.embedding_inversion import nearest_tokens
 from blindtune.attacks.fitting import FitConfig
 from blindtune.attacks.gradient_matching import filled
 from blindtune.attacks.imitation import Imitation
-from blindtune.attacks.language_prior import NgramPrior, best_weight, decode
+from blindtune.attacks.language_prior import NgramPrior, Prior, best_weight, decode
 from blindtune.attacks.likelihoods import token_candidates, vector_candidates
 from blindtune.attacks.trained_inversion import (
     Inverter,
@@ -32,7 +34,9 @@ from blindtune.attacks.trained_inversion import (
 )
 from blindtune.errors import ConfigError
 from blindtune.evaluation import gradient_attacks
+from blindtune.evaluation.attribute_attack import ATTACK, KnownAttribute
 from blindtune.evaluation.audit import AuditConfig, NotRun
+from blindtune.evaluation.language_attack import weighed
 from blindtune.evaluation.split_subject import SplitSubject
 from blindtune.models.margins import Margins
 from blindtune.privacy.word_groups import WordGroups
@@ -47,6 +51,7 @@ EPOCHS = 1000
 """Of an attack's training, at most: the seconds that it is given end it, or that it has settled."""
 ENDED = "Training of a network was ended by --attack-seconds: a longer one may read more."
 TRIGRAMS = "weighed by trigrams of public text"
+MODEL = "weighed by a causal language model"
 Told = Callable[[str, int, int], None]
 
 
@@ -64,6 +69,16 @@ class Attempt:
     """A sentence on how far to trust it."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Equipment:
+    """What the attacker has and does beyond what every audit runs; see `AdversaryConfig`."""
+
+    prior: Prior | None = None
+    attribute: KnownAttribute | None = None
+    """Of the public texts that the attacks are given."""
+    dummies: bool = False
+
+
 @final
 class SplitAttacks:
     """Runs what fits.
@@ -75,9 +90,12 @@ class SplitAttacks:
         config: how hard to try.
         told: called with (attack, done, of all).
         offered: public texts that there were before `public_tokens` chose from them.
+        equipment: what was asked for.
 
     Attributes:
         attempts, not_run: what was run, and what was not and why.
+        attribute_N: the attribute of every text as it was guessed; None: it was not.
+        attribute_note: a sentence on how far to trust that.
         learns: whether attacks that learn from public text were run.
         settled: whether every training of an attack ended by itself.
     """
@@ -90,8 +108,13 @@ class SplitAttacks:
         told: Told,
         *,
         offered: int,
+        equipment: Equipment | None = None,
     ) -> None:
         self._subject, self._config, self._told = subject, config, told
+        self._equipment = equipment or Equipment()
+        self._public = tuple(public)
+        self.attribute_N: Tensor | None = None
+        self.attribute_note = ""
         self.attempts: list[Attempt] = []
         self.not_run: list[NotRun] = []
         count = min(REHEARSED, len(public) // 5)
@@ -112,13 +135,20 @@ class SplitAttacks:
     def run(self) -> None:
         """Fill `attempts` and `not_run`."""
         steps: list[tuple[str, Callable[[], None]]] = [("nearest neighbour", self._nearest)]
+        equipment = self._equipment
         if self._learned:
             steps.append(("trained inverter", self._inverter))
             steps += self._by_mechanism()
             steps.append(("guessing", self._guessing))
+            if equipment.attribute is not None:
+                steps.append((ATTACK, self._attribute))
         else:
             names = ["trained inverter", "trigrams", *(name for name, _ in self._by_mechanism())]
+            names += ["language model"] if equipment.prior is not None else []
+            names += [ATTACK] if equipment.attribute is not None else []
             self.not_run += [NotRun(attack=name, needs=self._needs) for name in names]
+        if equipment.dummies:
+            steps.append(("dummy embeddings", self._dummies))
         if self._subject.gives_text_by_gradients:
             steps.append(("gradients", self._gradients))
         if self._subject.predicted is not None:
@@ -131,17 +161,21 @@ class SplitAttacks:
             self._told(name, done, len(steps))
             step()
         self._told("attacked", len(steps), len(steps))
-        self.not_run.append(
-            NotRun(attack="dummy embeddings", needs="minutes a text (attacks.gradient_matching)")
-        )
-        self.not_run.append(
-            NotRun(attack="prior of a language model", needs="a causal model of these words "
-                   "and seconds a text (attacks.language_prior); trigrams stand for it")
-        )  # fmt: skip
-        self.not_run.append(
-            NotRun(attack="attributes of texts", needs="public texts labelled with the attribute "
-                   "(attacks.attribute_inference)")
-        )  # fmt: skip
+        self.not_run += self._not_asked()
+
+    def _not_asked(self) -> Iterator[NotRun]:
+        """What an option would add."""
+        equipment = self._equipment
+        if self._view.cut and not equipment.dummies:
+            yield NotRun(attack="dummy embeddings", needs="--dummies, and seconds a text")
+        if equipment.prior is None:
+            needs = "--prior, a causal model of the same words; trigrams stand for it"
+            yield NotRun(attack="language model", needs=needs)
+        if equipment.attribute is None:
+            needs = "--attribute-column, a column of --data and --public"
+            if not self._subject.places:
+                needs += ": a job has no --data, audit its bottom package"
+            yield NotRun(attack=ATTACK, needs=needs)
 
     def _by_mechanism(self) -> list[tuple[str, Callable[[], None]]]:
         if self._subject.groups is not None:
@@ -254,6 +288,43 @@ class SplitAttacks:
         assert predicted is not None
         self._add("gradients of the tuning", gradient_attacks.KNEW_TUNING, predicted)
 
+    def _dummies(self) -> None:
+        """Start from the inverter where there is public text to train it on."""
+        if self._learned:
+            name, states = "trained inverter's", self._trained(adaptive=True)
+            start = candidates(states, self._view.states).first()
+        else:
+            name, start = "nearest neighbour's", nearest_tokens(self._view)
+        config = DummyConfig(limit_seconds=self._config.attack_seconds)
+        guess, done = tokens_by_dummies(self._view, start, config)
+        note = ""
+        if done < len(guess):
+            note = f"--attack-seconds ended it after {done:,} of {len(guess):,} texts; the others "
+            note += f"are the {name}."
+        if self._view.mechanism is not None:
+            note = f"Under noise it finds what was sent, not what was meant. {note}".rstrip()
+        self._add(
+            "dummy embeddings",
+            f"Had the states and the model; began with the {name} words and moved their embeddings "
+            "until the bottom makes the states of them.",
+            guess,
+            note,
+        )
+
+    def _attribute(self) -> None:
+        known, config = self._equipment.attribute, self._config
+        assert known is not None
+        some = (known.classes_N >= 0).nonzero()[:, 0].tolist()
+        view = replace(self._view, public=tuple(self._public[i] for i in some))
+        fit = FitConfig(
+            epochs=EPOCHS, batch_size=32, patience=8, limit_seconds=config.attack_seconds,
+            seed=config.seed,
+        )  # fmt: skip
+        guess_N, result = infer_attribute(view, known.classes_N[some], AttributeConfig(fit=fit))
+        self.attribute_N = guess_N
+        self.attribute_note = "" if result.settled else ENDED
+        self.settled = self.settled and result.settled
+
     def _guessing(self) -> None:
         content = [self._subject.bottom.margins.content(text) for text in self._learned]
         word = int(unigram(content, len(self._view.table_VD)).argmax())
@@ -323,17 +394,22 @@ class SplitAttacks:
         Behind a cut every attack reads by a network that was `trained`.
         """
         view = view or self._view
-        found = read(view)
+        found, rehearsed = read(view), read(self._rehearsal(view))
         note = ENDED if (trained or view.cut) and not self.settled else ""
         self._add(attack, f"{knew}.", found.first(), note)
         prior = NgramPrior(self._learned, len(self._view.table_VD))
-        weight = best_weight(read(self._rehearsal(view)), self._rehearsed, prior)
-        if not weight:
-            note = (
-                f"{note} The rehearsal gave trigrams no weight: likelihoods decided alone.".strip()
-            )
+        weight = best_weight(rehearsed, self._rehearsed, prior)
+        said = "" if weight else "The rehearsal gave trigrams no weight: likelihoods decided alone."
         guess = decode(found, prior, weight=weight)
-        self._add(f"{attack}, trigrams", f"{knew}; then {TRIGRAMS}.", guess, note)
+        self._add(f"{attack}, trigrams", f"{knew}; then {TRIGRAMS}.", guess, f"{note} {said}")
+        if self._equipment.prior is not None:
+            guess, said = weighed(
+                found, rehearsed, self._rehearsed, self._equipment.prior,
+                self._config.attack_seconds,
+            )  # fmt: skip
+            self._add(
+                f"{attack}, language model", f"{knew}; then {MODEL}.", guess, f"{note} {said}"
+            )
 
     def _rehearsal(self, view: StatesView) -> StatesView:
         """The attacker's own texts as this customer would send them."""
@@ -361,7 +437,7 @@ class SplitAttacks:
         return self._inverters[adaptive]
 
     def _add(self, attack: str, knew: str, guess: Guess, note: str = "") -> None:
-        self.attempts.append(Attempt(attack=attack, knew=knew, guess=guess, note=note))
+        self.attempts.append(Attempt(attack=attack, knew=knew, guess=guess, note=note.strip()))
 
 
 def _public_needed(left: int, offered: int, tokens: int) -> str:

@@ -91,6 +91,8 @@ class SplitSubject:
     it away. None for other tasks, and for transcripts, which have the gradients or none."""
     predicts_sent: bool = False
     """Whether what is predicted are the words that were sent, and not the true ones."""
+    places: tuple[int, ...] = ()
+    """Which text of the customer's file each is, from 0; empty where there is no file."""
 
     @property
     def spared(self) -> Spared | None:
@@ -260,6 +262,7 @@ def _drawn(
     """A sample, noised as a run would; with CTI, which counts in all texts, all of them are."""
     predict_sent = language_model and made.privatizer.targets == "sent"
     some = spread_texts(texts.ids, tokens)
+    places = tuple(some)
     if not made.privatizer.cti_fraction:
         labels = None if texts.labels is None else texts.labels[some]
         texts = PrivateTexts(ids=tuple(texts.ids[i] for i in some), labels=labels)
@@ -268,6 +271,7 @@ def _drawn(
     states = [private.states[i] for i in some]
     sent = zip(private.ids, private.states, strict=True)
     found = made.subject(texts, some, states, private.changed, facts, sent)
+    found = replace(found, places=places)
     return _predicting(found, private, some) if language_model else found
 
 
@@ -373,6 +377,7 @@ def _recorded(
         passes=passes,
         labels_N=labels_N if passes else None,
         predicts_sent=predicts_sent and bool(passes),
+        places=tuple(some),
     )
 
 

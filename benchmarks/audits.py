@@ -1,0 +1,102 @@
+"""What audits of split tuning find on request: a language model, an attribute, dummy embeddings.
+
+    python benchmarks/audits.py --data DIR --work DIR [--smoke] [attribute|dummies|prior ...]
+
+Every row is one call of `audit_split` on a bottom package, as `blindtune audit` makes it. Part
+`attribute`: who gave a speech (State of the Union, half of the paragraphs public), MiniLM. Part
+`dummies`: sentences of SST-2 behind layers of MiniLM. Part `prior`: sentences of SST-2 at the
+embedding of SmolLM2-135M in token mode, SmolLM2-135M as the prior. Rows are kept as `rows.py` says.
+"""
+
+import json
+
+from blindtune.evaluation.audit import AdversaryConfig, AuditConfig
+from blindtune.evaluation.audit_split import audit_split
+from blindtune.models.encoders import load_any
+from blindtune.split.bottom import write_bottom
+from blindtune.split.partition import Cut, stack_of
+from blindtune.split.private_texts import ReadingConfig
+from blindtune.split.privatizer_config import PrivatizerConfig
+from rows import parse_options, run_parts
+
+MODELS = {"attribute": "minilm", "dummies": "minilm", "prior": "smollm2-135m"}
+ROWS = {
+    "attribute": [(0, None), (4, None), (0, 60.0), (0, 40.0), (0, 20.0)],
+    "dummies": [(4, None), (6, None), (4, 60.0)],
+    "prior": [(0, 90.0), (0, 70.0), (0, 50.0)],
+}
+"""Of each part: (cut, eta of token mode or None)."""
+TEST = {"attribute": 8000, "dummies": 800, "prior": 800}
+PUBLIC = {"attribute": 30_000, "dummies": 15_000, "prior": 15_000}
+SECONDS = {"attribute": 120.0, "dummies": 180.0, "prior": 240.0}
+LENGTH = 48
+KEPT = (
+    "nearest neighbour", "trained inverter", "dummy embeddings", "Bayes", "Bayes, trigrams",
+    "Bayes, language model", "trained inverter, trigrams", "trained inverter, language model",
+    "attribute inference", "commonest value, no attack",
+)  # fmt: skip
+
+
+def files(options, part, folder):
+    """Private and public rows; no row is in both."""
+    if part == "attribute":
+        lines = (options.data / "state_union.jsonl").read_text().splitlines()
+        lines = [line for line in lines if len(json.loads(line)["text"].split()) > 10]
+        mine, theirs = lines[::2], lines[1::2]
+    else:
+        mine = (options.data / "sst2_dev.jsonl").read_text().splitlines()
+        lines = (options.data / "sst2_train.jsonl").read_text().splitlines()
+        theirs = [line for line in lines if len(json.loads(line)["text"].split()) > 8]
+    for name, some in (("private", mine), ("public", theirs)):
+        (folder / f"{name}.jsonl").write_text("\n".join(some) + "\n")
+    return folder / "private.jsonl", folder / "public.jsonl"
+
+
+def row(options, part, cut, eta, folder):
+    """One audit."""
+    few = 10 if options.smoke else 1
+    model, tokenizer = load_any(MODELS[part])
+    layers = stack_of(model).layer_count
+    write_bottom(model, tokenizer, folder / "bottom", Cut(layers=layers, cut=cut))
+    private, public = files(options, part, folder)
+    open_text = PrivatizerConfig(privatizer="none", unprotected=True)
+    adversary = {
+        "attribute": AdversaryConfig(attribute_column="speaker"),
+        "dummies": AdversaryConfig(dummies=True),
+        "prior": AdversaryConfig(prior=MODELS["prior"]),
+    }
+    audit = audit_split(
+        folder / "bottom", data=private, public=public,
+        privatizer=open_text if eta is None else PrivatizerConfig(privatizer="token", eta=eta),
+        reading=ReadingConfig(max_length=LENGTH),
+        config=AuditConfig(test_tokens=TEST[part] // few, public_tokens=PUBLIC[part] // few,
+                           attack_seconds=SECONDS[part] / few, fresh_draws=1),
+        adversary=adversary[part],
+    )  # fmt: skip
+    found = {
+        f.attack: {"EP": f.value, "low": f.low, "high": f.high, "meaning": f.meaning}
+        for f in audit.findings
+        if f.measure in ("EP", "EP of attribute") and f.attack in KEPT
+    }
+    return {"attacks": found, "settled": audit.settled, "texts": audit.facts["attacked"]}
+
+
+def rows_of(options, part):
+    """The rows of a part: (name, function)."""
+    return [
+        (
+            f"cut-{cut}, {'no noise' if eta is None else f'eta {eta:g}'}",
+            lambda folder, cut=cut, eta=eta: row(options, part, cut, eta, folder),
+        )
+        for cut, eta in ROWS[part]
+    ]
+
+
+def main():
+    options = parse_options(__doc__, tuple(ROWS))
+    facts = {"test_tokens": TEST, "public_tokens": PUBLIC, "attack_seconds": SECONDS}
+    run_parts("audits", options, lambda part: rows_of(options, part), facts=facts)
+
+
+if __name__ == "__main__":
+    main()

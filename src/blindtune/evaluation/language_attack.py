@@ -1,0 +1,156 @@
+"""What attacks on split tuning found, weighed by a causal language model that the adversary has.
+
+Its words must be the bottom's, as candidates are words of the bottom. How far to trust it is
+rehearsed, as for every prior (`attacks.language_prior`). Half of the time that it is given goes to
+that at most, and texts that it does not come to keep what the likelihoods say.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blindtune.attacks.adversary import Candidates, Guess
+from blindtune.attacks.language_prior import (
+    TOGETHER,
+    WEIGHTS,
+    CausalPrior,
+    Prior,
+    decode,
+    right_by_weight,
+)
+from blindtune.errors import ConfigError
+from blindtune.models.decoder import Decoder
+from blindtune.models.loading import load_model, load_tokenizer
+from blindtune.split.bottom import Bottom
+
+BEAMS = 8
+"""Texts in the making that are kept; each costs the model a pass."""
+
+
+def open_prior(name: str | Path, bottom: Bottom, texts: Sequence[Tensor] = ()) -> CausalPrior:
+    """Load the language model.
+
+    Args:
+        name: a directory, a hub name, an embedded model.
+        bottom: whose words are to be weighed.
+        texts: public ones, which say what stands best before a text's first word.
+
+    Raises:
+        ConfigError: its words are not the bottom's. ModelError: it cannot be had.
+    """
+    tokenizer = check_words(name, bottom)
+    model = load_model(name)
+    words = 1 + max(bottom.tokenizer.get_vocab().values())
+    if model.config.vocab_size < words:
+        raise ConfigError(
+            f"expected a prior that predicts all {words:,} words of the bottom, got {name} with "
+            f"{model.config.vocab_size:,}: give the model of this tokenizer"
+        )
+    decoder = Decoder(model)
+    if bottom.margins.before:
+        return CausalPrior(decoder)  # every text begins as it should
+    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    return CausalPrior(decoder, _best_begin(decoder, texts[:TOGETHER], (None, *marks)))
+
+
+@torch.no_grad()
+def _best_begin(model: Decoder, texts: Sequence[Tensor], marks: Sequence[int | None]) -> int | None:
+    """What stands before texts for the model to expect most of their words but the first.
+
+    Models differ: one was trained with a start token, one with the end of the text before, one
+    with neither. The first of equals.
+    """
+
+    def likelihood(mark: int | None) -> float:
+        total = 0.0
+        for text_L in texts:
+            before = text_L.new_tensor([] if mark is None else [mark])
+            ids_1L = torch.cat([before, text_L])[None]
+            said_LV = model.model(input_ids=ids_1L).logits[0].float().log_softmax(1)
+            said_L = said_LV[:-1].gather(1, ids_1L[0, 1:, None])[:, 0]
+            total += float(said_L[len(before) :].sum())
+        return total
+
+    return max(dict.fromkeys(marks), key=likelihood)
+
+
+def check_words(name: str | Path, bottom: Bottom) -> Any:
+    """The model's tokenizer; refuse one whose words are not the bottom's, without its weights.
+
+    Raises:
+        ConfigError, ModelError: as for `open_prior`.
+    """
+    tokenizer = load_tokenizer(name)
+    mine, its = bottom.tokenizer.get_vocab(), tokenizer.get_vocab()
+    other = sum(its.get(word) != place for word, place in mine.items())
+    if other:
+        raise ConfigError(
+            f"expected a prior with the words of the bottom, got {name}, which lacks {other:,} of "
+            f"its {len(mine):,} words or numbers them otherwise: give a causal language model with "
+            "the bottom's own tokenizer, such as the vendor's"
+        )
+    return tokenizer
+
+
+def weighed(
+    found: Candidates,
+    rehearsed: Candidates,
+    known: Sequence[Tensor],
+    prior: Prior,
+    seconds: float,
+) -> tuple[Guess, str]:
+    """What the candidates are with the prior, and a sentence on how far to trust that, or "".
+
+    A prior with which no more was read in the rehearsal than the attack reads alone is left out.
+
+    Args:
+        found: an attack's candidates.
+        rehearsed: the same attack's of texts that the adversary noised itself.
+        known: those texts.
+        prior: not learned from them.
+        seconds: time for all of it. At least one batch of texts is rehearsed and one is read.
+    """
+    begin = time.monotonic()
+
+    def spent() -> float:
+        return (time.monotonic() - begin) / seconds
+
+    right, alone = [0] * len(WEIGHTS), 0
+    for at, some in _parts(rehearsed):
+        if at and spent() > 0.5:
+            break
+        texts = known[at : at + TOGETHER]
+        counts = right_by_weight(some, texts, prior, beams=BEAMS)
+        right = [a + b for a, b in zip(right, counts, strict=True)]
+        pairs = zip(some.first(), texts, strict=True)
+        alone += sum(int((first == text.cpu()).sum()) for first, text in pairs)
+    weight = WEIGHTS[right.index(max(right))]
+    if alone >= max(right) or not weight:
+        return found.first(), "In the rehearsal the language model read no more: it is left out."
+    guess: list[Tensor] = []
+    for at, some in _parts(found):
+        if at and spent() > 1:
+            break
+        guess += decode(some, prior, beams=BEAMS, weight=weight)
+    done, count = len(guess), len(found.words)
+    if done == count:
+        return tuple(guess), ""
+    rest = Candidates(words=found.words[done:], log_likelihoods=found.log_likelihoods[done:])
+    guess += rest.first()
+    return tuple(guess), (
+        f"--attack-seconds ended it after {done:,} of {count:,} texts; the others are read "
+        "without the language model."
+    )
+
+
+def _parts(found: Candidates) -> Iterator[tuple[int, Candidates]]:
+    """Candidates of as many texts as are read together, and the first one's place."""
+    for at in range(0, len(found.words), TOGETHER):
+        some = slice(at, at + TOGETHER)
+        yield at, Candidates(words=found.words[some], log_likelihoods=found.log_likelihoods[some])
