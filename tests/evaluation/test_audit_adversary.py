@@ -23,7 +23,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 OPEN = PrivatizerConfig(privatizer="none", unprotected=True)
 NOISE = PrivatizerConfig(privatizer="token", eta=0.01)
 CONFIG = AuditConfig(attack_seconds=3.0, fresh_draws=1, test_tokens=600)
-PATIENT = AuditConfig(attack_seconds=20.0, fresh_draws=1, test_tokens=300)
+PATIENT = AuditConfig(attack_seconds=20.0, fresh_draws=1, test_tokens=600)
 NOUNS = ("film", "story", "actor", "ending", "plot", "scene", "music", "joke")
 TRAITS = ("good", "bad", "dull", "fine", "slow", "great", "odd", "sad")
 
@@ -82,7 +82,7 @@ def test_a_model_that_knows_the_language_reads_more_than_likelihoods_alone(world
         assert every[f"{attack}, language model"].value < every[attack].value + 0.05
         assert "weighed by a causal language model" in every[f"{attack}, language model"].knew
     assert every["Bayes, language model"].value < every["nearest neighbour"].value
-    assert every["Bayes, language model"].high < every["Bayes"].low
+    assert every["Bayes, language model"].value < every["Bayes"].value - 0.05
 
 
 def test_under_pure_noise_a_model_reads_what_the_language_alone_tells(world):
