@@ -10,13 +10,13 @@ embedding of SmolLM2-135M in token mode, SmolLM2-135M as the prior. Rows are kep
 
 import json
 
-from blindtune.evaluation.audit import AdversaryConfig, AuditConfig
-from blindtune.evaluation.audit_split import audit_split
+from blindtune.evaluation.audits.audit import AdversaryConfig, AuditConfig
+from blindtune.evaluation.audits.split import audit_split
 from blindtune.models.encoders import load_any
 from blindtune.split.bottom import write_bottom
+from blindtune.split.customer.private_texts import ReadingConfig
+from blindtune.split.customer.privatizer_config import PrivatizerConfig
 from blindtune.split.partition import Cut, stack_of
-from blindtune.split.private_texts import ReadingConfig
-from blindtune.split.privatizer_config import PrivatizerConfig
 from rows import parse_options, run_parts
 
 MODELS = {"attribute": "minilm", "dummies": "minilm", "prior": "smollm2-135m"}

@@ -12,10 +12,10 @@ as it is done.
 import csv
 from dataclasses import asdict
 
-from blindtune.evaluation.audit import AuditConfig
-from blindtune.evaluation.split_frontier import SplitFrontierConfig, Trial, split_frontier
-from blindtune.split.customer import PassConfig
-from blindtune.split.private_texts import ReadingConfig
+from blindtune.evaluation.audits.audit import AuditConfig
+from blindtune.evaluation.frontiers.split import SplitFrontierConfig, Trial, split_frontier
+from blindtune.split.customer.private_texts import ReadingConfig
+from blindtune.split.customer.requests import PassConfig
 from blindtune.split.terms import TuningConfig
 from rows import parse_options, run_parts
 from split import BATCH, EPOCHS, LENGTH, RATE, Bench, read, some_of

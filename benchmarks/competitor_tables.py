@@ -2,8 +2,8 @@
 
 import statistics
 
-from blindtune.evaluation import plots
-from blindtune.evaluation.figures import standalone
+from blindtune.evaluation.pages import plots
+from blindtune.evaluation.pages.figures import standalone
 from figures import SEEDS, efficient, part, spread
 from offsite_tables import best_rate
 

@@ -20,23 +20,23 @@ from tempfile import TemporaryDirectory
 import torch
 
 from blindtune.attacks.emulator_misuse import HealingConfig
-from blindtune.evaluation.choices import multiple_choice, read_items
-from blindtune.evaluation.misuse import judge_misuse
-from blindtune.evaluation.utility import perplexity
+from blindtune.evaluation.leakage.misuse import judge_misuse
+from blindtune.evaluation.utility.choices import multiple_choice, read_items
+from blindtune.evaluation.utility.loss import perplexity
 from blindtune.models.loading import load_model, load_tokenizer
 from blindtune.offsite.adapter import AdapterConfig
-from blindtune.offsite.competitors import emulate_by, public_windows
-from blindtune.offsite.crash import CrashConfig
-from blindtune.offsite.emulation import EmulatorConfig, emulate
+from blindtune.offsite.competitors.crash import CrashConfig
+from blindtune.offsite.competitors.fixed_margin import FixedMarginConfig
+from blindtune.offsite.competitors.gradot import GradotConfig
+from blindtune.offsite.competitors.layer_drop import LayerDropConfig
+from blindtune.offsite.competitors.methods import emulate_by, public_windows
+from blindtune.offsite.data_owner.tuning import tune
 from blindtune.offsite.emulator import open_emulator
-from blindtune.offsite.fixed_margin import FixedMarginConfig
-from blindtune.offsite.gradot import GradotConfig
-from blindtune.offsite.importance import DynamicConfig
-from blindtune.offsite.layer_drop import LayerDropConfig
-from blindtune.offsite.plugin import plug_in
-from blindtune.offsite.study import StudyConfig, open_study
-from blindtune.offsite.studying import study
-from blindtune.offsite.tuning import tune
+from blindtune.offsite.model_owner.emulation import EmulatorConfig, emulate
+from blindtune.offsite.model_owner.importance import DynamicConfig
+from blindtune.offsite.model_owner.plugin import plug_in
+from blindtune.offsite.model_owner.study import StudyConfig, open_study
+from blindtune.offsite.model_owner.studying import study
 from blindtune.training.text import DataConfig
 from flops import counter
 from offsite import (

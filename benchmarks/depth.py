@@ -16,7 +16,7 @@ from blindtune.attacks.adversary import StatesView
 from blindtune.attacks.embedding_inversion import nearest_tokens
 from blindtune.attacks.fitting import FitConfig
 from blindtune.attacks.trained_inversion import InverterConfig, candidates, train_inverter
-from blindtune.evaluation.leakage import empirical_privacy
+from blindtune.evaluation.leakage.empirical_privacy import empirical_privacy
 from blindtune.models.encoders import load_any
 from blindtune.models.margins import margins_of
 from blindtune.split.partition import stack_of

@@ -32,13 +32,13 @@ from served_world import SECRET, Served  # noqa: E402
 
 import blindtune  # noqa: E402
 from blindtune.errors import NetworkError  # noqa: E402
-from blindtune.exchange.credentials import VendorTrust, fingerprint  # noqa: E402
-from blindtune.exchange.messages import Busy  # noqa: E402
-from blindtune.exchange.network import Connection, ConnectionConfig  # noqa: E402
-from blindtune.exchange.resuming import RetryConfig  # noqa: E402
-from blindtune.exchange.transport import InProcessTransport, LostError  # noqa: E402
-from blindtune.split.customer import PassConfig  # noqa: E402
-from blindtune.split.customer_job import CustomerJob  # noqa: E402
+from blindtune.exchange.wire.credentials import VendorTrust, fingerprint  # noqa: E402
+from blindtune.exchange.wire.messages import Busy  # noqa: E402
+from blindtune.exchange.wire.network import Connection, ConnectionConfig  # noqa: E402
+from blindtune.exchange.wire.resuming import RetryConfig  # noqa: E402
+from blindtune.exchange.wire.transport import InProcessTransport, LostError  # noqa: E402
+from blindtune.split.customer.job import CustomerJob  # noqa: E402
+from blindtune.split.customer.requests import PassConfig  # noqa: E402
 from fault_network import FAULTS, FaultProxy  # noqa: E402
 
 MESSAGE_FAULTS = ("request twice", "request late")

@@ -55,7 +55,7 @@ class Sides:
 
         self.folder = folder.absolute()
         self.place = self.folder / "place"
-        self.launcher = Launcher(self.folder / "home", ["blindtune.split.service"])
+        self.launcher = Launcher(self.folder / "home", ["blindtune.split.vendor.service"])
         self.model = write_model(self.folder / "model")
         self.data = write_table(self.folder / "train.csv")
         with socket.socket() as free:
@@ -110,7 +110,7 @@ class Sides:
 
     def result(self) -> dict:
         """What a job has left at both parties, without names and secrets drawn anew each time."""
-        from blindtune.split.store import JobStore
+        from blindtune.split.vendor.store import JobStore
         from fault_proxy import nameless, own_files
 
         (job,) = (self.place / "vendor" / "jobs").glob("job_*")

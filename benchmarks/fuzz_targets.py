@@ -23,10 +23,9 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import PreTrainedTokenizerFast
 
 from blindtune.errors import BlindtuneError
-from blindtune.evaluation.choices import read_items
-from blindtune.exchange import codec, messages
-from blindtune.exchange.keys import new_private_key
-from blindtune.exchange.manifest import (
+from blindtune.evaluation.utility.choices import read_items
+from blindtune.exchange.packages.keys import new_private_key
+from blindtune.exchange.packages.manifest import (
     AdapterLayer,
     AdapterManifest,
     CompressedLayer,
@@ -37,12 +36,13 @@ from blindtune.exchange.manifest import (
     decode_manifest,
     encode_manifest,
 )
-from blindtune.exchange.package import open_package
-from blindtune.exchange.package_writing import write_package
-from blindtune.exchange.signing import SIGNATURE_NAME, Signer, Trust, read_signature
+from blindtune.exchange.packages.package import open_package
+from blindtune.exchange.packages.signing import SIGNATURE_NAME, Signer, Trust, read_signature
+from blindtune.exchange.packages.writing import write_package
 from blindtune.exchange.tensors import read_header, read_tensors
+from blindtune.exchange.wire import codec, messages
 from blindtune.models.tokenizers import SETTINGS_NAME, TOKENIZER_NAME, tokenizer_from_files
-from blindtune.split.labelled_text import read_labelled
+from blindtune.split.customer.labelled_text import read_labelled
 from blindtune.training.records import token_ids
 from blindtune.training.text import DataConfig, load_dataset_file
 

@@ -28,13 +28,13 @@ from split_world import CONFIG, LABELS, TEXTS  # noqa: E402
 from vendor_world import write_model  # noqa: E402
 
 from blindtune.errors import NetworkError  # noqa: E402
-from blindtune.exchange.credentials import VendorTrust  # noqa: E402
-from blindtune.exchange.network import Connection  # noqa: E402
-from blindtune.exchange.resuming import RetryConfig  # noqa: E402
+from blindtune.exchange.wire.credentials import VendorTrust  # noqa: E402
+from blindtune.exchange.wire.network import Connection  # noqa: E402
+from blindtune.exchange.wire.resuming import RetryConfig  # noqa: E402
 from blindtune.split.bottom import open_bottom  # noqa: E402
-from blindtune.split.customer import PassConfig, new_token, open_job, predict, train  # noqa: E402
-from blindtune.split.door import admit  # noqa: E402
-from blindtune.split.private_states import privatize  # noqa: E402
+from blindtune.split.customer.private_states import privatize  # noqa: E402
+from blindtune.split.customer.requests import PassConfig, new_token, open_job, predict, train  # noqa: E402
+from blindtune.split.vendor.door import admit  # noqa: E402
 from fault_processes import Injection, Launcher  # noqa: E402
 from hostile_network import CUSTOMERS, KINDS  # noqa: E402
 from rows import parse_options, run_rows  # noqa: E402
@@ -187,7 +187,7 @@ def main() -> None:
     options = parse_options(__doc__, ["crowds"], data=False)
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
-    launcher = Launcher(options.work / "home", ["blindtune.split.service"])
+    launcher = Launcher(options.work / "home", ["blindtune.split.vendor.service"])
     epochs = SMOKE_EPOCHS if options.smoke else EPOCHS
     kept = options.work / f"alone-{epochs}.json"
 

@@ -17,16 +17,16 @@ from dataclasses import asdict
 import torch
 
 from blindtune.attacks.membership import AdapterView, loss_drops, tuned_losses
-from blindtune.evaluation.canaries import canary_leakage
-from blindtune.evaluation.choices import read_items
-from blindtune.evaluation.evaluating import open_any
-from blindtune.evaluation.membership import membership_leakage
+from blindtune.evaluation.audits.canaries import canary_leakage
+from blindtune.evaluation.leakage.membership import membership_leakage
+from blindtune.evaluation.utility.choices import read_items
+from blindtune.evaluation.utility.evaluating import open_any
 from blindtune.models.loading import load_model, load_tokenizer
 from blindtune.offsite.adapter import AdapterConfig
-from blindtune.offsite.emulation import emulate
+from blindtune.offsite.data_owner.tuning import tune
 from blindtune.offsite.emulator import open_emulator
-from blindtune.offsite.plugin import plug_in
-from blindtune.offsite.tuning import tune
+from blindtune.offsite.model_owner.emulation import emulate
+from blindtune.offsite.model_owner.plugin import plug_in
 from blindtune.training.canaries import CanaryConfig, plant, read_canaries
 from blindtune.training.config import TrainingConfig
 from blindtune.training.dp_plan import DpConfig

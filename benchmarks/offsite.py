@@ -19,18 +19,18 @@ from pathlib import Path
 
 import torch
 
-from blindtune.evaluation.choices import multiple_choice, read_items
-from blindtune.evaluation.utility import perplexity
+from blindtune.evaluation.utility.choices import multiple_choice, read_items
+from blindtune.evaluation.utility.loss import perplexity
 from blindtune.models.decoder import Decoder
 from blindtune.models.loading import load_model, load_tokenizer
 from blindtune.offsite.adapter import AdapterConfig
-from blindtune.offsite.emulation import EmulatorConfig, emulate
+from blindtune.offsite.data_owner.tuning import tune
 from blindtune.offsite.emulator import adapter_indices, adapter_parameters, open_emulator
-from blindtune.offsite.importance import DynamicConfig
-from blindtune.offsite.plugin import plug_in
-from blindtune.offsite.study import StudyConfig, open_study
-from blindtune.offsite.studying import study
-from blindtune.offsite.tuning import tune
+from blindtune.offsite.model_owner.emulation import EmulatorConfig, emulate
+from blindtune.offsite.model_owner.importance import DynamicConfig
+from blindtune.offsite.model_owner.plugin import plug_in
+from blindtune.offsite.model_owner.study import StudyConfig, open_study
+from blindtune.offsite.model_owner.studying import study
 from blindtune.training.loop import RunConfig, TrainingConfig, fit
 from blindtune.training.text import DataConfig, load_dataset_file
 from corpora import public_text
@@ -317,7 +317,7 @@ def spearman(a, b):
 
 def cost_row(bench, folder):
     """Forward, study, emulate and tuning costs side by side; rates as ratios of one run."""
-    from blindtune.offsite.calibration import calibrate
+    from blindtune.offsite.model_owner.calibration import calibrate
 
     facts = {"threads": torch.get_num_threads()}
     model = load_model(MODEL).requires_grad_(False)

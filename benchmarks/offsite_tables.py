@@ -3,8 +3,8 @@
 import math
 import statistics
 
-from blindtune.evaluation import plots
-from blindtune.evaluation.figures import standalone
+from blindtune.evaluation.pages import plots
+from blindtune.evaluation.pages.figures import standalone
 from figures import SEEDS, part, spread
 
 

@@ -21,7 +21,7 @@ shifted: in the way of PrivTune (arXiv 2512.08809): d_chi's noise with its mean 
     the words at exactly that distance as the aim, half of the way there, importance as in
     `privacy.word_groups` (rare words matter), noise and shift times 1 - importance / 2.
 context: the exponential mechanism on other vectors: a word's contextual vector
-    (`split.word_vectors`) of length 1.
+    (`split.customer.word_vectors`) of length 1.
 meaning: the same, each vector times the square root of the word's importance.
 CTI: contributing tokens spared in training texts, at equal EP in training.
 denoised: what is sent is the posterior mean of the embedding, given the word that was drawn, with
@@ -33,7 +33,7 @@ from contextlib import contextmanager
 
 import torch
 
-from blindtune.evaluation.leakage import contributing_masks, empirical_privacy
+from blindtune.evaluation.leakage.empirical_privacy import contributing_masks, empirical_privacy
 from blindtune.models.encoders import load_any
 from blindtune.models.margins import margins_of
 from blindtune.privacy.channel import CountingConfig, counted_channel
@@ -42,8 +42,8 @@ from blindtune.privacy.entropy import system_uniforms
 from blindtune.privacy.metric_dp import d_chi_noise
 from blindtune.privacy.nearest import NearestRows
 from blindtune.privacy.word_sampling import WordSampler
-from blindtune.split.customer import predict, train
-from blindtune.split.private_states import privatize
+from blindtune.split.customer.private_states import privatize
+from blindtune.split.customer.requests import predict, train
 from figures import part as part_of
 from flops import counter
 from rows import parse_options, run_parts

@@ -28,19 +28,19 @@ from statistics import median, quantiles
 
 import torch
 
-from blindtune.exchange.credentials import VendorTrust
-from blindtune.exchange.messages import Cancel, Hello, OpenJob, Status
-from blindtune.exchange.network import Connection
+from blindtune.exchange.wire.credentials import VendorTrust
+from blindtune.exchange.wire.messages import Cancel, Hello, OpenJob, Status
+from blindtune.exchange.wire.network import Connection
 from blindtune.models.encoders import load_any
 from blindtune.split.bottom import open_bottom
-from blindtune.split.customer import PassConfig, new_token, open_job, train
-from blindtune.split.door import admit
-from blindtune.split.labelled_text import read_labelled
+from blindtune.split.customer.labelled_text import read_labelled
+from blindtune.split.customer.private_states import PrivateStates, privatize
+from blindtune.split.customer.requests import PassConfig, new_token, open_job, train
 from blindtune.split.partition import Cut, stack_of
-from blindtune.split.private_states import PrivateStates, privatize
-from blindtune.split.service import bottom
 from blindtune.split.terms import TuningConfig
-from blindtune.split.vendor import Vendor
+from blindtune.split.vendor.door import admit
+from blindtune.split.vendor.handler import Vendor
+from blindtune.split.vendor.service import bottom
 from rows import parse_options, run_parts
 
 MODEL, BATCH, CONFIG = "minilm", 16, TuningConfig()
@@ -257,7 +257,9 @@ def main():
     """Run the parts that were asked for."""
     options = parse_options(__doc__, ("network", "customers"))
     torch.set_num_threads(1)
-    FORK.set_forkserver_preload(["blindtune.split.customer", "blindtune.exchange.network", "grpc"])
+    FORK.set_forkserver_preload(
+        ["blindtune.split.customer.requests", "blindtune.exchange.wire.network", "grpc"]
+    )
     bench = Bench(options.data, options.work, options.smoke)
     counts = (1, 2) if options.smoke else CUSTOMERS
     parts = {

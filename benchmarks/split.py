@@ -23,17 +23,19 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from blindtune.attacks.adversary import StatesView
 from blindtune.attacks.embedding_inversion import nearest_tokens
-from blindtune.evaluation.leakage import contributing_masks, empirical_privacy
-from blindtune.exchange.messages import unpack
-from blindtune.exchange.transport import InProcessTransport
+from blindtune.evaluation.leakage.empirical_privacy import contributing_masks, empirical_privacy
+from blindtune.exchange.wire.messages import unpack
+from blindtune.exchange.wire.transport import InProcessTransport
 from blindtune.models.encoders import load_any
 from blindtune.privacy.metric_dp import Mechanism
 from blindtune.privacy.noise_level import NoiseSurvey
 from blindtune.privacy.token_importance import ImportanceConfig
 from blindtune.privacy.word_groups import GroupingConfig, WordGroups, group_words
 from blindtune.split.bottom import open_bottom, write_bottom
-from blindtune.split.customer import PassConfig, new_token, open_job, predict, train
-from blindtune.split.lora import serve
+from blindtune.split.customer.private_states import privatize
+from blindtune.split.customer.requests import PassConfig, new_token, open_job, predict, train
+from blindtune.split.customer.ushape import Top, predict_u_shape, train_u_shape
+from blindtune.split.customer.word_vectors import word_vectors
 from blindtune.split.partition import (
     Cut,
     PooledHead,
@@ -43,11 +45,9 @@ from blindtune.split.partition import (
     stack_of,
     task_loss,
 )
-from blindtune.split.private_states import privatize
 from blindtune.split.terms import TuningConfig
-from blindtune.split.ushape import Top, predict_u_shape, train_u_shape
-from blindtune.split.vendor import Vendor
-from blindtune.split.word_vectors import word_vectors
+from blindtune.split.vendor.handler import Vendor
+from blindtune.split.vendor.lora import serve
 from blindtune.training.optimizers import build_optimizer, build_scheduler
 from rows import parse_options, run_parts
 

@@ -21,15 +21,15 @@ import torch
 from blindtune.attacks.gradient_matching import GradientsView, tokens_from_gradients
 from blindtune.attacks.label_inference import groups_of_gradients
 from blindtune.attacks.observation import seen_gradients, seen_texts
-from blindtune.evaluation.leakage import record_privacy
-from blindtune.exchange.messages import Backward, Forward
-from blindtune.exchange.transcript import Recorder
+from blindtune.evaluation.leakage.empirical_privacy import record_privacy
+from blindtune.exchange.wire.messages import Backward, Forward
+from blindtune.exchange.wire.transcript import Recorder
 from blindtune.models.encoders import load_any
 from blindtune.privacy.entropy import system_uniforms
 from blindtune.privacy.metric_dp import Mechanism
+from blindtune.split.customer.private_states import privatize
+from blindtune.split.customer.ushape import Top, customers_head, predict_u_shape, train_u_shape
 from blindtune.split.partition import stack_of
-from blindtune.split.private_states import privatize
-from blindtune.split.ushape import Top, customers_head, predict_u_shape, train_u_shape
 from blindtune.training.private_sgd import add_clipped, gaussian
 from rows import parse_options, run_parts
 from split import (

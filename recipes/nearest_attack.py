@@ -2,7 +2,7 @@
 
 from blindtune.attacks.adversary import StatesView
 from blindtune.attacks.embedding_inversion import nearest_tokens
-from blindtune.evaluation.leakage import empirical_privacy
+from blindtune.evaluation.leakage.empirical_privacy import empirical_privacy
 
 
 def attacked(bottom, sent, mechanism, texts) -> float:

@@ -18,9 +18,9 @@ from rich.console import Console
 
 import blindtune
 from blindtune.cli.printing import stages
-from blindtune.evaluation import report, tables
-from blindtune.evaluation.pages import offsite_page
-from blindtune.evaluation.scoreboard import (
+from blindtune.evaluation.pages import report, tables
+from blindtune.evaluation.pages.offsite import offsite_page
+from blindtune.evaluation.utility.scoreboard import (
     EMULATOR_FT,
     EMULATOR_ZS,
     FT,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from blindtune.split.labelled_text import LabelledTexts, read_labelled
+from blindtune.split.customer.labelled_text import LabelledTexts, read_labelled
 from sample_sentences import write_sentences
 
 

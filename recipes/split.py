@@ -22,7 +22,7 @@ from rich.console import Console
 
 import blindtune
 from blindtune.split.bottom import open_bottom
-from blindtune.split.customer_job import CustomerJob
+from blindtune.split.customer.job import CustomerJob
 from nearest_attack import attacked
 from side_by_side import as_table, common_options, labelled_texts
 from whole_model import tune_whole_model

@@ -16,18 +16,18 @@ import time
 import torch
 from rich.console import Console
 
-from blindtune.exchange.transcript import Recorder
-from blindtune.exchange.transport import InProcessTransport
+from blindtune.exchange.wire.transcript import Recorder
+from blindtune.exchange.wire.transport import InProcessTransport
 from blindtune.models.encoders import load_any
 from blindtune.privacy.metric_dp import Mechanism
 from blindtune.privacy.noise_level import NoiseSurvey
 from blindtune.privacy.token_importance import ImportanceConfig
 from blindtune.split.bottom import open_bottom, write_bottom
-from blindtune.split.customer import PassConfig, new_token, open_job, predict, train
+from blindtune.split.customer.private_states import privatize
+from blindtune.split.customer.requests import PassConfig, new_token, open_job, predict, train
 from blindtune.split.partition import Cut, stack_of
-from blindtune.split.private_states import privatize
 from blindtune.split.terms import TuningConfig
-from blindtune.split.vendor import Vendor
+from blindtune.split.vendor.handler import Vendor
 from nearest_attack import attacked
 from side_by_side import as_table, common_options, labelled_texts
 from whole_model import tune_whole_model

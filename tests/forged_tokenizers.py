@@ -2,8 +2,8 @@
 
 import json
 
-from blindtune.exchange.package import open_package
-from blindtune.exchange.package_writing import write_package
+from blindtune.exchange.packages.package import open_package
+from blindtune.exchange.packages.writing import write_package
 from blindtune.models.tokenizers import FILE_NAMES, SETTINGS_NAME, TOKENIZER_NAME
 
 

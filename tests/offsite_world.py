@@ -5,11 +5,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from blindtune.offsite.adapter import AdapterConfig
-from blindtune.offsite.emulation import EmulatorConfig, emulate
-from blindtune.offsite.importance import DynamicConfig
-from blindtune.offsite.study import StudyConfig
-from blindtune.offsite.studying import study
-from blindtune.offsite.tuning import tune
+from blindtune.offsite.data_owner.tuning import tune
+from blindtune.offsite.model_owner.emulation import EmulatorConfig, emulate
+from blindtune.offsite.model_owner.importance import DynamicConfig
+from blindtune.offsite.model_owner.study import StudyConfig
+from blindtune.offsite.model_owner.studying import study
 from blindtune.training.loop import RunConfig, TrainingConfig
 from blindtune.training.text import DataConfig
 from tiny_models import tiny_model, tiny_tokenizer

@@ -1,4 +1,9 @@
-"""Floors and walls: imports go down only, rooms of one floor do not know each other."""
+"""Floors and walls: imports go down only, rooms of one floor do not know each other.
+
+A room may have folders, one for each party where there are two. What a wall says of a folder, it
+says of every module in it: a new module is behind it by where it lies. Folders import each other
+one way only, and what they share lies in the room itself, below them.
+"""
 
 import ast
 from functools import cache
@@ -21,27 +26,16 @@ FLOORS = {
     "evaluation": 3,
     "cli": 4,
 }
-VENDOR = tuple(
-    f"blindtune.split.{name}" for name in ("vendor", "session", "job_book", "shared_model")
-)
 # Who may not reach whom, even through other modules.
 WALLS = {
     "blindtune.split.vendor": ("blindtune.privacy", "blindtune.split.customer"),
-    "blindtune.split.customer": VENDOR,
-    "blindtune.split.tuning_job": VENDOR,
-    "blindtune.split.prediction": VENDOR,
-    "blindtune.split.cancellation": VENDOR,
-    "blindtune.offsite.tuning": (
-        "blindtune.offsite.importance",
-        "blindtune.offsite.calibration",
+    "blindtune.split.customer": ("blindtune.split.vendor",),
+    "blindtune.offsite.data_owner": (
+        "blindtune.offsite.model_owner",
         "blindtune.offsite.competitors",
-        "blindtune.offsite.compression",
-        "blindtune.offsite.damage",
-        "blindtune.offsite.emulation",
-        "blindtune.offsite.mixed_network",
-        "blindtune.offsite.study",
-        "blindtune.offsite.plugin",
     ),
+    "blindtune.exchange.packages": ("blindtune.exchange.wire",),
+    "blindtune.exchange.wire": ("blindtune.exchange.packages",),
     "blindtune.attacks": ("blindtune.offsite", "blindtune.split"),
 }
 DRAWERS = {"utils", "util", "common", "helpers", "misc", "base"}
@@ -95,15 +89,40 @@ def test_imports_go_down(module):
             assert FLOORS[other] < FLOORS[own], f"{module} (floor {FLOORS[own]}) imports {name}"
 
 
+def is_in(module: str, place: str) -> bool:
+    return module == place or module.startswith(place + ".")
+
+
 @pytest.mark.parametrize(("inside", "forbidden"), WALLS.items())
 def test_walls(inside, forbidden):
-    for module in (m for m in FILES if m == inside or m.startswith(inside + ".")):
+    for place in (inside, *forbidden):
+        assert place in FILES, f"{place} has moved: so must its wall"
+    for module in (m for m in FILES if is_in(m, inside)):
         crossed = {
-            name
-            for name in reachable(module)
-            if any(name == wall or name.startswith(wall + ".") for wall in forbidden)
+            name for name in reachable(module) if any(is_in(name, wall) for wall in forbidden)
         }
         assert not crossed, f"{module} reaches {sorted(crossed)}"
+
+
+def test_no_folder_cycles():
+    """A folder is its own modules: what two folders share lies below both, beside neither."""
+    below: dict[str, set[str]] = {}
+    for module, path in FILES.items():
+        if path.name != "__init__.py":
+            own = module.rpartition(".")[0]
+            folders = {name.rpartition(".")[0] for name in imports(module) if not is_folder(name)}
+            below.setdefault(own, set()).update(folders - {own, "blindtune"})
+    for folder in below:
+        seen, stack = set(), [folder]
+        while stack:
+            for name in below.get(stack.pop(), set()) - seen:
+                seen.add(name)
+                stack.append(name)
+        assert folder not in seen, f"{folder} imports itself through other folders"
+
+
+def is_folder(module: str) -> bool:
+    return FILES[module].name == "__init__.py"
 
 
 def test_no_module_cycles():

@@ -26,44 +26,46 @@ from blindtune.errors import (
 from blindtune.version import __version__
 
 if TYPE_CHECKING:
-    from blindtune.evaluation.audit import AdversaryConfig, Audit, AuditConfig
-    from blindtune.evaluation.audit_adapter import audit_adapter
-    from blindtune.evaluation.audit_emulator import audit_emulator
-    from blindtune.evaluation.audit_page import write_audit
-    from blindtune.evaluation.audit_split import audit_split
-    from blindtune.evaluation.evaluating import Evaluation, EvaluationConfig, evaluate
-    from blindtune.evaluation.frontier import FrontierConfig, frontier
-    from blindtune.evaluation.frontier_scores import Frontier
-    from blindtune.evaluation.inspection import Inspection, inspect
-    from blindtune.evaluation.split_frontier import (
+    from blindtune.evaluation.audits.adapter import audit_adapter
+    from blindtune.evaluation.audits.audit import AdversaryConfig, Audit, AuditConfig
+    from blindtune.evaluation.audits.emulator import audit_emulator
+    from blindtune.evaluation.audits.split import audit_split
+    from blindtune.evaluation.frontiers.offsite import FrontierConfig, frontier
+    from blindtune.evaluation.frontiers.scores import Frontier
+    from blindtune.evaluation.frontiers.split import (
         SplitFrontier,
         SplitFrontierConfig,
         Trial,
         split_frontier,
     )
-    from blindtune.exchange.guard import GuardConfig
-    from blindtune.exchange.keyring import Keyring
-    from blindtune.exchange.sealing import seal, unseal
-    from blindtune.exchange.serving import ServerConfig
-    from blindtune.exchange.signing import Signer, Trust
+    from blindtune.evaluation.inspection import Inspection, inspect
+    from blindtune.evaluation.pages.audit import write_audit
+    from blindtune.evaluation.utility.evaluating import Evaluation, EvaluationConfig, evaluate
+    from blindtune.exchange.packages.keyring import Keyring
+    from blindtune.exchange.packages.sealing import seal, unseal
+    from blindtune.exchange.packages.signing import Signer, Trust
+    from blindtune.exchange.wire.guard import GuardConfig
+    from blindtune.exchange.wire.serving import ServerConfig
     from blindtune.offsite.adapter import AdapterConfig
-    from blindtune.offsite.emulation import Emulation, EmulatorConfig, emulate
+    from blindtune.offsite.data_owner.tuning import Tuning, tune
     from blindtune.offsite.emulator import Emulator, open_emulator
-    from blindtune.offsite.importance import DynamicConfig
-    from blindtune.offsite.plugin import PlugIn, plug_in
-    from blindtune.offsite.study import Study, StudyConfig, open_study
-    from blindtune.offsite.studying import study
-    from blindtune.offsite.tuning import Tuning, tune
-    from blindtune.offsite.vetting import ChangeBounds
-    from blindtune.split.access import AccessConfig
-    from blindtune.split.cancellation import Cancellation, cancel
-    from blindtune.split.customer import PassConfig
-    from blindtune.split.door import CertificateConfig, admit, revoke
-    from blindtune.split.prediction import AskingConfig, Prediction, predict
-    from blindtune.split.privacy_statement import PrivacyStatement
-    from blindtune.split.private_texts import ReadingConfig
-    from blindtune.split.privatizer_config import PrivatizerConfig
-    from blindtune.split.service import (
+    from blindtune.offsite.model_owner.emulation import Emulation, EmulatorConfig, emulate
+    from blindtune.offsite.model_owner.importance import DynamicConfig
+    from blindtune.offsite.model_owner.plugin import PlugIn, plug_in
+    from blindtune.offsite.model_owner.study import Study, StudyConfig, open_study
+    from blindtune.offsite.model_owner.studying import study
+    from blindtune.offsite.model_owner.vetting import ChangeBounds
+    from blindtune.split.customer.access import AccessConfig
+    from blindtune.split.customer.cancellation import Cancellation, cancel
+    from blindtune.split.customer.prediction import AskingConfig, Prediction, predict
+    from blindtune.split.customer.privacy_statement import PrivacyStatement
+    from blindtune.split.customer.private_texts import ReadingConfig
+    from blindtune.split.customer.privatizer_config import PrivatizerConfig
+    from blindtune.split.customer.requests import PassConfig
+    from blindtune.split.customer.tuning_job import SplitTuning, split_tune
+    from blindtune.split.terms import TuningConfig, VendorLimits
+    from blindtune.split.vendor.door import CertificateConfig, admit, revoke
+    from blindtune.split.vendor.service import (
         Bottom,
         BottomConfig,
         Service,
@@ -71,86 +73,84 @@ if TYPE_CHECKING:
         bottom,
         serve,
     )
-    from blindtune.split.terms import TuningConfig, VendorLimits
-    from blindtune.split.tuning_job import SplitTuning, split_tune
     from blindtune.training.canaries import CanaryConfig, Planting, plant
     from blindtune.training.config import RunConfig, TrainingConfig
     from blindtune.training.dp_plan import DpConfig
     from blindtune.training.text import DataConfig
 
 _PLACES = {
-    "AccessConfig": "blindtune.split.access",
+    "AccessConfig": "blindtune.split.customer.access",
     "AdapterConfig": "blindtune.offsite.adapter",
-    "AdversaryConfig": "blindtune.evaluation.audit",
-    "AskingConfig": "blindtune.split.prediction",
-    "Audit": "blindtune.evaluation.audit",
-    "AuditConfig": "blindtune.evaluation.audit",
-    "Bottom": "blindtune.split.service",
-    "BottomConfig": "blindtune.split.service",
-    "Cancellation": "blindtune.split.cancellation",
+    "AdversaryConfig": "blindtune.evaluation.audits.audit",
+    "AskingConfig": "blindtune.split.customer.prediction",
+    "Audit": "blindtune.evaluation.audits.audit",
+    "AuditConfig": "blindtune.evaluation.audits.audit",
+    "Bottom": "blindtune.split.vendor.service",
+    "BottomConfig": "blindtune.split.vendor.service",
+    "Cancellation": "blindtune.split.customer.cancellation",
     "CanaryConfig": "blindtune.training.canaries",
-    "CertificateConfig": "blindtune.split.door",
-    "ChangeBounds": "blindtune.offsite.vetting",
+    "CertificateConfig": "blindtune.split.vendor.door",
+    "ChangeBounds": "blindtune.offsite.model_owner.vetting",
     "DataConfig": "blindtune.training.text",
     "DpConfig": "blindtune.training.dp_plan",
-    "DynamicConfig": "blindtune.offsite.importance",
-    "Emulation": "blindtune.offsite.emulation",
+    "DynamicConfig": "blindtune.offsite.model_owner.importance",
+    "Emulation": "blindtune.offsite.model_owner.emulation",
     "Emulator": "blindtune.offsite.emulator",
-    "EmulatorConfig": "blindtune.offsite.emulation",
-    "Evaluation": "blindtune.evaluation.evaluating",
-    "EvaluationConfig": "blindtune.evaluation.evaluating",
-    "Frontier": "blindtune.evaluation.frontier_scores",
-    "FrontierConfig": "blindtune.evaluation.frontier",
-    "GuardConfig": "blindtune.exchange.guard",
+    "EmulatorConfig": "blindtune.offsite.model_owner.emulation",
+    "Evaluation": "blindtune.evaluation.utility.evaluating",
+    "EvaluationConfig": "blindtune.evaluation.utility.evaluating",
+    "Frontier": "blindtune.evaluation.frontiers.scores",
+    "FrontierConfig": "blindtune.evaluation.frontiers.offsite",
+    "GuardConfig": "blindtune.exchange.wire.guard",
     "Inspection": "blindtune.evaluation.inspection",
-    "Keyring": "blindtune.exchange.keyring",
-    "PassConfig": "blindtune.split.customer",
-    "PlugIn": "blindtune.offsite.plugin",
+    "Keyring": "blindtune.exchange.packages.keyring",
+    "PassConfig": "blindtune.split.customer.requests",
+    "PlugIn": "blindtune.offsite.model_owner.plugin",
     "Planting": "blindtune.training.canaries",
-    "Prediction": "blindtune.split.prediction",
-    "PrivacyStatement": "blindtune.split.privacy_statement",
-    "PrivatizerConfig": "blindtune.split.privatizer_config",
-    "ReadingConfig": "blindtune.split.private_texts",
+    "Prediction": "blindtune.split.customer.prediction",
+    "PrivacyStatement": "blindtune.split.customer.privacy_statement",
+    "PrivatizerConfig": "blindtune.split.customer.privatizer_config",
+    "ReadingConfig": "blindtune.split.customer.private_texts",
     "RunConfig": "blindtune.training.config",
-    "ServerConfig": "blindtune.exchange.serving",
-    "Service": "blindtune.split.service",
-    "Signer": "blindtune.exchange.signing",
-    "SplitFrontier": "blindtune.evaluation.split_frontier",
-    "SplitFrontierConfig": "blindtune.evaluation.split_frontier",
-    "Trial": "blindtune.evaluation.split_frontier",
-    "SplitTuning": "blindtune.split.tuning_job",
-    "Study": "blindtune.offsite.study",
-    "StudyConfig": "blindtune.offsite.study",
+    "ServerConfig": "blindtune.exchange.wire.serving",
+    "Service": "blindtune.split.vendor.service",
+    "Signer": "blindtune.exchange.packages.signing",
+    "SplitFrontier": "blindtune.evaluation.frontiers.split",
+    "SplitFrontierConfig": "blindtune.evaluation.frontiers.split",
+    "Trial": "blindtune.evaluation.frontiers.split",
+    "SplitTuning": "blindtune.split.customer.tuning_job",
+    "Study": "blindtune.offsite.model_owner.study",
+    "StudyConfig": "blindtune.offsite.model_owner.study",
     "TrainingConfig": "blindtune.training.config",
-    "Trust": "blindtune.exchange.signing",
-    "Tuning": "blindtune.offsite.tuning",
+    "Trust": "blindtune.exchange.packages.signing",
+    "Tuning": "blindtune.offsite.data_owner.tuning",
     "TuningConfig": "blindtune.split.terms",
     "VendorLimits": "blindtune.split.terms",
-    "WatchConfig": "blindtune.split.service",
-    "admit": "blindtune.split.door",
-    "audit_adapter": "blindtune.evaluation.audit_adapter",
-    "audit_emulator": "blindtune.evaluation.audit_emulator",
-    "audit_split": "blindtune.evaluation.audit_split",
-    "bottom": "blindtune.split.service",
-    "cancel": "blindtune.split.cancellation",
-    "emulate": "blindtune.offsite.emulation",
-    "evaluate": "blindtune.evaluation.evaluating",
-    "frontier": "blindtune.evaluation.frontier",
+    "WatchConfig": "blindtune.split.vendor.service",
+    "admit": "blindtune.split.vendor.door",
+    "audit_adapter": "blindtune.evaluation.audits.adapter",
+    "audit_emulator": "blindtune.evaluation.audits.emulator",
+    "audit_split": "blindtune.evaluation.audits.split",
+    "bottom": "blindtune.split.vendor.service",
+    "cancel": "blindtune.split.customer.cancellation",
+    "emulate": "blindtune.offsite.model_owner.emulation",
+    "evaluate": "blindtune.evaluation.utility.evaluating",
+    "frontier": "blindtune.evaluation.frontiers.offsite",
     "inspect": "blindtune.evaluation.inspection",
     "open_emulator": "blindtune.offsite.emulator",
-    "open_study": "blindtune.offsite.study",
+    "open_study": "blindtune.offsite.model_owner.study",
     "plant": "blindtune.training.canaries",
-    "plug_in": "blindtune.offsite.plugin",
-    "predict": "blindtune.split.prediction",
-    "revoke": "blindtune.split.door",
-    "seal": "blindtune.exchange.sealing",
-    "serve": "blindtune.split.service",
-    "split_frontier": "blindtune.evaluation.split_frontier",
-    "split_tune": "blindtune.split.tuning_job",
-    "study": "blindtune.offsite.studying",
-    "tune": "blindtune.offsite.tuning",
-    "unseal": "blindtune.exchange.sealing",
-    "write_audit": "blindtune.evaluation.audit_page",
+    "plug_in": "blindtune.offsite.model_owner.plugin",
+    "predict": "blindtune.split.customer.prediction",
+    "revoke": "blindtune.split.vendor.door",
+    "seal": "blindtune.exchange.packages.sealing",
+    "serve": "blindtune.split.vendor.service",
+    "split_frontier": "blindtune.evaluation.frontiers.split",
+    "split_tune": "blindtune.split.customer.tuning_job",
+    "study": "blindtune.offsite.model_owner.studying",
+    "tune": "blindtune.offsite.data_owner.tuning",
+    "unseal": "blindtune.exchange.packages.sealing",
+    "write_audit": "blindtune.evaluation.pages.audit",
 }
 """Where each name is, for those that need torch."""
 

@@ -7,8 +7,8 @@ import torch
 
 from blindtune.attacks.adversary import StatesView
 from blindtune.split.bottom import open_bottom, write_bottom
+from blindtune.split.customer.private_states import privatize
 from blindtune.split.partition import Cut, stack_of
-from blindtune.split.private_states import privatize
 from tiny_encoders import ENCODER_NAMES, tiny_encoder
 from tiny_models import tiny_model, tiny_tokenizer
 

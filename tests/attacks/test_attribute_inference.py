@@ -8,9 +8,9 @@ from blindtune.attacks.adversary import StatesView
 from blindtune.attacks.attribute_inference import AttributeConfig, infer_attribute
 from blindtune.attacks.fitting import FitConfig
 from blindtune.errors import ConfigError, DataError
-from blindtune.evaluation.leakage import record_privacy
+from blindtune.evaluation.leakage.empirical_privacy import record_privacy
 from blindtune.privacy.metric_dp import Mechanism
-from blindtune.split.private_states import privatize
+from blindtune.split.customer.private_states import privatize
 
 
 def of_author(texts):

@@ -8,11 +8,11 @@ from blindtune.attacks.adversary import StatesView
 from blindtune.attacks.embedding_inversion import depends_on_place, nearest_tokens
 from blindtune.attacks.imitation import Imitation
 from blindtune.errors import ConfigError, DataError
-from blindtune.evaluation.leakage import empirical_privacy
+from blindtune.evaluation.leakage.empirical_privacy import empirical_privacy
 from blindtune.models.margins import Margins
 from blindtune.privacy.metric_dp import Mechanism
 from blindtune.privacy.word_groups import WordGroups
-from blindtune.split.private_states import privatize
+from blindtune.split.customer.private_states import privatize
 from tiny_encoders import ENCODER_NAMES
 from tiny_models import FAMILY_NAMES
 

@@ -13,11 +13,11 @@ from blindtune.attacks.emulator_misuse import (
     train_on,
 )
 from blindtune.errors import ConfigError, DataError
-from blindtune.evaluation.utility import perplexity
+from blindtune.evaluation.utility.loss import perplexity
 from blindtune.models.blocks import Harmonizer, LowRankLinear
 from blindtune.models.decoder import Decoder
 from blindtune.models.surgery import replace_layer
-from blindtune.offsite.compression import compress_layer
+from blindtune.offsite.model_owner.compression import compress_layer
 from tiny_models import FAMILY_NAMES, tiny_model
 
 CHANCE = math.log(97)  # nats a token of guessing blindly

@@ -17,18 +17,18 @@ from blindtune.attacks.gradient_matching import (
 from blindtune.attacks.label_inference import groups_of_gradients, groups_of_states
 from blindtune.attacks.observation import seen_gradients, seen_texts
 from blindtune.errors import ConfigError, DataError
-from blindtune.evaluation.leakage import record_privacy
-from blindtune.exchange.transcript import Recorder, Transcript
-from blindtune.exchange.transport import InProcessTransport
+from blindtune.evaluation.leakage.empirical_privacy import record_privacy
+from blindtune.exchange.wire.transcript import Recorder, Transcript
+from blindtune.exchange.wire.transport import InProcessTransport
 from blindtune.models.decoder import Decoder
 from blindtune.privacy.metric_dp import Mechanism
 from blindtune.split.bottom import open_bottom, write_bottom
-from blindtune.split.customer import PassConfig, new_token, open_job
+from blindtune.split.customer.private_states import privatize
+from blindtune.split.customer.requests import PassConfig, new_token, open_job
+from blindtune.split.customer.ushape import Top, train_u_shape
 from blindtune.split.partition import Cut, PooledHead, stack_of
-from blindtune.split.private_states import privatize
 from blindtune.split.terms import TuningConfig
-from blindtune.split.ushape import Top, train_u_shape
-from blindtune.split.vendor import Vendor
+from blindtune.split.vendor.handler import Vendor
 from tiny_models import tiny_model, tiny_tokenizer
 
 PURE_NOISE = Mechanism(eta=1e-3, mode="vector")

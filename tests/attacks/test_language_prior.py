@@ -24,7 +24,7 @@ from blindtune.models.decoder import Decoder
 from blindtune.models.margins import Margins
 from blindtune.privacy.metric_dp import Mechanism
 from blindtune.privacy.word_groups import WordGroups
-from blindtune.split.private_states import privatize
+from blindtune.split.customer.private_states import privatize
 from tiny_models import tiny_model
 
 

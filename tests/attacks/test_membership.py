@@ -9,8 +9,8 @@ import torch
 
 from blindtune.attacks.membership import AdapterView, loss_drops, tuned_losses
 from blindtune.errors import DataError
-from blindtune.evaluation.exposure import exposure
-from blindtune.evaluation.membership import membership_leakage
+from blindtune.evaluation.leakage.exposure import exposure
+from blindtune.evaluation.leakage.membership import membership_leakage
 from blindtune.training.batches import collate
 from tiny_models import VOCAB, tiny_model
 

@@ -188,7 +188,7 @@ def test_a_dry_run_estimates_and_writes_nothing(made, blindtune, tmp_path, monke
 
 
 def test_resume_goes_on_and_says_so(made, blindtune, tmp_path, monkeypatch):
-    import blindtune.offsite.tuning as tuning
+    import blindtune.offsite.data_owner.tuning as tuning
 
     arguments = ["tune", made / "emulator", "--data", made / "private.jsonl"]
     arguments += ["--out", tmp_path / "a", *TUNE_OPTIONS, "--save-steps", 1, "--json"]
@@ -302,7 +302,7 @@ def test_an_interrupted_frontier_goes_on(made, blindtune, tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("blindtune.evaluation.frontier.emulate", interrupted)
+        patched.setattr("blindtune.evaluation.frontiers.offsite.emulate", interrupted)
         done = blindtune(*asked)
     assert (done.code, "run the same command again" in done.err) == (130, True)
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "f" / "rows").iterdir()}

@@ -206,8 +206,8 @@ def test_scores_bury_nothing(made, blindtune, tmp_path):
     ],
 )
 def test_too_little_memory(made, blindtune, tune, monkeypatch, error, place):
-    import blindtune.evaluation.evaluating as evaluating
-    import blindtune.offsite.tuning as tuning
+    import blindtune.evaluation.utility.evaluating as evaluating
+    import blindtune.offsite.data_owner.tuning as tuning
 
     def full(*arguments, **options):
         raise error

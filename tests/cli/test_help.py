@@ -56,7 +56,7 @@ def test_help_says_what_can_be_resumed(verb, capsys):
 
 
 def test_emulate_tells_what_beta_does_by_default(capsys):
-    from blindtune.offsite.emulation import EmulatorConfig
+    from blindtune.offsite.model_owner.emulation import EmulatorConfig
 
     assert EmulatorConfig().reading == "kept"
     assert run(["emulate", "--help"]) == 0

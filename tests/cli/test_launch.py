@@ -13,7 +13,7 @@ import pytest
 import torch
 from command_line import TUNE_OPTIONS
 
-from blindtune.exchange.package import open_package
+from blindtune.exchange.packages.package import open_package
 
 
 def tensors(directory):

@@ -71,7 +71,7 @@ def test_defaults_build_the_default_config(group):
 
 
 def test_tune_reads_windows_as_the_function_does():
-    from blindtune.offsite import tuning
+    from blindtune.offsite.data_owner import tuning
 
     group = next(g for g in VERB_OBJECTS["tune"].groups if g.name == "DataConfig")
     calls = [

@@ -5,8 +5,8 @@ import stat
 import pytest
 from command_line import TUNE_OPTIONS
 
-from blindtune.exchange.package import open_package
-from blindtune.exchange.package_writing import write_package
+from blindtune.exchange.packages.package import open_package
+from blindtune.exchange.packages.writing import write_package
 
 
 @pytest.fixture

@@ -8,9 +8,7 @@ import pytest
 import torch
 from wire_vendor import CUSTOMERS, TOKENS, CountingVendor
 
-from blindtune.exchange.credentials import VendorTrust, make_development_certificate
-from blindtune.exchange.guard import GuardConfig
-from blindtune.exchange.manifest import (
+from blindtune.exchange.packages.manifest import (
     AdapterLayer,
     AdapterManifest,
     CompressedLayer,
@@ -20,8 +18,10 @@ from blindtune.exchange.manifest import (
     LoraFacts,
     RawLayer,
 )
-from blindtune.exchange.package_writing import write_package
-from blindtune.exchange.serving import Server, ServerConfig
+from blindtune.exchange.packages.writing import write_package
+from blindtune.exchange.wire.credentials import VendorTrust, make_development_certificate
+from blindtune.exchange.wire.guard import GuardConfig
+from blindtune.exchange.wire.serving import Server, ServerConfig
 
 
 @pytest.fixture(scope="module")

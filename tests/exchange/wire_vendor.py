@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import torch
 
 from blindtune.errors import PolicyError
-from blindtune.exchange.credentials import Customers, token_hash
-from blindtune.exchange.delivery import Deliveries
-from blindtune.exchange.messages import (
+from blindtune.exchange.wire.credentials import Customers, token_hash
+from blindtune.exchange.wire.delivery import Deliveries
+from blindtune.exchange.wire.messages import (
     Backward,
     Batch,
     BatchResult,
@@ -31,7 +31,7 @@ from blindtune.exchange.messages import (
     Stepped,
     Welcome,
 )
-from blindtune.exchange.network import Connection
+from blindtune.exchange.wire.network import Connection
 from log_watch import keep_secret
 
 TOKEN = "ab" * 32

@@ -2,7 +2,7 @@ import pytest
 from tiny_networks import stand_ins_for
 
 from blindtune.models.decoder import Decoder
-from blindtune.offsite.mixed_network import MixedNetwork
+from blindtune.offsite.model_owner.mixed_network import MixedNetwork
 from offsite_world import owners_world
 from tiny_models import tiny_model
 

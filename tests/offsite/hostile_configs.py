@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from blindtune.errors import BlindtuneError
-from blindtune.exchange.manifest import AdapterLayer, FullModelFacts
-from blindtune.exchange.package import open_package
+from blindtune.exchange.packages.manifest import AdapterLayer, FullModelFacts
+from blindtune.exchange.packages.package import open_package
 from blindtune.offsite.emulator import _load, write_emulator
 from tiny_models import tiny_config, tiny_tokenizer
 

@@ -13,17 +13,22 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from blindtune.errors import ConfigError, DataError, MismatchError, PackageError
-from blindtune.evaluation.evaluating import EvaluationConfig, evaluate
-from blindtune.exchange.manifest import AdapterLayer, FullModelFacts
-from blindtune.exchange.package import open_package
+from blindtune.evaluation.utility.evaluating import EvaluationConfig, evaluate
+from blindtune.exchange.packages.manifest import AdapterLayer, FullModelFacts
+from blindtune.exchange.packages.package import open_package
 from blindtune.models.decoder import Decoder
 from blindtune.models.loading import load_model
 from blindtune.models.surgery import keep_layers
-from blindtune.offsite.emulation import EmulatorConfig, emulate, replaced_layers, uniform_choice
 from blindtune.offsite.emulator import adapter_parameters, open_emulator, write_emulator
-from blindtune.offsite.importance import DynamicConfig
-from blindtune.offsite.plugin import plug_in
-from blindtune.offsite.study import open_study
+from blindtune.offsite.model_owner.emulation import (
+    EmulatorConfig,
+    emulate,
+    replaced_layers,
+    uniform_choice,
+)
+from blindtune.offsite.model_owner.importance import DynamicConfig
+from blindtune.offsite.model_owner.plugin import plug_in
+from blindtune.offsite.model_owner.study import open_study
 from offsite_world import (
     READING,
     TRIPLET,
@@ -58,7 +63,7 @@ def test_every_family_from_study_to_plug_in(name, tmp_path):
 
 def test_the_opened_emulator_is_the_one_that_was_made(world):
     """Package and surgery agree to the bit."""
-    from blindtune.offsite.emulation import reshape
+    from blindtune.offsite.model_owner.emulation import reshape
 
     model = load_model(world.path / "model")
     config = TRIPLET
@@ -131,14 +136,14 @@ def test_tuning_needs_neither_model_nor_study(world, tmp_path):
         "def audit(event, args):\n"
         "    if event == 'open' and str(args[0]).startswith(hidden): raise RuntimeError(args[0])\n"
         "sys.addaudithook(audit)\n"
-        "from blindtune.offsite.tuning import tune\n"
+        "from blindtune.offsite.data_owner.tuning import tune\n"
         "from blindtune.training.loop import RunConfig, TrainingConfig\n"
         "from blindtune.training.text import DataConfig\n"
         "done = tune(root / 'emulator', root / 'private.txt', root / 'adapter',\n"
         "     training=TrainingConfig(max_steps=3, learning_rate=1e-3),\n"
         "     reading=DataConfig(max_length=32, max_tokens=2000), run=RunConfig(silent=True))\n"
-        "assert 'blindtune.offsite.study' not in sys.modules\n"
-        "assert 'blindtune.offsite.plugin' not in sys.modules\n"
+        "assert 'blindtune.offsite.model_owner.study' not in sys.modules\n"
+        "assert 'blindtune.offsite.model_owner.plugin' not in sys.modules\n"
         "print(done.adapter_id)\n"
     )
     done = subprocess.run(
@@ -181,8 +186,8 @@ def test_many_triplets_from_one_study(world, tmp_path):
 def test_layer_drop_makes_a_shorter_plain_model(tmp_path):
     save_tiny("gemma2", tmp_path / "model")
     save_text(tmp_path)
-    from blindtune.offsite.study import StudyConfig
-    from blindtune.offsite.studying import study
+    from blindtune.offsite.model_owner.study import StudyConfig
+    from blindtune.offsite.model_owner.studying import study
 
     study(
         tmp_path / "model", tmp_path / "public.txt", tmp_path / "study",
@@ -252,7 +257,7 @@ def test_uniform_choice_is_the_formula_of_offsite_tuning():
 
 
 def test_study_resumes_to_the_same_result(tmp_path, monkeypatch):
-    from blindtune.offsite import studying
+    from blindtune.offsite.model_owner import studying
 
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -290,7 +295,7 @@ def test_study_resumes_to_the_same_result(tmp_path, monkeypatch):
 def test_second_moments_wait_on_the_disk_while_layers_are_measured(tmp_path, monkeypatch):
     import gc
 
-    from blindtune.offsite import studying
+    from blindtune.offsite.model_owner import studying
 
     save_tiny("llama", tmp_path / "model")
     save_text(tmp_path)
@@ -331,7 +336,7 @@ def test_a_half_written_stage_is_not_in_the_way(tmp_path):
 
 
 def test_an_interrupted_study_with_other_options_is_not_continued(tmp_path, monkeypatch):
-    from blindtune.offsite import studying
+    from blindtune.offsite.model_owner import studying
 
     save_tiny("llama", tmp_path / "model")
     save_text(tmp_path)
@@ -353,7 +358,7 @@ def test_plug_in_refuses_another_model(world, tmp_path):
 
 
 def test_plug_in_refuses_unknown_missing_misshapen_and_not_finite(world, tmp_path):
-    from blindtune.exchange.package_writing import write_package
+    from blindtune.exchange.packages.writing import write_package
 
     package = open_package(world.path / "adapter", "adapter")
     expected = {n: (f.shape, f.dtype) for n, f in package.header.items()}

@@ -8,19 +8,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from blindtune.errors import ConfigError, MismatchError
 from blindtune.offsite.adapter import AdapterConfig
-from blindtune.offsite.emulation import EmulatorConfig, emulate
-from blindtune.offsite.importance import DynamicConfig
-from blindtune.offsite.package_estimates import (
+from blindtune.offsite.data_owner.tuning import tune
+from blindtune.offsite.data_owner.tuning_estimate import estimate_tune
+from blindtune.offsite.model_owner.emulation import EmulatorConfig, emulate
+from blindtune.offsite.model_owner.importance import DynamicConfig
+from blindtune.offsite.model_owner.package_estimates import (
     estimate_emulate,
     estimate_evaluate,
     estimate_inspect,
     estimate_plug_in,
 )
-from blindtune.offsite.study import StudyConfig
-from blindtune.offsite.study_estimate import estimate_study
-from blindtune.offsite.studying import study
-from blindtune.offsite.tuning import tune
-from blindtune.offsite.tuning_estimate import estimate_tune
+from blindtune.offsite.model_owner.study import StudyConfig
+from blindtune.offsite.model_owner.study_estimate import estimate_study
+from blindtune.offsite.model_owner.studying import study
 from blindtune.training.config import RunConfig, TrainingConfig
 from blindtune.training.text import DataConfig
 from tiny_models import tiny_tokenizer

@@ -15,8 +15,8 @@ import torch
 
 from blindtune.errors import OutputError, PackageError, UnsupportedModelError
 from blindtune.evaluation.inspection import inspect
-from blindtune.exchange.package import open_package
-from blindtune.exchange.package_writing import write_package
+from blindtune.exchange.packages.package import open_package
+from blindtune.exchange.packages.writing import write_package
 from blindtune.models import configs
 from blindtune.models.configs import check_buffers, config_values
 from blindtune.models.loading import load_model
@@ -29,10 +29,10 @@ from blindtune.models.tokenizers import (
     tokenizer_files,
     tokenizer_from_files,
 )
+from blindtune.offsite.data_owner.tuning_estimate import estimate_tune
 from blindtune.offsite.emulator import open_emulator, read_config, sketch, write_emulator
-from blindtune.offsite.package_estimates import shape_of
-from blindtune.offsite.plugin import merge, plug_in
-from blindtune.offsite.tuning_estimate import estimate_tune
+from blindtune.offsite.model_owner.package_estimates import shape_of
+from blindtune.offsite.model_owner.plugin import merge, plug_in
 from tiny_models import FAMILY_NAMES, tiny_config, tiny_tokenizer
 
 Q_PROJ = "self_attn.q_proj"

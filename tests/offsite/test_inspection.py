@@ -8,14 +8,14 @@ import torch
 
 from blindtune.errors import ConfigError, MismatchError, PackageError
 from blindtune.evaluation.inspection import inspect
-from blindtune.exchange.package import open_package
-from blindtune.exchange.package_writing import write_package
+from blindtune.exchange.packages.package import open_package
+from blindtune.exchange.packages.writing import write_package
 from blindtune.models.decoder import Decoder
 from blindtune.models.tokenizers import FILE_NAMES
-from blindtune.offsite.emulation import EmulatorConfig, emulate
 from blindtune.offsite.emulator import open_emulator, package_tensors
 from blindtune.offsite.inspected_adapter import InspectedAdapter
 from blindtune.offsite.inspected_emulator import InspectedEmulator
+from blindtune.offsite.model_owner.emulation import EmulatorConfig, emulate
 from blindtune.offsite.package_facts import spans
 from tiny_models import tiny_model
 

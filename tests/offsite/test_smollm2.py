@@ -7,7 +7,7 @@ from blindtune.models.blocks import Harmonizer, LowRankLinear
 from blindtune.models.decoder import Decoder
 from blindtune.models.loading import load_model, load_tokenizer
 from blindtune.models.surgery import replace_layer
-from blindtune.offsite.compression import compress_layer
+from blindtune.offsite.model_owner.compression import compress_layer
 
 NEW_TOKENS = 12
 

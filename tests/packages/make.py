@@ -21,15 +21,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from blindtune.exchange.keys import new_private_key
-from blindtune.exchange.sealing import seal
-from blindtune.exchange.signing import Signer
+from blindtune.exchange.packages.keys import new_private_key
+from blindtune.exchange.packages.sealing import seal
+from blindtune.exchange.packages.signing import Signer
 from blindtune.offsite.adapter import AdapterConfig, tuned_emulator
-from blindtune.offsite.emulation import emulate
+from blindtune.offsite.data_owner.tuning import tune
 from blindtune.offsite.emulator import open_emulator
-from blindtune.offsite.importance import DynamicConfig
-from blindtune.offsite.studying import study
-from blindtune.offsite.tuning import tune
+from blindtune.offsite.model_owner.emulation import emulate
+from blindtune.offsite.model_owner.importance import DynamicConfig
+from blindtune.offsite.model_owner.studying import study
 from blindtune.split.bottom import open_bottom, write_bottom
 from blindtune.split.partition import Cut, run_bottom
 from blindtune.training.config import TrainingConfig

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from blindtune.exchange.keys import decode_private_key, decode_public_key
-from blindtune.exchange.manifest import READABLE_VERSIONS
-from blindtune.exchange.package import open_package
-from blindtune.exchange.sealing import unseal
-from blindtune.exchange.signing import Trust
+from blindtune.exchange.packages.keys import decode_private_key, decode_public_key
+from blindtune.exchange.packages.manifest import READABLE_VERSIONS
+from blindtune.exchange.packages.package import open_package
+from blindtune.exchange.packages.sealing import unseal
+from blindtune.exchange.packages.signing import Trust
 from packages.make import PASSPHRASE, figures
 
 PLACE = Path(__file__).parent

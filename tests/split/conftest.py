@@ -4,7 +4,7 @@ import multiprocessing
 
 import pytest
 
-PRELOADED = ["blindtune.split.service", "blindtune.split.tuning_job"]
+PRELOADED = ["blindtune.split.vendor.service", "blindtune.split.customer.tuning_job"]
 PRELOADED += ["peft", "peft.functional", "grpc", "prometheus_client"]
 
 

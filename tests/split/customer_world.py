@@ -4,9 +4,9 @@ import csv
 
 from split_world import LABELS, TEXTS
 
-from blindtune.split.access import AccessConfig
-from blindtune.split.customer import PassConfig
-from blindtune.split.privatizer_config import PrivatizerConfig
+from blindtune.split.customer.access import AccessConfig
+from blindtune.split.customer.privatizer_config import PrivatizerConfig
+from blindtune.split.customer.requests import PassConfig
 from blindtune.split.terms import TuningConfig
 from log_watch import keep_secret
 

@@ -5,17 +5,17 @@ from contextlib import contextmanager
 
 from split_world import FAST, World
 
-from blindtune.exchange.credentials import (
+from blindtune.exchange.wire.credentials import (
     Customers,
     VendorTrust,
     make_development_certificate,
     token_hash,
 )
-from blindtune.exchange.guard import GuardConfig
-from blindtune.exchange.messages import Batch, Forward
-from blindtune.exchange.network import Connection
-from blindtune.exchange.serving import Server, ServerConfig
-from blindtune.split.customer import PassConfig, new_token, open_job
+from blindtune.exchange.wire.guard import GuardConfig
+from blindtune.exchange.wire.messages import Batch, Forward
+from blindtune.exchange.wire.network import Connection
+from blindtune.exchange.wire.serving import Server, ServerConfig
+from blindtune.split.customer.requests import PassConfig, new_token, open_job
 from blindtune.split.terms import TuningConfig
 from log_watch import keep_secret
 

@@ -4,14 +4,14 @@ import copy
 
 import torch
 
-from blindtune.exchange.resuming import RetryConfig
-from blindtune.exchange.transport import InProcessTransport, LostError
+from blindtune.exchange.wire.resuming import RetryConfig
+from blindtune.exchange.wire.transport import InProcessTransport, LostError
 from blindtune.split.bottom import open_bottom, write_bottom
-from blindtune.split.customer import new_token, open_job
+from blindtune.split.customer.private_states import privatize
+from blindtune.split.customer.requests import new_token, open_job
 from blindtune.split.partition import Cut, stack_of
-from blindtune.split.private_states import privatize
 from blindtune.split.terms import TuningConfig
-from blindtune.split.vendor import Vendor
+from blindtune.split.vendor.handler import Vendor
 from log_watch import keep_secret
 from tiny_encoders import ENCODER_NAMES, tiny_encoder
 from tiny_models import tiny_model, tiny_tokenizer

@@ -16,7 +16,7 @@ from blindtune.errors import (
     UnsupportedModelError,
 )
 from blindtune.evaluation.inspection import inspect
-from blindtune.exchange.package import open_package
+from blindtune.exchange.packages.package import open_package
 from blindtune.models.fingerprint import fingerprint
 from blindtune.split.bottom import open_bottom, write_bottom
 from blindtune.split.inspected_bottom import InspectedBottom

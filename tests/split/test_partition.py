@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blindtune.errors import ConfigError
-from blindtune.exchange.messages import pack, unpack
+from blindtune.exchange.wire.messages import pack, unpack
 from blindtune.models.decoder import Decoder
 from blindtune.split.partition import (
     Cut,

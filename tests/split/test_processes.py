@@ -18,13 +18,13 @@ from vendor_world import write_model
 
 from blindtune.cli.main import run
 from blindtune.errors import NetworkError
-from blindtune.exchange.credentials import VendorTrust
-from blindtune.exchange.messages import Status
-from blindtune.exchange.network import Connection
-from blindtune.exchange.resuming import RetryConfig
+from blindtune.exchange.wire.credentials import VendorTrust
+from blindtune.exchange.wire.messages import Status
+from blindtune.exchange.wire.network import Connection
+from blindtune.exchange.wire.resuming import RetryConfig
 from blindtune.split.bottom import open_bottom
-from blindtune.split.customer import PassConfig, new_token, open_job, predict, train
-from blindtune.split.private_states import PrivateStates
+from blindtune.split.customer.private_states import PrivateStates
+from blindtune.split.customer.requests import PassConfig, new_token, open_job, predict, train
 from blindtune.split.terms import TuningConfig
 
 CONFIG = TuningConfig(lora_rank=2, learning_rate=3e-3, lora_dropout=0.1, seed=3)

@@ -14,8 +14,8 @@ from split_world import TEXTS
 from vendor_world import VendorWorld, write_model
 
 from blindtune.cli.main import run
-from blindtune.split.customer_job import CustomerJob
-from blindtune.split.private_states import PrivateStates
+from blindtune.split.customer.job import CustomerJob
+from blindtune.split.customer.private_states import PrivateStates
 
 QUICK = ["--lora-rank", "2", "--batch-size", "4", "--epochs", "2", "--learning-rate", "1e-2"]
 NOISE = ["--privatizer", "vector", "--eta", "20"]

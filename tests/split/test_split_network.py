@@ -3,8 +3,8 @@
 from served_world import CONFIG, PLAN, Served
 from split_world import World
 
-from blindtune.split.customer import train
-from blindtune.split.ushape import Top, train_u_shape
+from blindtune.split.customer.requests import train
+from blindtune.split.customer.ushape import Top, train_u_shape
 
 
 def test_two_part_over_tls_with_a_restart(tmp_path):

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from split_world import LABELS, TEXTS
 
-from blindtune.exchange.messages import unpack
-from blindtune.exchange.transport import InProcessTransport
+from blindtune.exchange.wire.messages import unpack
+from blindtune.exchange.wire.transport import InProcessTransport
 from blindtune.split.bottom import open_bottom, write_bottom
-from blindtune.split.customer import new_token, open_job
+from blindtune.split.customer.remote import RemoteTrunk
+from blindtune.split.customer.requests import new_token, open_job
 from blindtune.split.partition import Cut, run_top, stack_of
-from blindtune.split.remote import RemoteTrunk
 from blindtune.split.terms import TuningConfig
-from blindtune.split.vendor import Vendor
+from blindtune.split.vendor.handler import Vendor
 from tiny_models import tiny_model, tiny_tokenizer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "split.md").read_text()

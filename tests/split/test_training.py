@@ -9,7 +9,7 @@ from split_world import CONFIG, FAST, LABELS, TEXTS, World, build
 from torch.nn.functional import cross_entropy
 
 from blindtune.errors import PolicyError, VerificationError
-from blindtune.exchange.messages import (
+from blindtune.exchange.wire.messages import (
     Backward,
     Batch,
     BatchResult,
@@ -24,7 +24,10 @@ from blindtune.exchange.messages import (
     Step,
     Stepped,
 )
-from blindtune.split.customer import PassConfig, new_token, predict, train
+from blindtune.split.customer.private_states import PrivateStates
+from blindtune.split.customer.remote import RemoteTrunk
+from blindtune.split.customer.requests import PassConfig, new_token, predict, train
+from blindtune.split.customer.ushape import Top, go_on, predict_u_shape, train_u_shape
 from blindtune.split.partition import (
     PooledHead,
     default_pooling,
@@ -33,10 +36,7 @@ from blindtune.split.partition import (
     run_vendor,
     stack_of,
 )
-from blindtune.split.private_states import PrivateStates
-from blindtune.split.remote import RemoteTrunk
 from blindtune.split.terms import TuningConfig
-from blindtune.split.ushape import Top, go_on, predict_u_shape, train_u_shape
 
 PLAN = PassConfig(epochs=2, batch_size=3, accumulate=2, precision="float32", checkpoint_steps=2)
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from split_world import CONFIG, FAST, LABELS, TEXTS, build
 
-from blindtune.exchange.credentials import VendorTrust
-from blindtune.exchange.network import Connection
-from blindtune.exchange.serving import ServerConfig
+from blindtune.exchange.wire.credentials import VendorTrust
+from blindtune.exchange.wire.network import Connection
+from blindtune.exchange.wire.serving import ServerConfig
 from blindtune.split.bottom import open_bottom
-from blindtune.split.customer import PassConfig, new_token, open_job
-from blindtune.split.door import CertificateConfig, admit
-from blindtune.split.private_states import privatize
-from blindtune.split.service import WatchConfig, serve
+from blindtune.split.customer.private_states import privatize
+from blindtune.split.customer.requests import PassConfig, new_token, open_job
+from blindtune.split.vendor.door import CertificateConfig, admit
+from blindtune.split.vendor.service import WatchConfig, serve
 from tiny_models import tiny_tokenizer
 
 PLAN = PassConfig(epochs=3, batch_size=3, precision="float16", checkpoint_steps=2)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from blindtune.errors import DataError
-from blindtune.evaluation.choices import read_items
-from blindtune.split.labelled_text import read_labelled
+from blindtune.evaluation.utility.choices import read_items
+from blindtune.split.customer.labelled_text import read_labelled
 from blindtune.training.text import DataConfig, encode_rows, read_rows
 from tiny_models import tiny_tokenizer
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from blindtune.evaluation.choices import _encode
+from blindtune.evaluation.utility.choices import _encode
 from blindtune.training.records import Item, encode_completion, token_ids
 
 WORDS = [

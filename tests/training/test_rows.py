@@ -7,8 +7,8 @@ import pyarrow.parquet
 import pytest
 
 from blindtune.errors import DataError
-from blindtune.evaluation.choices import read_items
-from blindtune.split.labelled_text import read_labelled
+from blindtune.evaluation.utility.choices import read_items
+from blindtune.split.customer.labelled_text import read_labelled
 from blindtune.training.rows import csv_rows, parquet_rows
 from blindtune.training.text import DataConfig, load_dataset_file, read_rows
 

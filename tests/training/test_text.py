@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from blindtune.errors import ConfigError, DataError, ModelError
-from blindtune.evaluation.choices import read_items
+from blindtune.evaluation.utility.choices import read_items
 from blindtune.training.records import encoding, token_ids
 from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file, show_sample
 

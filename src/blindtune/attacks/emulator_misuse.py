@@ -60,7 +60,7 @@ class HealingConfig:
     """Of AdamW; constant, so that every stop is the best the attacker has for that many tokens.
     What heals best depends on the emulator: little for one that is good already."""
     control_learning_rate: float = 2e-4
-    """The same for a control, which has farther to go (`evaluation.misuse`)."""
+    """The same for a control, which has farther to go (`evaluation.leakage.misuse`)."""
     warmup_steps: int = 4
     """Steps over which it rises from 0."""
     seed: int = 0

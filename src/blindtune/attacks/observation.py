@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import DataError
-from blindtune.exchange.messages import Backward, Batch, Forward, Outputs, Predict
-from blindtune.exchange.transcript import Transcript
+from blindtune.exchange.wire.messages import Backward, Batch, Forward, Outputs, Predict
+from blindtune.exchange.wire.transcript import Transcript
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

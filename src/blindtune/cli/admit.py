@@ -38,7 +38,7 @@ Example:
 def act(settings: Settings) -> Facts:
     """Call the act."""
     from blindtune.errors import ConfigError
-    from blindtune.split.door import admit, revoke
+    from blindtune.split.vendor.door import admit, revoke
 
     file = settings["token_file"]
     if settings["revoke"]:

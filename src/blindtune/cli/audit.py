@@ -64,7 +64,7 @@ Example:
 
 def act(settings: Settings) -> Facts:
     """Call the act that fits the subject."""
-    from blindtune.evaluation.audit_page import PAGE_NAME, write_audit
+    from blindtune.evaluation.pages.audit import PAGE_NAME, write_audit
 
     kind = kind_of(settings)
     check_options(kind, settings)
@@ -77,7 +77,7 @@ def act(settings: Settings) -> Facts:
 
 def show(facts: Facts, console: Console) -> None:
     """Print the verdict, the table, and each finding in words."""
-    from blindtune.evaluation.audit_page import told_once
+    from blindtune.evaluation.pages.audit import told_once
 
     console.print(facts["verdict"], style="bold")
     for sentence in facts["guarantee"]:
@@ -102,7 +102,7 @@ def show(facts: Facts, console: Console) -> None:
 
 
 def _figures(finding: dict[str, Any]) -> tuple[str, str]:
-    from blindtune.evaluation.audit import Finding
+    from blindtune.evaluation.audits.audit import Finding
 
     found = Finding(**finding)
     return found.shown, found.interval
@@ -136,10 +136,10 @@ VERB = Verb(
         *OPENING,
     ),
     groups=(
-        Group(heading="Audit", module="blindtune.evaluation.audit", name="AuditConfig"),
+        Group(heading="Audit", module="blindtune.evaluation.audits.audit", name="AuditConfig"),
         Group(
             heading="The adversary of split tuning",
-            module="blindtune.evaluation.audit",
+            module="blindtune.evaluation.audits.audit",
             name="AdversaryConfig",
         ),
         Group(
@@ -152,7 +152,7 @@ VERB = Verb(
         PRIVACY,
         Group(
             heading="Texts of split tuning",
-            module="blindtune.split.private_texts",
+            module="blindtune.split.customer.private_texts",
             name="ReadingConfig",
             left_out=frozenset({"text_column", "max_length"}),
         ),

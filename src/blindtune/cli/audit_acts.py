@@ -12,13 +12,13 @@ from blindtune.cli.verb import Settings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from blindtune.evaluation.audit import Audit
+    from blindtune.evaluation.audits.audit import Audit
     from blindtune.models.costs import Estimate
-    from blindtune.split.private_texts import ReadingConfig
+    from blindtune.split.customer.private_texts import ReadingConfig
 
 PRIVACY = Group(
     heading="Privacy, as for split-tune",
-    module="blindtune.split.privatizer_config",
+    module="blindtune.split.customer.privatizer_config",
     name="PrivatizerConfig",
     renamed={"special": "special_tokens"},
 )
@@ -83,8 +83,8 @@ def kind_of(settings: Settings) -> str:
         MismatchError: nothing that can be audited.
     """
     from blindtune.errors import MismatchError
-    from blindtune.exchange.package import open_package
-    from blindtune.split.customer_job import MARK
+    from blindtune.exchange.packages.package import open_package
+    from blindtune.split.customer.job import MARK
 
     subject = settings["subject"]
     if Path(subject).is_file():
@@ -133,8 +133,8 @@ def _ignored(kind: str, settings: Settings) -> list[str]:
 
 
 def _emulator(settings: Settings, on_stage: Callable[[str, int, int], None]) -> Audit:
-    from blindtune.evaluation.audit import AuditConfig
-    from blindtune.evaluation.audit_emulator import audit_emulator
+    from blindtune.evaluation.audits.audit import AuditConfig
+    from blindtune.evaluation.audits.emulator import audit_emulator
     from blindtune.training.text import DataConfig
 
     return audit_emulator(
@@ -151,8 +151,8 @@ def _emulator(settings: Settings, on_stage: Callable[[str, int, int], None]) -> 
 
 
 def _adapter(settings: Settings, on_stage: Callable[[str, int, int], None]) -> Audit:
-    from blindtune.evaluation.audit import AuditConfig
-    from blindtune.evaluation.audit_adapter import audit_adapter
+    from blindtune.evaluation.audits.adapter import audit_adapter
+    from blindtune.evaluation.audits.audit import AuditConfig
     from blindtune.training.text import DataConfig
 
     return audit_adapter(
@@ -169,9 +169,9 @@ def _adapter(settings: Settings, on_stage: Callable[[str, int, int], None]) -> A
 
 
 def _split(settings: Settings, on_stage: Callable[[str, int, int], None]) -> Audit:
-    from blindtune.evaluation.audit import AdversaryConfig, AuditConfig
-    from blindtune.evaluation.audit_split import audit_split
-    from blindtune.split.privatizer_config import PrivatizerConfig
+    from blindtune.evaluation.audits.audit import AdversaryConfig, AuditConfig
+    from blindtune.evaluation.audits.split import audit_split
+    from blindtune.split.customer.privatizer_config import PrivatizerConfig
 
     return audit_split(
         settings["subject"],
@@ -189,7 +189,7 @@ def _split(settings: Settings, on_stage: Callable[[str, int, int], None]) -> Aud
 
 def _split_reading(settings: Settings) -> ReadingConfig:
     """Column and length are options that adapters' data has too."""
-    from blindtune.split.private_texts import ReadingConfig
+    from blindtune.split.customer.private_texts import ReadingConfig
     from blindtune.training.text import DataConfig
 
     reading = settings.of(DataConfig)
@@ -203,8 +203,8 @@ def _split_reading(settings: Settings) -> ReadingConfig:
 
 def estimate(settings: Settings) -> Estimate:
     """Estimate the audit that fits the subject."""
-    from blindtune.evaluation.audit import AdversaryConfig, AuditConfig
-    from blindtune.evaluation.audit_estimate import (
+    from blindtune.evaluation.audits.audit import AdversaryConfig, AuditConfig
+    from blindtune.evaluation.audits.estimate import (
         estimate_audit_adapter,
         estimate_audit_emulator,
         estimate_audit_split,

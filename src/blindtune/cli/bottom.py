@@ -42,7 +42,7 @@ CUT = click.Option(
     required=True,
     help="Blocks of the customers' bottom; 0: the embedding alone.",
 )
-GROUP = Group(heading="Customers get", module="blindtune.split.service", name="BottomConfig")
+GROUP = Group(heading="Customers get", module="blindtune.split.vendor.service", name="BottomConfig")
 
 
 def partition_facts(facts: Facts) -> str:
@@ -53,7 +53,7 @@ def partition_facts(facts: Facts) -> str:
 
 def act(settings: Settings) -> Facts:
     """Call the act."""
-    from blindtune.split.service import BottomConfig, bottom
+    from blindtune.split.vendor.service import BottomConfig, bottom
 
     signer = signer_of(settings)
     made = bottom(
@@ -91,8 +91,8 @@ def show(facts: Facts, console: Console) -> None:
 
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act."""
-    from blindtune.split.estimates import estimate_bottom
-    from blindtune.split.service import BottomConfig
+    from blindtune.split.vendor.estimates import estimate_bottom
+    from blindtune.split.vendor.service import BottomConfig
 
     return estimate_bottom(settings["model"], settings["cut"], settings.of(BottomConfig))
 

@@ -38,8 +38,8 @@ def act(settings: Settings) -> Facts:
     """Call the act."""
     from dataclasses import asdict
 
-    from blindtune.split.access import AccessConfig
-    from blindtune.split.cancellation import cancel
+    from blindtune.split.customer.access import AccessConfig
+    from blindtune.split.customer.cancellation import cancel
 
     ended = cancel(settings["url"], settings["job"], access=settings.of(AccessConfig))
     return asdict(ended) | {"kept": str(ended.kept)}

@@ -45,8 +45,8 @@ def act(settings: Settings) -> Facts:
     from pathlib import Path
 
     from blindtune.evaluation.inspection import inspect
-    from blindtune.offsite.emulation import EmulatorConfig, emulate
     from blindtune.offsite.inspected_emulator import InspectedEmulator
+    from blindtune.offsite.model_owner.emulation import EmulatorConfig, emulate
 
     signer = signer_of(settings)
     made = emulate(
@@ -92,8 +92,8 @@ def show(facts: Facts, console: Console) -> None:
 
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act."""
-    from blindtune.offsite.emulation import EmulatorConfig
-    from blindtune.offsite.package_estimates import estimate_emulate
+    from blindtune.offsite.model_owner.emulation import EmulatorConfig
+    from blindtune.offsite.model_owner.package_estimates import estimate_emulate
 
     return estimate_emulate(settings["study"], settings.of(EmulatorConfig), model=settings["model"])
 
@@ -112,7 +112,11 @@ VERB = Verb(
         *WRITING,
     ),
     groups=(
-        Group(heading="Emulator", module="blindtune.offsite.emulation", name="EmulatorConfig"),
+        Group(
+            heading="Emulator",
+            module="blindtune.offsite.model_owner.emulation",
+            name="EmulatorConfig",
+        ),
     ),
     act=act,
     show=show,

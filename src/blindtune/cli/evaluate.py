@@ -39,7 +39,7 @@ Example:
 
 def act(settings: Settings) -> Facts:
     """Call the act."""
-    from blindtune.evaluation.evaluating import EvaluationConfig, evaluate
+    from blindtune.evaluation.utility.evaluating import EvaluationConfig, evaluate
 
     with stages() as show:
         found = evaluate(
@@ -92,8 +92,8 @@ def _error(value: float | None) -> str:
 
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act, harness tasks left out."""
-    from blindtune.evaluation.evaluating import EvaluationConfig
-    from blindtune.offsite.package_estimates import estimate_evaluate
+    from blindtune.evaluation.utility.evaluating import EvaluationConfig
+    from blindtune.offsite.model_owner.package_estimates import estimate_evaluate
 
     config = settings.of(EvaluationConfig)
     return estimate_evaluate(
@@ -120,7 +120,7 @@ VERB = Verb(
     groups=(
         Group(
             heading="Evaluation",
-            module="blindtune.evaluation.evaluating",
+            module="blindtune.evaluation.utility.evaluating",
             name="EvaluationConfig",
         ),
     ),

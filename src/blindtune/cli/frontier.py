@@ -49,8 +49,8 @@ def act(settings: Settings) -> Facts:
     """Call the act."""
     from pathlib import Path
 
-    from blindtune.evaluation.frontier import FrontierConfig, frontier
-    from blindtune.evaluation.frontier_page import PAGE_NAME, write_frontier
+    from blindtune.evaluation.frontiers.offsite import FrontierConfig, frontier
+    from blindtune.evaluation.pages.offsite_frontier import PAGE_NAME, write_frontier
 
     config, out = settings.of(FrontierConfig), Path(settings["out"])
     with stages() as on_stage:
@@ -94,8 +94,8 @@ def show(facts: Facts, console: Console) -> None:
 
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act."""
-    from blindtune.evaluation.frontier import FrontierConfig
-    from blindtune.evaluation.frontier_estimate import estimate_frontier
+    from blindtune.evaluation.frontiers.estimate import estimate_frontier
+    from blindtune.evaluation.frontiers.offsite import FrontierConfig
 
     return estimate_frontier(
         settings["model"],
@@ -124,7 +124,11 @@ VERB = Verb(
             ["--gap"], type=float, help="Least gap of the answer, nats a token, by its lower end."
         ),
     ),
-    groups=(Group(heading="Sweep", module="blindtune.evaluation.frontier", name="FrontierConfig"),),
+    groups=(
+        Group(
+            heading="Sweep", module="blindtune.evaluation.frontiers.offsite", name="FrontierConfig"
+        ),
+    ),
     act=act,
     show=show,
     estimate=estimate,

@@ -66,7 +66,7 @@ def show(facts: Facts, console: Console) -> None:
 
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act."""
-    from blindtune.offsite.package_estimates import estimate_inspect
+    from blindtune.offsite.model_owner.package_estimates import estimate_inspect
 
     return estimate_inspect(settings["package"])
 

@@ -17,7 +17,7 @@ from blindtune.errors import ConfigError, PolicyError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from blindtune.exchange.keys import PublicKey
+    from blindtune.exchange.packages.keys import PublicKey
 
 HELP = """Keep your key, and the keys of those whose packages you open.
 
@@ -89,7 +89,7 @@ def _show(settings: Settings) -> Facts:
 
 
 def _trust(settings: Settings) -> Facts:
-    from blindtune.exchange.keyring import read_public_key
+    from blindtune.exchange.packages.keyring import read_public_key
 
     name, key = settings["name"], read_public_key(Path(settings["file"]))
     spoken = settings["fingerprint"]

@@ -41,8 +41,8 @@ def act(settings: Settings) -> Facts:
     """Call the act."""
     from dataclasses import asdict
 
-    from blindtune.offsite.plugin import plug_in
-    from blindtune.offsite.vetting import ChangeBounds
+    from blindtune.offsite.model_owner.plugin import plug_in
+    from blindtune.offsite.model_owner.vetting import ChangeBounds
 
     plugged = plug_in(
         settings["model"],
@@ -100,9 +100,9 @@ def estimate(settings: Settings) -> Estimate:
     """Estimate the act, and measure what the adapter would change, in memory."""
     from dataclasses import replace
 
-    from blindtune.offsite.package_estimates import estimate_plug_in
-    from blindtune.offsite.plugin import plug_in
-    from blindtune.offsite.vetting import ChangeBounds, refusal
+    from blindtune.offsite.model_owner.package_estimates import estimate_plug_in
+    from blindtune.offsite.model_owner.plugin import plug_in
+    from blindtune.offsite.model_owner.vetting import ChangeBounds, refusal
 
     estimated = estimate_plug_in(settings["model"], settings["adapter"], dtype=settings["dtype"])
     plugged = plug_in(
@@ -162,7 +162,7 @@ VERB = Verb(
     groups=(
         Group(
             heading="How much the adapter may change",
-            module="blindtune.offsite.vetting",
+            module="blindtune.offsite.model_owner.vetting",
             name="ChangeBounds",
         ),
     ),

@@ -42,8 +42,8 @@ def act(settings: Settings) -> Facts:
     from dataclasses import asdict
     from functools import partial
 
-    from blindtune.split.access import AccessConfig
-    from blindtune.split.prediction import AskingConfig, predict
+    from blindtune.split.customer.access import AccessConfig
+    from blindtune.split.customer.prediction import AskingConfig, predict
 
     with stages() as show:
         found = predict(
@@ -101,7 +101,7 @@ VERB = Verb(
         ),
     ),
     groups=(
-        Group(heading="Texts", module="blindtune.split.prediction", name="AskingConfig"),
+        Group(heading="Texts", module="blindtune.split.customer.prediction", name="AskingConfig"),
         ACCESS,
     ),
     act=act,

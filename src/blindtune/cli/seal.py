@@ -36,7 +36,7 @@ Example:
 
 def act(settings: Settings) -> Facts:
     """Call the act."""
-    from blindtune.exchange.sealing import seal
+    from blindtune.exchange.packages.sealing import seal
 
     known = keyring().signers()
     unknown = [name for name in settings["to"] if name not in known]

@@ -54,11 +54,11 @@ def act(settings: Settings) -> Facts:
     """Serve until a signal comes."""
     from pathlib import Path
 
-    from blindtune.exchange.guard import GuardConfig
-    from blindtune.exchange.serving import ServerConfig
-    from blindtune.split.door import CertificateConfig
-    from blindtune.split.service import BottomConfig, WatchConfig, serve
+    from blindtune.exchange.wire.guard import GuardConfig
+    from blindtune.exchange.wire.serving import ServerConfig
     from blindtune.split.terms import VendorLimits
+    from blindtune.split.vendor.door import CertificateConfig
+    from blindtune.split.vendor.service import BottomConfig, WatchConfig, serve
 
     with _signals() as ended:
         service = serve(
@@ -142,9 +142,9 @@ def show(facts: Facts, console: Console) -> None:
 
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act."""
-    from blindtune.split.estimates import estimate_serve
-    from blindtune.split.service import BottomConfig
     from blindtune.split.terms import VendorLimits
+    from blindtune.split.vendor.estimates import estimate_serve
+    from blindtune.split.vendor.service import BottomConfig
 
     return estimate_serve(
         settings["model"], settings["cut"], settings.of(BottomConfig), settings.of(VendorLimits)
@@ -169,19 +169,21 @@ VERB = Verb(
     ),
     groups=(
         GROUP,
-        Group(heading="Certificate", module="blindtune.split.door", name="CertificateConfig"),
+        Group(
+            heading="Certificate", module="blindtune.split.vendor.door", name="CertificateConfig"
+        ),
         Group(
             heading="Address and limits of streams",
-            module="blindtune.exchange.serving",
+            module="blindtune.exchange.wire.serving",
             name="ServerConfig",
         ),
         Group(
             heading="Connections, and calls a second",
-            module="blindtune.exchange.guard",
+            module="blindtune.exchange.wire.guard",
             name="GuardConfig",
         ),
         Group(heading="Limits of jobs", module="blindtune.split.terms", name="VendorLimits"),
-        Group(heading="Watching", module="blindtune.split.service", name="WatchConfig"),
+        Group(heading="Watching", module="blindtune.split.vendor.service", name="WatchConfig"),
     ),
     act=act,
     show=show,

@@ -16,7 +16,7 @@ from blindtune.cli.verb import Settings, Verb
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from blindtune.evaluation.split_frontier import SplitFrontierConfig, Trial
+    from blindtune.evaluation.frontiers.split import SplitFrontierConfig, Trial
     from blindtune.models.costs import Estimate
 
 HELP = """Try settings (cut, eta, CTI) of split tuning, and draw what each gives and hides.
@@ -49,8 +49,8 @@ def act(settings: Settings) -> Facts:
     """Call the act."""
     from pathlib import Path
 
-    from blindtune.evaluation.split_frontier import split_frontier
-    from blindtune.evaluation.split_frontier_page import PAGE_NAME, write_split_frontier
+    from blindtune.evaluation.frontiers.split import split_frontier
+    from blindtune.evaluation.pages.split_frontier import PAGE_NAME, write_split_frontier
 
     config = _sweep(settings)
     out = Path(settings["out"])
@@ -71,7 +71,7 @@ def act(settings: Settings) -> Facts:
 
 def show(facts: Facts, console: Console) -> None:
     """Print the settings and the answer."""
-    from blindtune.evaluation.split_frontier_page import CUT_SHORT, NOT_LEARNED
+    from blindtune.evaluation.pages.split_frontier import CUT_SHORT, NOT_LEARNED
 
     rows = [
         (
@@ -95,7 +95,7 @@ def show(facts: Facts, console: Console) -> None:
 
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act."""
-    from blindtune.evaluation.frontier_estimate import estimate_split_frontier
+    from blindtune.evaluation.frontiers.estimate import estimate_split_frontier
 
     return estimate_split_frontier(
         settings["model"],
@@ -109,7 +109,7 @@ def estimate(settings: Settings) -> Estimate:
 
 def _sweep(settings: Settings) -> SplitFrontierConfig:
     """The settings to try, if they can answer what is asked."""
-    from blindtune.evaluation.split_frontier import SplitFrontierConfig, check_answerable
+    from blindtune.evaluation.frontiers.split import SplitFrontierConfig, check_answerable
 
     config = settings.of(SplitFrontierConfig)
     if settings["ep"] is not None:
@@ -118,10 +118,10 @@ def _sweep(settings: Settings) -> SplitFrontierConfig:
 
 
 def _trial(settings: Settings) -> Trial:
-    from blindtune.evaluation.audit import AuditConfig
-    from blindtune.evaluation.split_frontier import Trial
-    from blindtune.split.customer import PassConfig
-    from blindtune.split.private_texts import ReadingConfig
+    from blindtune.evaluation.audits.audit import AuditConfig
+    from blindtune.evaluation.frontiers.split import Trial
+    from blindtune.split.customer.private_texts import ReadingConfig
+    from blindtune.split.customer.requests import PassConfig
     from blindtune.split.terms import TuningConfig
 
     return Trial(
@@ -150,12 +150,12 @@ VERB = Verb(
     groups=(
         Group(
             heading="Sweep",
-            module="blindtune.evaluation.split_frontier",
+            module="blindtune.evaluation.frontiers.split",
             name="SplitFrontierConfig",
         ),
         Group(
             heading="Texts",
-            module="blindtune.split.private_texts",
+            module="blindtune.split.customer.private_texts",
             name="ReadingConfig",
             defaults={"max_length": 64},
             left_out=frozenset({"task"}),
@@ -163,7 +163,7 @@ VERB = Verb(
         TUNING,
         Group(
             heading="Passes over the texts",
-            module="blindtune.split.customer",
+            module="blindtune.split.customer.requests",
             name="PassConfig",
             renamed={"seed": "order_seed"},
             defaults={"epochs": 2},
@@ -171,7 +171,7 @@ VERB = Verb(
         ),
         Group(
             heading="Attacks",
-            module="blindtune.evaluation.audit",
+            module="blindtune.evaluation.audits.audit",
             name="AuditConfig",
             renamed={"test_tokens": "attacked_tokens", "seed": "attack_seed"},
             defaults={"test_tokens": 4096, "attack_seconds": 60.0},

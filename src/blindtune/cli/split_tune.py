@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from blindtune.models.costs import Estimate
-    from blindtune.split.privacy_statement import PrivacyStatement
+    from blindtune.split.customer.privacy_statement import PrivacyStatement
 
 HELP = """Tune a vendor's model on private texts that it never sees.
 
@@ -48,12 +48,12 @@ def act(settings: Settings) -> Facts:
     """Call the act."""
     from dataclasses import asdict
 
-    from blindtune.split.access import AccessConfig
-    from blindtune.split.customer import PassConfig
-    from blindtune.split.private_texts import ReadingConfig
-    from blindtune.split.privatizer_config import PrivatizerConfig
+    from blindtune.split.customer.access import AccessConfig
+    from blindtune.split.customer.private_texts import ReadingConfig
+    from blindtune.split.customer.privatizer_config import PrivatizerConfig
+    from blindtune.split.customer.requests import PassConfig
+    from blindtune.split.customer.tuning_job import split_tune
     from blindtune.split.terms import TuningConfig
-    from blindtune.split.tuning_job import split_tune
 
     with ExitStack() as preparing:
         on_part = preparing.enter_context(stages())
@@ -101,10 +101,10 @@ def show(facts: Facts, console: Console) -> None:
 
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act."""
-    from blindtune.split.customer import PassConfig
-    from blindtune.split.private_texts import ReadingConfig
-    from blindtune.split.privatizer_config import PrivatizerConfig
-    from blindtune.split.tuning_estimate import estimate_split_tune
+    from blindtune.split.customer.private_texts import ReadingConfig
+    from blindtune.split.customer.privatizer_config import PrivatizerConfig
+    from blindtune.split.customer.requests import PassConfig
+    from blindtune.split.customer.tuning_estimate import estimate_split_tune
 
     return estimate_split_tune(
         settings["bottom"],
@@ -117,7 +117,9 @@ def estimate(settings: Settings) -> Estimate:
 
 
 TUNING = Group(heading="Tuning at the vendor", module="blindtune.split.terms", name="TuningConfig")
-ACCESS = Group(heading="Vendor and network", module="blindtune.split.access", name="AccessConfig")
+ACCESS = Group(
+    heading="Vendor and network", module="blindtune.split.customer.access", name="AccessConfig"
+)
 
 VERB = Verb(
     name="split-tune",
@@ -141,15 +143,17 @@ VERB = Verb(
     groups=(
         Group(
             heading="Privacy",
-            module="blindtune.split.privatizer_config",
+            module="blindtune.split.customer.privatizer_config",
             name="PrivatizerConfig",
             renamed={"special": "special_tokens"},
         ),
-        Group(heading="Texts", module="blindtune.split.private_texts", name="ReadingConfig"),
+        Group(
+            heading="Texts", module="blindtune.split.customer.private_texts", name="ReadingConfig"
+        ),
         TUNING,
         Group(
             heading="Passes over the texts",
-            module="blindtune.split.customer",
+            module="blindtune.split.customer.requests",
             name="PassConfig",
             renamed={"seed": "order_seed"},
         ),

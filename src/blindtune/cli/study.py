@@ -38,9 +38,9 @@ Example:
 
 def act(settings: Settings) -> Facts:
     """Call the act."""
-    from blindtune.offsite.importance import DynamicConfig
-    from blindtune.offsite.study import StudyConfig
-    from blindtune.offsite.studying import study
+    from blindtune.offsite.model_owner.importance import DynamicConfig
+    from blindtune.offsite.model_owner.study import StudyConfig
+    from blindtune.offsite.model_owner.studying import study
 
     with stages() as show:
         found = study(
@@ -97,9 +97,9 @@ def _tokens(count: int | None) -> str:
 
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act."""
-    from blindtune.offsite.importance import DynamicConfig
-    from blindtune.offsite.study import StudyConfig
-    from blindtune.offsite.study_estimate import estimate_study
+    from blindtune.offsite.model_owner.importance import DynamicConfig
+    from blindtune.offsite.model_owner.study import StudyConfig
+    from blindtune.offsite.model_owner.study_estimate import estimate_study
 
     return estimate_study(
         settings["model"],
@@ -120,10 +120,10 @@ VERB = Verb(
         click.Option(["--out"], required=True, metavar="DIR", help="Directory of the study."),
     ),
     groups=(
-        Group(heading="Study", module="blindtune.offsite.study", name="StudyConfig"),
+        Group(heading="Study", module="blindtune.offsite.model_owner.study", name="StudyConfig"),
         Group(
             heading="Dynamic LayerReplace",
-            module="blindtune.offsite.importance",
+            module="blindtune.offsite.model_owner.importance",
             name="DynamicConfig",
             prefix="dynamic_",
         ),

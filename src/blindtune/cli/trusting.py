@@ -12,8 +12,8 @@ from blindtune.cli.verb import Settings, process_rank
 from blindtune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from blindtune.exchange.keyring import Keyring
-    from blindtune.exchange.signing import Signature, Signer, Trust
+    from blindtune.exchange.packages.keyring import Keyring
+    from blindtune.exchange.packages.signing import Signature, Signer, Trust
 
 PASSPHRASE_VARIABLE = "BLINDTUNE_PASSPHRASE"  # noqa: S105  # its name, not its value
 OPENING = (
@@ -35,7 +35,7 @@ WRITING = (click.Option(["--unsigned"], is_flag=True, help="Do not sign the pack
 
 def keyring() -> Keyring:
     """The keyring of whoever runs the command."""
-    from blindtune.exchange.keyring import Keyring, default_home
+    from blindtune.exchange.packages.keyring import Keyring, default_home
 
     return Keyring(default_home())
 

@@ -54,7 +54,7 @@ def act(settings: Settings) -> Facts:
     from dataclasses import asdict, replace
 
     from blindtune.offsite.adapter import AdapterConfig
-    from blindtune.offsite.tuning import tune
+    from blindtune.offsite.data_owner.tuning import tune
     from blindtune.training.config import RunConfig, TrainingConfig
     from blindtune.training.dp_plan import DpConfig
     from blindtune.training.text import DataConfig
@@ -135,7 +135,7 @@ def _ends(points: list[tuple[int, float]]) -> str:
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act."""
     from blindtune.offsite.adapter import AdapterConfig
-    from blindtune.offsite.tuning_estimate import estimate_tune
+    from blindtune.offsite.data_owner.tuning_estimate import estimate_tune
     from blindtune.training.config import RunConfig, TrainingConfig
     from blindtune.training.dp_plan import DpConfig
     from blindtune.training.text import DataConfig

@@ -34,7 +34,7 @@ Example:
 
 def act(settings: Settings) -> Facts:
     """Call the act."""
-    from blindtune.exchange.sealing import unseal
+    from blindtune.exchange.packages.sealing import unseal
 
     key = keyring().private(ask_passphrase)
     if key is None:

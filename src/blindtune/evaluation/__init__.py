@@ -1,1 +1,5 @@
-"""What a model is worth: perplexity, multiple choice, the five rows of offsite-tuning, reports."""
+"""What a model is worth, what is leaked, and both beside each other.
+
+`utility` measures models, `leakage` judges what attacks guessed (the only place that sees the
+truth), `audits` run the attacks that fit, `frontiers` sweep settings, and `pages` show all of it.
+"""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from blindtune.exchange.manifest import AdapterManifest, EmulatorManifest
-from blindtune.exchange.package import open_package
-from blindtune.exchange.signing import Trust
+from blindtune.exchange.packages.manifest import AdapterManifest, EmulatorManifest
+from blindtune.exchange.packages.package import open_package
+from blindtune.exchange.packages.signing import Trust
 from blindtune.offsite.inspected_adapter import InspectedAdapter, inspect_adapter
 from blindtune.offsite.inspected_emulator import InspectedEmulator, inspect_emulator
 from blindtune.split.inspected_bottom import InspectedBottom, inspect_bottom

@@ -1,5 +1,5 @@
 """Offsite-tuning: the owner ships a lossy emulator, the data owner returns a tuned adapter.
 
-`harmonizers`, `importance`, `compression`, `study`, `emulation` and `plugin` run at the model
-owner; `emulator` and `tuning` at the data owner.
+What only one of them runs is in `model_owner` and `data_owner`; `competitors` makes emulators by
+other methods. Here is what crosses between them: the emulator and the adapter, as packages.
 """

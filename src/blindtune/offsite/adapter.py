@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from blindtune.errors import ConfigError, MismatchError, PackageError
-from blindtune.exchange.manifest import AdapterManifest, LoraFacts, PrivacyFacts
-from blindtune.exchange.package import Package, open_package
-from blindtune.exchange.package_writing import write_package
-from blindtune.exchange.signing import Signer, Trust
+from blindtune.exchange.packages.manifest import AdapterManifest, LoraFacts, PrivacyFacts
+from blindtune.exchange.packages.package import Package, open_package
+from blindtune.exchange.packages.signing import Signer, Trust
+from blindtune.exchange.packages.writing import write_package
 from blindtune.exchange.tensors import Expected, is_finite
 from blindtune.models.decoder import Decoder
 from blindtune.offsite.emulator import DTYPES, Emulator, adapter_parameters

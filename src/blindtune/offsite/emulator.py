@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blindtune.errors import ModelError, OutputError, PackageError
-from blindtune.exchange.manifest import (
+from blindtune.exchange.packages.manifest import (
     CompressedLayer,
     Dtype,
     EmulatorManifest,
@@ -28,9 +28,9 @@ from blindtune.exchange.manifest import (
     HarmonizerLayer,
     LayerEntry,
 )
-from blindtune.exchange.package import Package, open_package
-from blindtune.exchange.package_writing import write_package
-from blindtune.exchange.signing import Signature, Signer, Trust
+from blindtune.exchange.packages.package import Package, open_package
+from blindtune.exchange.packages.signing import Signature, Signer, Trust
+from blindtune.exchange.packages.writing import write_package
 from blindtune.exchange.tensors import Expected, check_expected
 from blindtune.models.blocks import Harmonizer
 from blindtune.models.configs import (

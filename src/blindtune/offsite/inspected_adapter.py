@@ -14,11 +14,11 @@ import msgspec
 from torch import Tensor
 
 from blindtune.errors import PackageError
-from blindtune.exchange.inspected import InspectedPackage, common_facts
-from blindtune.exchange.manifest import (
+from blindtune.exchange.packages.inspected import InspectedPackage, common_facts
+from blindtune.exchange.packages.manifest import (
     AdapterManifest,
 )
-from blindtune.exchange.package import Package
+from blindtune.exchange.packages.package import Package
 from blindtune.exchange.tensors import numbers
 from blindtune.offsite.emulator import adapter_indices
 from blindtune.offsite.package_facts import (

@@ -13,15 +13,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from blindtune.exchange.inspected import InspectedPackage, common_facts
-from blindtune.exchange.manifest import (
+from blindtune.exchange.packages.inspected import InspectedPackage, common_facts
+from blindtune.exchange.packages.manifest import (
     AdapterLayer,
     CompressedLayer,
     EmulatorManifest,
     HarmonizerLayer,
     LayerEntry,
 )
-from blindtune.exchange.package import Package
+from blindtune.exchange.packages.package import Package
 from blindtune.exchange.tensors import TensorFacts, numbers
 from blindtune.models.decoder import Decoder
 from blindtune.models.families import Family

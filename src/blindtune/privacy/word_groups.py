@@ -153,8 +153,8 @@ def group_words(
     Cost: some tens of matmuls of W x W x D, and of rare words x their groups x D.
 
     Args:
-        vector_VD: what a word means, near where words mean the same (`split.word_vectors`, or the
-            embedding table).
+        vector_VD: what a word means, near where words mean the same
+            (`split.customer.word_vectors`, or the embedding table).
         count_V: how often each word occurs in public text of the kind that the private texts are.
         special_ids: tokens that stay alone, and are sent as they are wherever they occur: never
             those that another party's tokenizer calls special (`models.margins`).

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blindtune.errors import ConfigError, MismatchError, OutputError, PackageError
-from blindtune.exchange.manifest import BottomManifest, Dtype
-from blindtune.exchange.package import Package, open_package
-from blindtune.exchange.package_writing import write_package
-from blindtune.exchange.signing import Signature, Signer, Trust
+from blindtune.exchange.packages.manifest import BottomManifest, Dtype
+from blindtune.exchange.packages.package import Package, open_package
+from blindtune.exchange.packages.signing import Signature, Signer, Trust
+from blindtune.exchange.packages.writing import write_package
 from blindtune.exchange.tensors import Expected, check_expected
 from blindtune.models.configs import (
     check_buffers,

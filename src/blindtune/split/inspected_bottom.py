@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from blindtune.exchange.inspected import InspectedPackage, common_facts
-from blindtune.exchange.manifest import BottomManifest
-from blindtune.exchange.package import Package
+from blindtune.exchange.packages.inspected import InspectedPackage, common_facts
+from blindtune.exchange.packages.manifest import BottomManifest
+from blindtune.exchange.packages.package import Package
 from blindtune.models.margins import margins_of, shown_tokens
 from blindtune.models.tokenizers import told
 from blindtune.split.bottom import tokenizer_of, verified_sketch

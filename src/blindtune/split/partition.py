@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from transformers import PreTrainedModel
 
 from blindtune.errors import ConfigError
-from blindtune.exchange.messages import Partition
+from blindtune.exchange.wire.messages import Partition
 from blindtune.models.decoder import Decoder
 from blindtune.models.encoders import Encoder, is_encoder
 from blindtune.models.layer_inputs import LayerCall, LayerInputs

@@ -3,7 +3,7 @@
 Each canary is a sentence about a person who does not exist, with a code drawn at random, and a list
 of other codes drawn in the same way. Some are planted several times, some never: those are the
 control. After tuning on the copy, an attack ranks the code among its like
-(`evaluation.canaries`; the secret sharer, arXiv 1802.08232).
+(`evaluation.audits.canaries`; the secret sharer, arXiv 1802.08232).
 
 **What is not covered.** The adapter tuned on the copy knows the canaries: it is for the audit, and
 another one is tuned for the model owner. A canary is a record of its own with a sharp secret; how

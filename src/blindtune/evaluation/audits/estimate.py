@@ -1,0 +1,207 @@
+"""What an audit will take, before it starts: memory, time, by its parts.
+
+Computed from shapes, from what is to be read, and from a rate measured here for 0.3 s; no weight of
+a decoder is used. Training of an attack on split tuning ends when it settles, which nobody knows
+beforehand, so `attack_seconds` stands for it: an upper bound.
+
+Letters: D hidden, L length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from blindtune.attacks.language_prior import TOGETHER
+from blindtune.evaluation.audits.adapter import both_kinds, reading_of
+from blindtune.evaluation.audits.audit import AdversaryConfig, AuditConfig
+from blindtune.evaluation.audits.language_attack import BEAMS, check_words
+from blindtune.evaluation.audits.split import check_adversary
+from blindtune.evaluation.audits.split_subject import read_audited, spread_texts
+from blindtune.exchange.packages.package import open_package
+from blindtune.exchange.packages.signing import Trust
+from blindtune.models.costs import (
+    FLOAT,
+    READ_BYTES_PER_SECOND,
+    DecoderCost,
+    Estimate,
+    Rate,
+    decoder_cost,
+    estimated,
+    matmul_rate,
+    sketch,
+    weight_bytes,
+)
+from blindtune.models.decoder import Decoder
+from blindtune.offsite.data_owner.tuning_estimate import ADAMW_SECONDS
+from blindtune.offsite.model_owner.package_estimates import shape_of
+from blindtune.split.bottom import open_bottom
+from blindtune.split.customer.job import MARK, CustomerJob
+from blindtune.split.customer.private_texts import ReadingConfig
+from blindtune.training.text import DataConfig
+
+WRITTEN = 200_000
+"""Bytes of page and JSON, about."""
+HEALING_STOPS = 5
+DRAWS_TO_LEARN = 4
+"""Of every public text, for an attribute."""
+CHANNEL_WORDS = 64_000
+"""Draws of the noise in Bayes' rule, twice (its words, their draws, once more at rehearsal)."""
+
+
+def estimate_audit_emulator(
+    emulator: str | Path,
+    model: str | Path,
+    *,
+    reading: DataConfig | None = None,
+    config: AuditConfig | None = None,
+) -> Estimate:
+    """Estimate `audit_emulator`; the test text is taken to hold all of `test_tokens`.
+
+    Raises:
+        ModelError, PackageError: as for `audit_emulator`.
+    """
+    config, reading = config or AuditConfig(), reading or DataConfig(max_length=128)
+    length, full = reading.max_length, sketch(model)
+    decoder, emulated = Decoder(full), Decoder(shape_of(emulator)[1])
+    rate, cost = matmul_rate(decoder.hidden_size), decoder_cost(decoder, length)
+    small = decoder_cost(emulated, length)
+    raw = sum(emulated.is_raw(i) for i in range(emulated.layer_count)) / decoder.layer_count
+    parts = {
+        "load": 4 * weight_bytes(full) / READ_BYTES_PER_SECOND,
+        "score as they are": _pass(rate, cost, config.test_tokens, decoder, config, length)
+        + _pass(rate, small, config.test_tokens, decoder, config, length),
+    }
+    tokens = 2 * config.test_tokens
+    if config.healing_steps:
+        trained = config.healing_steps * config.healing_batch_size * length
+        healed = rate.seconds(trained * cost.training, 3 * config.healing_steps * len(cost.layers))
+        healed += config.healing_steps * _numbers(full) * ADAMW_SECONDS
+        scored = HEALING_STOPS * config.test_tokens
+        score = _pass(rate, cost, scored, decoder, config, length)
+        parts |= {"heal": healed, "control": raw * healed, "score on the way": (1 + raw) * score}
+        tokens += 2 * (trained + scored)
+    batch = max(config.batch_size, config.healing_batch_size) * length
+    activations = batch * (20 * decoder.hidden_size * decoder.layer_count + 3 * _words(full))
+    memory = 5 * weight_bytes(full) + FLOAT * activations
+    return estimated(parts, rate, memory=memory, written=WRITTEN, tokens=tokens)
+
+
+def estimate_audit_adapter(
+    adapter: str | Path,
+    model: str | Path,
+    data: str | Path,
+    *,
+    others: str | Path | None = None,
+    reading: DataConfig | None = None,
+    config: AuditConfig | None = None,
+) -> Estimate:
+    """Estimate `audit_adapter` without its canaries; the data is read.
+
+    Raises:
+        DataError, ConfigError, ModelError, PackageError: as for `audit_adapter`.
+    """
+    config, reading = config or AuditConfig(), reading or DataConfig(max_length=128)
+    stated = open_package(adapter, "adapter").manifest.privacy
+    reading = reading_of(stated, reading, others)
+    tokenizer, shape = shape_of(model)
+    decoder = Decoder(shape)
+    tokens = 0
+    for found in both_kinds(tokenizer, data, others, reading):
+        tokens += found.tokens * min(len(found), config.max_records) // max(1, len(found))
+    rate, length = matmul_rate(decoder.hidden_size), reading.max_length
+    passes = 3 * tokens  # the loss of the tuned model, and of both for the drop
+    parts = {
+        "load": 4 * weight_bytes(shape) / READ_BYTES_PER_SECOND,
+        "score": _pass(rate, decoder_cost(decoder, length), passes, decoder, config, length),
+    }
+    batch = config.batch_size * length * (16 * decoder.hidden_size + _words(shape))
+    memory = 2 * weight_bytes(shape) + FLOAT * batch
+    return estimated(parts, rate, memory=memory, written=WRITTEN, tokens=passes)
+
+
+def estimate_audit_split(
+    subject: str | Path,
+    *,
+    bottom: str | Path | None = None,
+    data: str | Path | None = None,
+    public: str | Path | None = None,
+    reading: ReadingConfig | None = None,
+    config: AuditConfig | None = None,
+    adversary: AdversaryConfig | None = None,
+    trust: Trust | None = None,
+) -> Estimate:
+    """Estimate `audit_split`: searches in the vocabulary, and the time that trainings may take.
+
+    Raises:
+        DataError, ConfigError, ModelError, PackageError, PolicyError: as for `audit_split`.
+    """
+    config, reading = config or AuditConfig(), reading or ReadingConfig()
+    adversary = adversary or AdversaryConfig()
+    if (Path(subject) / MARK).is_file():
+        bottom = bottom or CustomerJob(subject).record.bottom_path
+    package = open_bottom(bottom or subject, trust=trust)
+    check_adversary(adversary, package, public=public, data=data)
+    table_VD = package.stack.embedding.weight
+    assert isinstance(table_VD, Tensor)
+    attacked, longest = config.test_tokens, 1
+    if data is not None:
+        ids = read_audited(package, data, reading).ids
+        some = [ids[i] for i in spread_texts(ids, config.test_tokens)]
+        attacked, longest = sum(map(len, some)), max(map(len, some))
+    rate = matmul_rate(package.hidden_size)
+    search = 2.0 * table_VD.numel()  # of one token
+    draws = attacked * config.fresh_draws
+    parts = {
+        "open": weight_bytes(package.stack.model) / READ_BYTES_PER_SECOND,
+        "nearest neighbour": rate.seconds(attacked * search + 40 * longest * table_VD.numel()),
+        "fresh draws": rate.seconds(2 * draws * search),
+    }
+    if public is not None:
+        parts["Bayes, in token mode"] = rate.seconds(2 * CHANNEL_WORDS * search)
+        parts["noise of public text"] = rate.seconds(3 * config.public_tokens * search)
+        parts["training, at most"] = config.attack_seconds
+    width = package.hidden_size
+    memory: float = FLOAT * (3 * config.public_tokens * width + 12 * table_VD.numel())
+    if adversary.dummies:
+        parts["dummy embeddings, at most"] = config.attack_seconds
+    if adversary.attribute_column is not None:
+        made = rate.seconds(DRAWS_TO_LEARN * config.public_tokens * search)
+        parts["attribute inference, at most"] = made + config.attack_seconds
+    if adversary.prior is not None:
+        check_words(adversary.prior, package)
+        model = sketch(adversary.prior)
+        parts |= _weighing(rate, model, attacked, longest, config)
+        memory += weight_bytes(model) + FLOAT * TOGETHER * BEAMS * _words(model)
+    return estimated(parts, rate, memory=memory, written=WRITTEN, tokens=attacked)
+
+
+def _weighing(
+    rate: Rate, model: PreTrainedModel, attacked: int, longest: int, config: AuditConfig
+) -> dict[str, float]:
+    """Seconds to load a language model and to weigh the candidates of two attacks with it."""
+    cost = decoder_cost(Decoder(model), longest)
+    calls = len(cost.layers) * attacked / TOGETHER
+    weighed = min(config.attack_seconds, rate.seconds(2 * BEAMS * attacked * cost.forward, calls))
+    return {
+        "load the language model": weight_bytes(model) / READ_BYTES_PER_SECOND,
+        "language model, two attacks": 2 * weighed,
+    }
+
+
+def _pass(
+    rate: Rate, cost: DecoderCost, tokens: int, decoder: Decoder, config: AuditConfig, length: int
+) -> float:
+    """Seconds of forward passes over so many tokens."""
+    calls = decoder.layer_count * tokens / length / config.batch_size
+    return rate.seconds(tokens * cost.forward, calls)
+
+
+def _numbers(model: PreTrainedModel) -> int:
+    return weight_bytes(model) // FLOAT
+
+
+def _words(model: PreTrainedModel) -> int:
+    return int(model.config.vocab_size)

@@ -1,0 +1,145 @@
+"""What a sweep of settings will take, before it starts: memory and time, by its parts.
+
+Computed from shapes, from the data, which is read, and from a rate measured here for 0.3 s. Rows
+that an earlier run kept are counted as if they were missing. An attack's training ends when it
+settles, which nobody knows beforehand, so `attack_seconds` stands for it: an upper bound.
+
+Letters: D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from blindtune.evaluation.audits.estimate import CHANNEL_WORDS, WRITTEN
+from blindtune.evaluation.frontiers.offsite import FrontierConfig
+from blindtune.evaluation.frontiers.split import SplitFrontierConfig, Trial
+from blindtune.models.costs import (
+    FLOAT,
+    READ_BYTES_PER_SECOND,
+    Estimate,
+    decoder_cost,
+    estimated,
+    matmul_rate,
+    matrix_numbers,
+    sketch,
+    weight_bytes,
+)
+from blindtune.models.decoder import Decoder
+from blindtune.models.encoders import load_any
+from blindtune.models.loading import load_tokenizer
+from blindtune.offsite.data_owner.tuning_estimate import ADAMW_SECONDS
+from blindtune.offsite.model_owner.study import StudyConfig
+from blindtune.offsite.model_owner.study_estimate import estimate_study
+from blindtune.split.customer.labelled_text import read_texts
+from blindtune.split.partition import stack_of
+from blindtune.training.text import DataConfig, load_dataset_file
+
+PASSES_A_SETTING = 3
+"""Scorings of an emulator: before and after tuning, and plugged in."""
+
+
+def estimate_frontier(
+    model: str | Path,
+    data: str | Path,
+    config: FrontierConfig | None = None,
+    *,
+    public: str | Path | None = None,
+    made_study: str | Path | None = None,
+    test: str | Path | None = None,
+) -> Estimate:
+    """Estimate `frontier`; an emulator is counted with the layers that are left of the model.
+
+    Raises:
+        ModelError, DataError: as for `frontier`.
+    """
+    config = config or FrontierConfig()
+    full, tokenizer = sketch(model), load_tokenizer(model)
+    decoder, length = Decoder(full), config.max_length
+    cost, rate = decoder_cost(decoder, length), matmul_rate(decoder.hidden_size)
+    read = load_dataset_file(test or data, tokenizer, DataConfig(max_length=length))
+    scored = read.tokens * (1.0 if test is not None else config.test_share)
+    tokens = config.steps * config.batch_size * length
+    calls = 3 * config.steps * decoder.layer_count
+    numbers = weight_bytes(full) / FLOAT
+    whole = rate.seconds(tokens * cost.training, calls) + config.steps * numbers * ADAMW_SECONDS
+    score = rate.seconds(scored * cost.forward, decoder.layer_count * scored / length)
+    seeds = len(config.runs)
+    loads = 1 + seeds * (1 + len(config.ends) + 2 * len(config.triplets))
+    parts: dict[str, float] = {"load": loads * weight_bytes(full) / READ_BYTES_PER_SECOND}
+    if made_study is None:
+        study = StudyConfig(max_length=length, min_adapter_layers=min(config.ends))
+        parts["study"] = estimate_study(model, public or data, study).seconds
+    parts["the full model, tuned whole"] = seeds * (whole + score) + score
+    parts["its adapter layers"] = seeds * len(config.ends) * (whole + score)
+    left = [1 - t.alpha * (1 - 2 * t.adapter_layers / decoder.layer_count) for t in config.triplets]
+    parts["settings"] = seeds * sum(left) * (whole + PASSES_A_SETTING * score)
+    rows = seeds * (1 + len(config.ends) + len(config.triplets))
+    words = int(decoder.config.vocab_size)
+    batch = (
+        config.batch_size * length * (16 * decoder.hidden_size * decoder.layer_count + 3 * words)
+    )
+    return estimated(
+        parts, rate, memory=5 * weight_bytes(full) + FLOAT * batch, written=WRITTEN,
+        scratch=5 * weight_bytes(full), tokens=rows * tokens,
+    )  # fmt: skip
+
+
+def estimate_split_frontier(
+    model: str | Path,
+    data: str | Path,
+    test: str | Path,
+    config: SplitFrontierConfig | None = None,
+    *,
+    public: str | Path | None = None,
+    trial: Trial | None = None,
+) -> Estimate:
+    """Estimate `split_frontier`.
+
+    Raises:
+        ModelError, DataError: as for `split_frontier`.
+    """
+    config, trial = config or SplitFrontierConfig(), trial or Trial()
+    reading, trying, epochs = trial.reading, trial.trying, trial.passes.epochs
+    loaded, tokenizer = load_any(model)
+    stack = stack_of(loaded)
+    table_VD = stack.embedding.weight
+    assert isinstance(table_VD, Tensor)
+    longest = reading.max_length or tokenizer.model_max_length
+    trained, asked = (
+        sum(min(len(ids), longest) for ids in tokenizer(list(found.texts))["input_ids"])
+        for found in (
+            read_texts(path, text_column=reading.text_column, label_column=reading.label_column)
+            for path in (data, test)
+        )
+    )
+    layers = [layer for layer in stack.layers if isinstance(layer, nn.Module)]
+    layer = 2.0 * sum(map(matrix_numbers, layers)) / stack.layer_count
+    rate, search = matmul_rate(table_VD.shape[1]), 2.0 * table_VD.numel()
+    rows, noised = len(config.privatizers), len(config.privatizers) - 1
+    tuned = privatized = 0.0
+    for cut in sorted(set(config.cut)):
+        above = stack.layer_count - cut
+        privatized += rows * (trained + asked) * cut * layer
+        tuned += rows * (2 * epochs * trained + asked) * above * layer
+    settings = rows * len(set(config.cut))
+    sent = noised * len(set(config.cut)) * (trained + asked)
+    parts = {
+        "load": settings * weight_bytes(loaded) / READ_BYTES_PER_SECOND,
+        "privatize": rate.seconds(privatized + sent * search),
+        "tune and predict": rate.seconds(tuned),
+        "nearest neighbour": rate.seconds(settings * trying.test_tokens * search),
+    }
+    if public is not None:
+        learned = CHANNEL_WORDS + trying.public_tokens
+        parts["attacks that learn"] = rate.seconds(2 * settings * learned * search)
+        deep = sum(cut > 0 for cut in set(config.cut)) * (config.privatizer != "vector") * noised
+        parts["training, at most"] = (settings + deep) * trying.attack_seconds
+    states = (trained + asked + 3 * trying.public_tokens) * table_VD.shape[1]
+    return estimated(
+        parts, rate, memory=2 * weight_bytes(loaded) + FLOAT * (states + 12 * table_VD.numel()),
+        written=WRITTEN, scratch=weight_bytes(loaded) + FLOAT * states,
+        tokens=int(settings * (epochs * trained + asked)),
+    )  # fmt: skip

@@ -1,0 +1,303 @@
+"""The privacy-utility frontier of split tuning: cuts and amounts of noise on the same data.
+
+Before a real run, whoever has a model and texts of the customer's kind tries settings (cut, eta,
+CTI). A setting is tuned as the two parties would, in one process: texts are privatized once, the
+vendor tunes on the states, the tuned job is asked about noised test texts; that gives the utility
+accuracy (UA). Then the training texts are attacked as `audit_split` does; empirical privacy (EP)
+is the share of tokens that an attack gets wrong, and the strongest attack is what counts.
+
+At every cut the split without noise is a setting too: what noise costs, and what depth alone hides.
+Every finished row is kept in OUT/rows, under a digest of all that decides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any, Literal, final, get_args
+
+from blindtune.errors import ConfigError
+from blindtune.evaluation.audits.audit import AuditConfig
+from blindtune.evaluation.audits.split import audit_split
+from blindtune.evaluation.frontiers.sweeps import KeptRows, unbeaten
+from blindtune.exchange.wire.transport import InProcessTransport
+from blindtune.models.encoders import load_any
+from blindtune.models.fingerprint import fingerprint
+from blindtune.models.tokenizers import tokenizer_files
+from blindtune.split.bottom import write_bottom
+from blindtune.split.customer.prediction import predict
+from blindtune.split.customer.private_texts import ReadingConfig
+from blindtune.split.customer.privatizer_config import PrivatizerConfig
+from blindtune.split.customer.requests import PassConfig
+from blindtune.split.customer.tuning_job import split_tune
+from blindtune.split.partition import Cut, stack_of
+from blindtune.split.terms import TuningConfig
+from blindtune.split.vendor.handler import Vendor
+
+OnRow = Callable[[str, int, int], None]
+EACH = 0.99
+"""Confidence of each attack's two-sided interval, so that up to ten lower ends hold at once."""
+NoisedName = Literal["token", "exponential", "vector"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFrontierConfig:
+    """Which settings are tried."""
+
+    cut: tuple[int, ...] = (0,)
+    """Layers at the customer."""
+    privatizer: NoisedName = "exponential"
+    """What is noised: exponential, token or vector, as in split-tune."""
+    eta: tuple[float, ...] = ()
+    """Values of eta, per token and unit of distance."""
+    changed_share: tuple[float, ...] = (0.15, 0.4, 0.65)
+    """Where no eta is given: shares of the tokens that shall change, from which eta follows."""
+    cti_fraction: tuple[float, ...] = (0.0,)
+    """Shares of the vocabulary that CTI spares for each class; 0: no CTI."""
+
+    def __post_init__(self) -> None:
+        """Refuse empty sweeps; what else is out of range, the privatizer's config refuses."""
+        if not (self.cut and self.cti_fraction and (self.eta or self.changed_share)):
+            raise ConfigError("expected at least one cut, cti_fraction, and eta or changed_share")
+        if self.privatizer not in get_args(NoisedName):
+            names = ", ".join(get_args(NoisedName))
+            raise ConfigError(f"expected privatizer {names}, got {self.privatizer!r}")
+        _ = self.privatizers
+
+    @property
+    def privatizers(self) -> tuple[PrivatizerConfig, ...]:
+        """Every setting of one cut, the one without noise first."""
+        levels: list[tuple[float | None, float | None]]
+        levels = [(eta, None) for eta in sorted(set(self.eta))[::-1]]
+        levels = levels or [(None, share) for share in sorted(set(self.changed_share))]
+        return (
+            PrivatizerConfig(privatizer="none", unprotected=True),
+            *(
+                PrivatizerConfig(
+                    privatizer=self.privatizer, eta=eta, changed_share=share, cti_fraction=cti
+                )
+                for cti in sorted(set(self.cti_fraction))
+                for eta, share in levels
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """How every setting is tuned, read and attacked: the configs of `split_tune` and `audit`."""
+
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    passes: PassConfig = field(default_factory=lambda: PassConfig(epochs=2))
+    reading: ReadingConfig = field(default_factory=lambda: ReadingConfig(max_length=64))
+    trying: AuditConfig = field(
+        default_factory=lambda: AuditConfig(test_tokens=4096, attack_seconds=60.0)
+    )
+    """How hard the attacker tries; `confidence` and `fresh_draws` are the sweep's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSetting:
+    """One setting's utility and privacy."""
+
+    cut: int
+    eta: float | None
+    """None: no noise."""
+    cti_fraction: float
+    ua: float
+    """Accuracy on noised test texts."""
+    ep: float
+    """Share of tokens that the strongest attack gets wrong, in training texts."""
+    ep_low: float
+    """With 95 % confidence no attack that was run leaves less on texts of this kind (one-sided;
+    Bonferroni over the attacks)."""
+    strongest: str
+    """Which attack that is."""
+    ep_nearest: float
+    """The same of the nearest-neighbour attack."""
+    settled: bool
+    """Whether the trained attacks ended by themselves, not by `attack_seconds`."""
+
+    @property
+    def name(self) -> str:
+        """The setting in short."""
+        noise = "no noise" if self.eta is None else f"eta {self.eta:.4g}"
+        spared = f", CTI {self.cti_fraction:g}" if self.cti_fraction else ""
+        return f"cut {self.cut}, {noise}{spared}"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SplitFrontier:
+    """All that was measured."""
+
+    settings: tuple[SplitSetting, ...]
+    public: str | None
+    """What the attacker learned from; None: nothing, and attacks that learn were not run."""
+    config: SplitFrontierConfig = field(default_factory=SplitFrontierConfig)
+    trial: Trial = field(default_factory=Trial)
+
+    @property
+    def best_ua(self) -> float:
+        """The best accuracy without noise."""
+        return max(s.ua for s in self.settings if s.eta is None)
+
+    def efficient(self) -> tuple[SplitSetting, ...]:
+        """Settings that no other one beats in UA and EP at once, best UA first."""
+        return unbeaten(self.settings, lambda s: (s.ua, s.ep))
+
+    def largest_eta(self, ep: float) -> SplitSetting | None:
+        """The least noise that holds every attack at this EP; of equal ones, the best UA.
+
+        It holds them with the confidence of `ep_low`, each setting's own. A setting without noise
+        that does counts as the largest eta.
+
+        Raises:
+            ConfigError: as for `check_answerable`.
+        """
+        check_answerable((s.cut for s in self.settings), self.public)
+        held = [s for s in self.settings if s.ep_low >= ep]
+        return max(
+            held, key=lambda s: (float("inf") if s.eta is None else s.eta, s.ua), default=None
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        efficient = self.efficient()
+        rows = [asdict(s) | {"name": s.name, "efficient": s in efficient} for s in self.settings]
+        return {"best_ua": self.best_ua, "public": self.public, "settings": rows}
+
+
+def check_answerable(cuts: Iterable[int], public: object) -> None:
+    """Refuse the question of what holds every attack where no attack was run that could tell.
+
+    Behind layers the nearest neighbour reads little whatever there is to read: a trained network
+    reads nine tokens of ten where it misses four of five (docs/split.md).
+
+    Raises:
+        ConfigError: a cut above 0, without public text to learn from.
+    """
+    deepest = max(cuts, default=0)
+    if public is None and deepest > 0:
+        raise ConfigError(
+            f"expected --public to answer --ep at cut {deepest}, got none: behind layers only "
+            "attacks that learn from text read much, and a high EP of the nearest neighbour says "
+            "nothing; give --public, leave --ep, or sweep cut 0 alone"
+        )
+
+
+def split_frontier(
+    model: str | Path,
+    data: str | Path,
+    test: str | Path,
+    out: str | Path,
+    config: SplitFrontierConfig | None = None,
+    *,
+    public: str | Path | None = None,
+    trial: Trial | None = None,
+    on_row: OnRow = lambda *_: None,
+) -> SplitFrontier:
+    """Sweep settings; rows that are there under the same digest are not run again.
+
+    Args:
+        model: a local directory, a hub name, or an embedded model.
+        data: labelled texts of the customer's kind, tuned on and attacked.
+        test: labelled texts that are predicted.
+        out: directory of rows and work.
+        config: the sweep.
+        public: the attacker's own text; None: only attacks that learn nothing are run.
+        trial: how every setting is tuned, read and attacked.
+        on_row: called with (setting, done, of all).
+
+    Raises:
+        ModelError, DataError, ConfigError, OutputError: see errors.py.
+    """
+    config, trial = config or SplitFrontierConfig(), trial or Trial()
+    text = None if public is None else Path(public)
+    sweep = _Sweep(str(model), Path(data), Path(test), text, Path(out), config, trial)
+    tried = [(cut, p) for cut in sorted(set(config.cut)) for p in config.privatizers]
+    settings = []
+    with sweep.rows.alone():
+        for done, (cut, privatizer) in enumerate(tried):
+            on_row("settings", done, len(tried))
+            settings.append(sweep.setting(cut, privatizer))
+        on_row("settings", len(tried), len(tried))
+    return SplitFrontier(
+        settings=tuple(settings), public=None if text is None else str(text), config=config,
+        trial=trial,
+    )  # fmt: skip
+
+
+@final
+class _Sweep:
+    """The rows of one sweep, and where they are kept."""
+
+    def __init__(
+        self,
+        model: str,
+        data: Path,
+        test: Path,
+        public: Path | None,
+        out: Path,
+        config: SplitFrontierConfig,
+        trial: Trial,
+    ) -> None:
+        self.model, self.data, self.test, self.public = model, data, test, public
+        trying = replace(trial.trying, confidence=EACH, fresh_draws=1)
+        self.rows, self.trial = KeptRows(out), replace(trial, trying=trying)
+        loaded, tokenizer = load_any(model)
+        self.layers = stack_of(loaded).layer_count
+        for cut in config.cut:
+            Cut(layers=self.layers, cut=cut)  # refuses what cannot be before anything is tuned
+        files = [path for path in (data, test, public) if path is not None]
+        words = [sha256(content).hexdigest() for content in tokenizer_files(tokenizer).values()]
+        self._decides = [fingerprint(loaded), words, *map(_digest, files), asdict(self.trial)]
+
+    def setting(self, cut: int, privatizer: PrivatizerConfig) -> SplitSetting:
+        """Tune, predict, attack; or what an earlier sweep found."""
+        decides = [*self._decides, cut, asdict(privatizer)]
+        found = self.rows.row(str(cut), decides, lambda: self._measure(cut, privatizer))
+        return SplitSetting(**found)
+
+    def _measure(self, cut: int, privatizer: PrivatizerConfig) -> dict[str, Any]:
+        trial, place, bottom = self.trial, self.rows.work, self.rows.work / "bottom"
+        model, tokenizer = load_any(self.model)
+        parts = Cut(layers=self.layers, cut=cut)
+        longest = trial.reading.max_length
+        identity = write_bottom(model, tokenizer, bottom, parts, max_length=longest)
+        vendor = Vendor(stack_of(model), parts, identity, place / "vendor")
+        with vendor.session("customer") as handler:
+            done = split_tune(
+                partial(InProcessTransport, handler), bottom, self.data, place / "job", privatizer,
+                trial.tuning, trial.passes, reading=trial.reading, silent=True,
+            )  # fmt: skip
+        with vendor.session("customer") as handler:
+            asked = predict(partial(InProcessTransport, handler), place / "job", self.test)
+        if "accuracy" not in asked.scores:
+            raise ConfigError(f"{self.test}: expected texts with labels to score on")
+        audit = audit_split(
+            place / "job", public=self.public, reading=trial.reading, config=trial.trying
+        )
+        short = next((skip.needs for skip in audit.not_run if "--public" in skip.needs), None)
+        if self.public is not None and short is not None:
+            raise ConfigError(
+                f"{self.public}: expected public text that attacks can learn from, which needs "
+                f"{short}; or leave --public"
+            )
+        eps = {f.attack: f for f in audit.findings if f.measure == "EP"}
+        assert len(eps) * (1 - EACH) / 2 <= 0.05, "too many attacks for the bound that is promised"
+        strongest = audit.findings[audit.strongest]
+        return {
+            "cut": cut, "eta": done.privacy.eta, "cti_fraction": privatizer.cti_fraction,
+            "ua": asked.scores["accuracy"], "ep": strongest.value,
+            "ep_low": min(f.low for f in eps.values() if f.low is not None),
+            "strongest": strongest.attack, "ep_nearest": eps["nearest neighbour"].value,
+            "settled": audit.settled,
+        }  # fmt: skip
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""What people read: reports as one HTML page, plots, figures, and tables for the terminal."""

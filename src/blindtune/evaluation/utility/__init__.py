@@ -1,0 +1,1 @@
+"""What a model is worth: perplexity, multiple choice, the five rows of offsite-tuning."""

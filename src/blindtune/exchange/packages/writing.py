@@ -1,0 +1,125 @@
+"""Writing a package: whole, or not at all, and only what a reader would accept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+from torch import Tensor
+
+from blindtune.atomic import atomic_directory
+from blindtune.errors import OutputError
+from blindtune.exchange.files import write_durably
+from blindtune.exchange.packages.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    encode_manifest,
+    package_id,
+)
+from blindtune.exchange.packages.package import (
+    DIGEST_NAME,
+    MAX_SHARDS,
+    SMALL_FILES,
+    can_hold,
+    digest_line,
+    shard_names,
+)
+from blindtune.exchange.packages.signing import SIGNATURE_NAME, Signer
+from blindtune.exchange.tensors import serialize, shard
+
+MAX_SHARD_BYTES = 4 << 30
+
+
+def write_package(
+    directory: Path | str,
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+    files: Mapping[str, bytes],
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    signer: Signer | None = None,
+) -> str:
+    """Write a package under `directory`, whole or not at all, and return its id.
+
+    See `atomic` for what that means when the process is killed.
+
+    Args:
+        directory: where it shall be; it must not exist, or be empty.
+        manifest: what it says about itself; `files` is filled in here.
+        tensors: by name; float32, float16 or bfloat16, finite, on any device.
+        files: small files by name, each from SMALL_FILES.
+        overwrite: replace an earlier package (and nothing else) that is in the way.
+        max_shard_bytes: more tensor bytes than that go into several files.
+        signer: signs the package; None: it stays unsigned.
+
+    Raises:
+        OutputError: it cannot be written, something is in the way, or the manifest, a tensor or
+            a file is one that no reader would accept.
+    """
+    target = Path(directory).absolute()
+    _check_small_files(files)
+    encode_manifest(manifest)
+    shards = shard(tensors, max_shard_bytes)
+    if len(shards) > MAX_SHARDS:
+        raise OutputError(f"{len(shards)} weights files, at most {MAX_SHARDS}: make shards larger")
+    check_place(target, overwrite=overwrite)
+    with atomic_directory(target, overwrite=overwrite, mark=MANIFEST_NAME) as partial:
+        manifest_bytes = _fill(partial, manifest, shards, files, signer)
+    return package_id(manifest_bytes)
+
+
+def _fill(
+    partial: Path,
+    manifest: Manifest,
+    shards: list[dict[str, Tensor]],
+    files: Mapping[str, bytes],
+    signer: Signer | None,
+) -> bytes:
+    entries: dict[str, FileEntry] = {}
+    for name, part in zip(shard_names(len(shards)), shards, strict=True):
+        size, sha256 = write_durably(partial / name, serialize(part))
+        entries[name] = FileEntry(bytes=size, sha256=sha256)
+    for name, content in files.items():
+        size, sha256 = write_durably(partial / name, [content])
+        entries[name] = FileEntry(bytes=size, sha256=sha256)
+    manifest_bytes = encode_manifest(msgspec.structs.replace(manifest, files=entries))
+    write_durably(partial / MANIFEST_NAME, [manifest_bytes])
+    write_durably(partial / DIGEST_NAME, [digest_line(manifest_bytes)])
+    if signer is not None:
+        signature = signer.sign(manifest, manifest_bytes)
+        write_durably(partial / SIGNATURE_NAME, [signature])
+    return manifest_bytes
+
+
+def check_place(target: Path, *, overwrite: bool) -> None:
+    """Check that a package may be written at `target`: nothing but a package is ever replaced.
+
+    Raises:
+        OutputError: something is in the way, in the directory too.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise OutputError(f"{target}: expected a new directory, a file is there: choose another")
+    names = {entry.name for entry in target.iterdir()} if target.exists() else set()
+    if names and not overwrite:
+        raise OutputError(
+            f"{target}: exists and is not empty: choose another directory, or say that the package "
+            "there may be overwritten (--overwrite)"
+        )
+    foreign = sorted(name for name in names if not can_hold(name))
+    if foreign or (names and MANIFEST_NAME not in names):
+        raise OutputError(
+            f"{target}: only an earlier package is overwritten, this directory is none "
+            f"({', '.join(foreign[:3]) or 'no ' + MANIFEST_NAME}): choose another directory"
+        )
+
+
+def _check_small_files(files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        if name not in SMALL_FILES or len(content) > SMALL_FILES[name]:
+            raise OutputError(
+                f"{name} ({len(content)} bytes) cannot go into a package: allowed are "
+                + ", ".join(f"{known} (<= {limit})" for known, limit in SMALL_FILES.items())
+            )

@@ -1,0 +1,139 @@
+"""What tuning an emulator's adapter will take, before it starts: memory, bytes on disk, time.
+
+Shapes and counts come from the package's manifest and header and from the data, which is read; no
+weight is used. Times: see `models/costs.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from blindtune.exchange.packages.package import open_package
+from blindtune.models.costs import (
+    FLOAT,
+    READ_BYTES_PER_SECOND,
+    DecoderCost,
+    Estimate,
+    Rate,
+    decoder_cost,
+    estimated,
+    matmul_rate,
+    weight_bytes,
+)
+from blindtune.models.decoder import Decoder
+from blindtune.offsite.adapter import AdapterConfig
+from blindtune.offsite.data_owner.tuning import read_examples, read_privately
+from blindtune.offsite.emulator import adapter_indices, sketch, tokenizer_of
+from blindtune.training.config import RunConfig, TrainingConfig
+from blindtune.training.dp_plan import DpConfig
+from blindtune.training.text import DataConfig, TokenDataset
+
+ADAMW_SECONDS = 5e-9
+"""An optimizer step, for one parameter on one CPU thread."""
+
+
+def estimate_tune(
+    emulator: str | Path,
+    data: str | Path,
+    adapter: AdapterConfig | None = None,
+    training: TrainingConfig | None = None,
+    privacy: DpConfig | None = None,
+    *,
+    reading: DataConfig | None = None,
+    run: RunConfig | None = None,
+    validation: str | Path | None = None,
+) -> Estimate:
+    """Estimate `tune`: forward, activations' gradients through every layer, weights' gradients.
+
+    With differential privacy the noise to be added, which takes no time to speak of, is not
+    counted; the gradients of single records, which take memory, are.
+
+    The package is checked as always, but of its weights only the header is used.
+
+    Raises:
+        PackageError, DataError, ConfigError: as for `tune`.
+    """
+    adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
+    private = privacy is not None and privacy.epsilon is not None
+    reading, run = reading or DataConfig(max_length=128), run or RunConfig()
+    if privacy is not None:
+        reading = read_privately(reading, privacy, validation)
+    package = open_package(emulator, "emulator")
+    manifest = package.manifest
+    model = sketch(package)
+    train, held_out = read_examples(tokenizer_of(package, model), data, validation, reading)
+    decoder = Decoder(model)
+    length = max(1, train.tokens // len(train))
+    cost, rate = decoder_cost(decoder, length), matmul_rate(decoder.hidden_size)
+    indices = adapter_indices(manifest.adapter_layers, len(manifest.layers))
+    trained = _trained_numbers(decoder, indices, adapter)
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    steps = training.max_steps or math.ceil(len(train) * training.num_train_epochs / batch)
+    tokens, calls = steps * batch * length, steps * batch * decoder.layer_count
+    calls //= training.per_device_train_batch_size
+    share = train.trained_share
+    work = _training_flops(cost, () if adapter.lora_rank else indices, share, run)
+    parts = {
+        "load": 2 * weight_bytes(model) / READ_BYTES_PER_SECOND,
+        "train": rate.seconds(tokens * work, 3 * calls) + steps * trained * ADAMW_SECONDS,
+    }
+    if held_out is not None:
+        parts["validate"] = _validation_seconds(cost, held_out, steps, run, rate)
+    copies = training.per_device_train_batch_size if private else 0
+    micro = training.per_device_train_batch_size * length
+    activations = _activation_bytes(decoder, micro, run.gradient_checkpointing, share)
+    return estimated(
+        parts,
+        rate,
+        memory=weight_bytes(model) + (3 + copies) * FLOAT * trained + activations,
+        written=FLOAT * trained,
+        scratch=5 * FLOAT * trained,  # weights, two moments, the best weights, one in the making
+        tokens=tokens,
+    )
+
+
+def _training_flops(
+    cost: DecoderCost, trained: tuple[int, ...], trained_share: float, run: RunConfig
+) -> float:
+    """A token, with gradients of the weights of some layers; the head runs where labels are."""
+    stack = cost.stack()
+    forward = stack.forward * (2 if run.gradient_checkpointing else 1)
+    head = trained_share * (cost.head.forward + cost.head.backward)
+    return forward + stack.backward + head + sum(cost.layers[i].weights for i in trained)
+
+
+def _trained_numbers(decoder: Decoder, indices: tuple[int, ...], adapter: AdapterConfig) -> int:
+    if not adapter.lora_rank:
+        return sum(p.numel() for i in indices for p in decoder.layers[i].parameters())
+    return sum(
+        adapter.lora_rank * (p.in_features + sum(p.sizes))
+        for i in indices
+        for p in (*decoder.projections(i), *decoder.feed_forward(i))
+        if not adapter.lora_targets or p.path in adapter.lora_targets
+    )
+
+
+def _validation_seconds(
+    cost: DecoderCost, held_out: TokenDataset, steps: int, run: RunConfig, rate: Rate
+) -> float:
+    every = run.eval_steps or max(1, steps // 10)
+    batches = math.ceil(len(held_out) / run.per_device_eval_batch_size)
+    return math.ceil(steps / every) * rate.seconds(
+        held_out.tokens * cost.forward, batches * len(cost.layers)
+    )
+
+
+def _activation_bytes(
+    decoder: Decoder, tokens: int, checkpointing: bool, trained_share: float
+) -> float:
+    """Roughly: what a layer keeps for its backward pass, and the logits with their gradient."""
+    inner, vocabulary = (
+        max(p.in_features for p in decoder.feed_forward(0)),
+        int(decoder.config.vocab_size),
+    )
+    layer = tokens * (12 * decoder.hidden_size + 4 * inner)
+    layers = decoder.layer_count * tokens * decoder.hidden_size + layer
+    if not checkpointing:
+        layers = decoder.layer_count * layer
+    return FLOAT * (layers + 3 * trained_share * tokens * vocabulary)

@@ -1,0 +1,181 @@
+"""What the short acts will take, before they start: emulate, inspect, plug in, evaluate.
+
+Shapes and counts come from configs, manifests and headers; no weight is read but a study's. Times:
+see `models/costs.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from blindtune.errors import ConfigError
+from blindtune.exchange.packages.manifest import MANIFEST_NAME
+from blindtune.exchange.packages.package import open_package
+from blindtune.models.costs import (
+    EIGH_FLOPS,
+    FLOAT,
+    READ_BYTES_PER_SECOND,
+    SVD_FLOPS,
+    Estimate,
+    decoder_cost,
+    estimated,
+    matmul_rate,
+    sketch,
+    weight_bytes,
+)
+from blindtune.models.decoder import Decoder
+from blindtune.models.loading import load_tokenizer
+from blindtune.models.tokenizers import tokenizer_files
+from blindtune.offsite.emulator import DTYPES, tokenizer_of
+from blindtune.offsite.emulator import sketch as emulator_sketch
+from blindtune.offsite.model_owner.compression import compressed_rank, saves_space
+from blindtune.offsite.model_owner.emulation import EmulatorConfig, replaced_layers
+from blindtune.offsite.model_owner.study import Study, open_study
+from blindtune.training.records import token_ids
+from blindtune.training.text import DataConfig, load_dataset_file
+
+
+def estimate_emulate(
+    study: str | Path | Study,
+    config: EmulatorConfig | None = None,
+    *,
+    model: str | Path | None = None,
+) -> Estimate:
+    """Estimate `emulate`: reading the model, an eigenvalue problem or SVD a weight, writing.
+
+    Raises:
+        ConfigError: as for `emulate`.
+    """
+    config = config or EmulatorConfig()
+    found = study if isinstance(study, Study) else open_study(study)
+    replaced = replaced_layers(found, config)
+    place = found.model if model is None else model
+    full = sketch(place)
+    decoder, rate = Decoder(full), matmul_rate(Decoder(full).hidden_size)
+    numbers, flops = float(full.num_parameters()), 0.0
+    for i in range(config.adapter_layers, decoder.layer_count - config.adapter_layers):
+        if i in replaced:
+            numbers -= sum(p.numel() for p in decoder.layers[i].parameters())
+            stand_in = found.stand_ins[i - found.first]
+            numbers += sum(p.numel() for p in stand_in.parameters())
+        elif config.compresses:
+            saved, work = _compression(decoder, i, config)
+            numbers, flops = numbers - saved, flops + work
+    size = torch.empty((), dtype=DTYPES[config.dtype]).element_size()
+    files = sum(len(data) for data in tokenizer_files(load_tokenizer(place)).values())
+    written = numbers * size + files
+    moments = sum(t.numel() * FLOAT for m in found.second_moments for t in m.values())
+    parts = {
+        "load and check": 2 * weight_bytes(full) / READ_BYTES_PER_SECOND,
+        "compress": flops / rate.flops_per_second,
+        "write": 2 * written / READ_BYTES_PER_SECOND,
+    }
+    return estimated(parts, rate, memory=weight_bytes(full) + written + moments, written=written)
+
+
+def _compression(decoder: Decoder, i: int, config: EmulatorConfig) -> tuple[int, float]:
+    """(numbers saved, FLOPs) of compressing one layer."""
+    projections = decoder.projections(i)
+    projections += decoder.feed_forward(i) if config.feed_forward else ()
+    saved, flops = 0, 0.0
+    for p in projections:
+        ranks = tuple(
+            compressed_rank((size, p.in_features), config.beta, config.reading) for size in p.sizes
+        )
+        if saves_space(p, ranks):
+            saved += p.in_features * sum(p.sizes)
+            saved -= sum(r * (p.in_features + n) for r, n in zip(ranks, p.sizes, strict=True))
+        for size in p.sizes:
+            small = min(size, p.in_features)
+            if config.weighted:  # float64 products take twice as long
+                problems = 1 if size <= p.in_features else 2
+                flops += problems * EIGH_FLOPS * small**3
+                flops += 4.0 * size * p.in_features * (p.in_features + small)
+            else:
+                flops += SVD_FLOPS * small**2 * max(size, p.in_features)
+    return saved, flops
+
+
+def estimate_inspect(package: str | Path) -> Estimate:
+    """Estimate `inspect`: hashing every file; of an adapter, the tensors too.
+
+    Raises:
+        ConfigError: there is no such directory.
+    """
+    folder = Path(package)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: expected a package's directory, found none: check the path")
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    parts = {"read and check": 2 * size / READ_BYTES_PER_SECOND}
+    return estimated(parts, matmul_rate(), memory=2 * size, written=0)
+
+
+def estimate_plug_in(model: str | Path, adapter: str | Path, *, dtype: str = "float32") -> Estimate:
+    """Estimate `plug_in`: reading, hashing and writing the full model.
+
+    Raises:
+        PackageError, ModelError: as for `plug_in`.
+    """
+    package = open_package(adapter, "adapter")
+    full = sketch(model)
+    weights, rate = weight_bytes(full), matmul_rate(Decoder(full).hidden_size)
+    added = sum(end - begin for _, _, begin, end in package.header.values())
+    size = torch.empty((), dtype=DTYPES[dtype]).element_size()
+    written = weights / FLOAT * size
+    parts = {
+        "load and check": 2 * weights / READ_BYTES_PER_SECOND,
+        "write": 2 * written / READ_BYTES_PER_SECOND,
+    }
+    return estimated(parts, rate, memory=weights + 2 * added, written=written)
+
+
+def estimate_evaluate(
+    model: str | Path,
+    data: str | Path | None = None,
+    choices: str | Path | None = None,
+    *,
+    max_length: int = 128,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+) -> Estimate:
+    """Estimate scoring a model or an emulator on text and multiple-choice records.
+
+    Raises:
+        ModelError, PackageError, DataError: as for `evaluate`.
+    """
+    tokenizer, shape = shape_of(model)
+    decoder = Decoder(shape)
+    tokens = 0
+    if data is not None:
+        tokens = load_dataset_file(data, tokenizer, DataConfig(max_length=max_length)).tokens
+        tokens = min(tokens, max_tokens or tokens)
+    if choices is not None:
+        text = Path(choices).read_text(encoding="utf-8", errors="replace")
+        tokens += len(token_ids(text, tokenizer))
+    cost, rate = decoder_cost(decoder, max_length), matmul_rate(decoder.hidden_size)
+    calls = decoder.layer_count * tokens / max_length / batch_size
+    parts = {
+        "load": 2 * weight_bytes(shape) / READ_BYTES_PER_SECOND,
+        "score": rate.seconds(tokens * cost.forward, calls),
+    }
+    batch = batch_size * max_length
+    memory = weight_bytes(shape) + FLOAT * batch * (
+        16 * decoder.hidden_size + decoder.config.vocab_size
+    )
+    return estimated(parts, rate, memory=memory, written=0, tokens=tokens)
+
+
+def shape_of(model: str | Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer of a model or an emulator package, and its layers without weights.
+
+    Raises:
+        ModelError, PackageError: as for `evaluate`.
+    """
+    if not (Path(model) / MANIFEST_NAME).is_file():
+        return load_tokenizer(model), sketch(model)
+    package = open_package(model, "emulator")
+    shape = emulator_sketch(package)
+    return tokenizer_of(package, shape), shape

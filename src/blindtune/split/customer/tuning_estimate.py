@@ -1,0 +1,131 @@
+"""What `split_tune` will take, before it starts: tokens, bytes on the wire, memory, time.
+
+The package is opened and the texts are read, because only they tell how many tokens there are;
+nothing is sent. Times follow from FLOPs and a rate measured here for 0.3 s. The vendor's time is
+computed as if its machine were this one and its layers like the customer's.
+
+Letters: D hidden, V vocabulary, N texts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from blindtune.exchange.packages.signing import Trust
+from blindtune.exchange.wire.codec import HEAD_BYTES, row_bytes
+from blindtune.models.costs import (
+    FLOAT,
+    READ_BYTES_PER_SECOND,
+    Estimate,
+    estimated,
+    matmul_rate,
+    matrix_numbers,
+    weight_bytes,
+)
+from blindtune.split.bottom import Bottom, open_bottom
+from blindtune.split.customer.private_texts import ReadingConfig, read_training
+from blindtune.split.customer.privatizer_config import PrivatizerConfig
+from blindtune.split.customer.requests import PassConfig
+
+HEADER_BYTES = 120
+"""Of a message with tensors, more or less, without its lengths."""
+NOISE_SECONDS = 6e-8
+"""For one coordinate of noise (two uniforms, logarithms, an angle), on one thread."""
+SURVEY_SAMPLES = 512
+NETWORK_BYTES_PER_SECOND = 12.5e6
+"""100 Mbit/s."""
+
+
+def estimate_split_tune(
+    bottom: str | Path,
+    data: str | Path,
+    privatizer: PrivatizerConfig,
+    passes: PassConfig | None = None,
+    *,
+    reading: ReadingConfig | None = None,
+    trust: Trust | None = None,
+) -> Estimate:
+    """Estimate `split_tune`; `trust` as there.
+
+    Raises:
+        PackageError, PolicyError, DataError, ConfigError: as for `split_tune`.
+    """
+    passes, reading = passes or PassConfig(), reading or ReadingConfig()
+    privatizer.check_whole()
+    texts = read_training(package := open_bottom(bottom, trust=trust), data, reading)
+    tokens, width = sum(map(len, texts.ids)), package.hidden_size
+    longest = max(map(len, texts.ids))
+    rate, cut = matmul_rate(width), package.cut
+    layer = _layer_flops(package, tokens / len(texts.ids))
+    table_VD = _table(package)
+    noised = package.hidden_size if privatizer.privatizer == "block-output" else table_VD.shape[1]
+    noise = 0.0 if privatizer.privatizer == "none" else NOISE_SECONDS * tokens * noised
+    parts = {
+        "open": weight_bytes(package.stack.model) / READ_BYTES_PER_SECOND,
+        "privatize": rate.seconds(tokens * cut.cut * layer) + noise,
+    }
+    if privatizer.privatizer == "exponential":  # the words that occur, in float64; and a survey
+        words = min(tokens, len(table_VD)) + SURVEY_SAMPLES
+        parts["words to draw from"] = rate.seconds(2 * 2.0 * words * table_VD.numel())
+    if privatizer.privatizer in ("token", "vector"):
+        survey = 2 * 2 * 2.0 * SURVEY_SAMPLES * table_VD.numel()  # two products, in float64
+        parts["survey"] = rate.seconds(survey)
+        if privatizer.privatizer == "token":
+            parts["nearest word"] = rate.seconds(2.0 * tokens * table_VD.numel())
+    trained = passes.epochs * tokens
+    requests = passes.epochs * -(-len(texts.ids) // passes.batch_size)
+    vendor = len(cut.vendor_layers) * layer
+    parts["vendor, if as fast as this machine"] = rate.seconds(2 * trained * vendor)
+    sent, received = _wire(passes, trained, requests, width, cut.partition == "u-shape")
+    if cut.partition == "u-shape":
+        head = cut.last * layer
+        if reading.task == "language-model":
+            head += 2.0 * table_VD.numel()
+        parts["top"] = rate.seconds(2 * trained * head)
+    parts["network, at 100 Mbit/s"] = (sent + received) / NETWORK_BYTES_PER_SECOND
+    states = tokens * width * FLOAT
+    batch = passes.batch_size * longest * width * FLOAT
+    logits = passes.batch_size * longest * FLOAT * (
+        package.stack.config.vocab_size if reading.task == "language-model" else 0
+    )  # fmt: skip
+    return estimated(
+        parts,
+        rate,
+        memory=states + 40 * batch + 3 * logits,
+        written=states + 8 * tokens,
+        tokens=trained,
+        sizes={"sent": int(sent), "received": int(received)},
+    )
+
+
+def _layer_flops(package: Bottom, length: float) -> float:
+    """Forward FLOPs a token of one layer, of the package's own or of the usual shape."""
+    width = package.hidden_size
+    linear = 12.0 * width * width
+    if package.cut.customer_layers:
+        layer = package.stack.layers[0]
+        assert isinstance(layer, nn.Module)
+        linear = float(matrix_numbers(layer))
+    return 2 * linear + 4.0 * length * width
+
+
+def _table(package: Bottom) -> Tensor:
+    table_VD = package.stack.embedding.weight
+    assert isinstance(table_VD, Tensor)
+    return table_VD
+
+
+def _wire(
+    passes: PassConfig, tokens: int, requests: int, width: int, u_shape: bool
+) -> tuple[float, float]:
+    """Bytes to the vendor and from it; in the U-shape states go both ways, gradients up."""
+    row = row_bytes(passes.precision, width)
+    frame = HEADER_BYTES + HEAD_BYTES
+    steps = -(-requests // passes.accumulate)
+    if u_shape:
+        return 2 * tokens * row + (2 * requests + steps) * frame, tokens * row + (
+            2 * requests + steps
+        ) * frame
+    return tokens * row + (requests + steps) * frame, (requests + steps) * frame

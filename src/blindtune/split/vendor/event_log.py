@@ -1,0 +1,114 @@
+"""A vendor's log: one JSON object a line, made of events and of what this project's modules report.
+
+Names of customers and jobs are in it, with counts, sizes and times; no text, state, label or token
+is, because no event and no message of `exchange` holds one. Of other libraries' messages only the
+kind of error is written: what they put into their texts is not ours to vouch for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO, final
+
+from blindtune.errors import OutputError
+from blindtune.exchange.wire.events import Answered, Crossed, Event, TurnedAway, Worked
+
+_WATCHED = ("blindtune", "grpc")
+
+
+@final
+class EventLog:
+    """An observer of events that writes lines; also takes over the logging of this process's
+    `blindtune` and `grpc` until it is closed.
+
+    Requests that were answered well are not written, nor more than one refusal a second of those
+    who call too often: the metrics count them.
+
+    Args:
+        path: a file to append to; None: standard error.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self._lock = threading.Lock()
+        self._flooded = -math.inf  # when a line last told of too many calls
+        self._file: TextIO = sys.stderr
+        if path is not None:
+            try:
+                self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 (until it is closed)
+            except OSError as error:
+                raise OutputError(
+                    f"{path}: cannot be written ({error.strerror}): choose another log file"
+                ) from error
+        self._handler = _Records(self)
+        self._before: list[tuple[logging.Logger, bool]] = []
+        for name in _WATCHED:
+            logger = logging.getLogger(name)
+            self._before.append((logger, logger.propagate))
+            logger.addHandler(self._handler)
+            logger.propagate = False
+
+    def __call__(self, event: Event) -> None:
+        """Write an event, unless it is one of those that come with every request."""
+        plain = isinstance(event, Answered) and event.answer == "ok"
+        if plain or isinstance(event, Crossed | Worked) or self._repeated(event):
+            return
+        name = re.sub(r"(?<!^)(?=[A-Z])", "-", type(event).__name__).lower()
+        self.write(name, asdict(event))
+
+    def _repeated(self, event: Event) -> bool:
+        """Whether a flood would fill the disk with this event."""
+        if not isinstance(event, TurnedAway) or event.reason != "rate":
+            return False
+        now = time.monotonic()
+        with self._lock:
+            repeated = now < self._flooded + 1.0
+            self._flooded = self._flooded if repeated else now
+        return repeated
+
+    def write(self, name: str, facts: dict[str, Any]) -> None:
+        """Write a line; a log that cannot be written stops nothing."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in facts.items()}
+        line = json.dumps({"time": now, "event": name, **rounded})
+        with self._lock, suppress(OSError, ValueError):
+            self._file.write(line + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Give the logging back, and close the file."""
+        for logger, propagate in self._before:
+            logger.removeHandler(self._handler)
+            logger.propagate = propagate
+        if self._file is not sys.stderr:
+            self._file.close()
+
+
+class _Records(logging.Handler):
+    """Python's log records as lines."""
+
+    def __init__(self, log: EventLog) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        facts: dict[str, Any] = {"logger": record.name, "level": record.levelname.lower()}
+        if record.name.partition(".")[0] == "blindtune":
+            facts["message"] = record.getMessage()
+        if record.exc_info and record.exc_info[0] is not None:
+            facts["error"] = record.exc_info[0].__name__
+            facts["place"] = "".join(traceback.format_tb(record.exc_info[2]))
+        self._log.write("message", facts)

@@ -1,0 +1,236 @@
+"""What an adversary of split tuning does on request: a language model, an attribute, a search."""
+
+import csv
+import random
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from blindtune.errors import ConfigError, DataError, ModelError
+from blindtune.evaluation.audits import language_attack
+from blindtune.evaluation.audits.attribute_attack import ATTACK, MEASURE
+from blindtune.evaluation.audits.audit import AdversaryConfig, AuditConfig
+from blindtune.evaluation.audits.estimate import estimate_audit_split
+from blindtune.evaluation.audits.split import audit_split
+from blindtune.split.bottom import open_bottom, write_bottom
+from blindtune.split.customer.private_texts import ReadingConfig
+from blindtune.split.customer.privatizer_config import PrivatizerConfig
+from blindtune.split.partition import Cut
+from tiny_encoders import tiny_encoder
+from tiny_models import tiny_model, tiny_tokenizer
+
+OPEN = PrivatizerConfig(privatizer="none", unprotected=True)
+NOISE = PrivatizerConfig(privatizer="token", eta=0.01)
+CONFIG = AuditConfig(attack_seconds=3.0, fresh_draws=1, test_tokens=600)
+PATIENT = AuditConfig(attack_seconds=20.0, fresh_draws=1, test_tokens=600)
+NOUNS = ("film", "story", "actor", "ending", "plot", "scene", "music", "joke")
+TRAITS = ("good", "bad", "dull", "fine", "slow", "great", "odd", "sad")
+
+
+def rows(count, seed):
+    """Sentences with an author, who writes of one half of the nouns, and a die's fall."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        noun = draw.choice(NOUNS)
+        author = "ada" if NOUNS.index(noun) < 4 else "bob"
+        yield f"the {noun} is {draw.choice(TRAITS)}", author, draw.choice("ab")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Bottoms at cut 0 and 1, private and public rows, a model that has learned the language."""
+    place = tmp_path_factory.mktemp("adversary")
+    for cut in (0, 1):
+        write_bottom(tiny_encoder("bert"), tiny_tokenizer(), place / f"bottom{cut}",
+                     Cut(layers=3, cut=cut))  # fmt: skip
+    for name, count, seed in (("private", 40, 1), ("public", 120, 2)):
+        with (place / f"{name}.csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["text", "author", "die"])
+            table.writerows(rows(count, seed))
+    tokenizer, model = tiny_tokenizer(), tiny_model("smollm2")
+    ids_BL = tokenizer([text for text, *_ in rows(64, 3)], return_tensors="pt", padding=True)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(60):
+        logits_BLV = model(**ids_BL).logits[:, :-1]
+        mask_BL = ids_BL["attention_mask"][:, 1:].bool()
+        loss = cross_entropy(logits_BLV[mask_BL], ids_BL["input_ids"][:, 1:][mask_BL])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
+    return place
+
+
+def audited(world, cut=0, privatizer=OPEN, public=True, config=CONFIG, **asked):
+    return audit_split(
+        world / f"bottom{cut}", data=world / "private.csv", privatizer=privatizer, config=config,
+        public=world / "public.csv" if public else None, adversary=AdversaryConfig(**asked),
+    )  # fmt: skip
+
+
+def eps(found, measure="EP"):
+    return {f.attack: f for f in found.findings if f.measure == measure}
+
+
+def test_a_model_that_knows_the_language_reads_more_than_likelihoods_alone(world):
+    some = PrivatizerConfig(privatizer="token", changed_share=0.5)
+    every = eps(audited(world, privatizer=some, config=PATIENT, prior=str(world / "model")))
+    for attack in ("Bayes", "trained inverter"):
+        assert every[f"{attack}, language model"].value < every[attack].value + 0.05
+        assert "weighed by a causal language model" in every[f"{attack}, language model"].knew
+    assert every["Bayes, language model"].value < every["nearest neighbour"].value
+    assert every["Bayes, language model"].value < every["Bayes"].value - 0.05
+
+
+def test_under_pure_noise_a_model_reads_what_the_language_alone_tells(world):
+    found = audited(world, privatizer=NOISE, prior=str(world / "model"))
+    every = eps(found)
+    assert every["Bayes, language model"].value > every["Bayes, trigrams"].low - 0.05
+    assert eps(found, "EP, whole texts")["Bayes, language model"].value > 0.8
+
+
+def test_texts_that_a_model_does_not_come_to_are_read_without_it(world, monkeypatch):
+    some = PrivatizerConfig(privatizer="token", changed_share=0.5)
+    config = AuditConfig(attack_seconds=1e-6, fresh_draws=1, test_tokens=600)
+    found = audited(world, privatizer=some, config=config, prior=str(world / "model"))
+    with_model = eps(found)["Bayes, language model"]
+    assert "ended it after 8 of " in with_model.meaning
+    monkeypatch.setattr(language_attack, "WEIGHTS", (0.0,))
+    monkeypatch.setattr(language_attack, "right_by_weight", lambda *_, **__: [0])
+    found = audited(world, privatizer=some, config=config, prior=str(world / "model"))
+    assert "the language model read no more" in eps(found)["Bayes, language model"].meaning
+
+
+def test_a_model_of_other_words_is_refused(world, tmp_path):
+    other = tiny_tokenizer()
+    other.add_tokens(["<new>"])
+    write_bottom(tiny_encoder("bert"), other, tmp_path / "bottom", Cut(layers=3, cut=0))
+    with pytest.raises(ConfigError, match=r"lacks 1 of its \d+ words .* own tokenizer"):
+        language_attack.open_prior(world / "model", open_bottom(tmp_path / "bottom"))
+    with pytest.raises(ModelError, match="expected"):
+        audited(world, prior=str(world / "bottom0"))
+
+
+def test_an_attribute_is_read_of_undefended_texts(world):
+    found = audited(world, cut=1, attribute_column="author")
+    of = eps(found, MEASURE)
+    assert list(of) == [ATTACK, "commonest value, no attack"]
+    assert of[ATTACK].value < 0.2 < of["commonest value, no attack"].value
+    assert "of 2 values; saying the commonest each time gets" in of[ATTACK].meaning
+    assert "Attribute inference: got the author of" in found.verdict
+
+
+@pytest.mark.parametrize(("privatizer", "column"), [(NOISE, "author"), (OPEN, "die")])
+def test_an_attribute_that_states_do_not_carry_is_not_read(world, privatizer, column):
+    of = eps(audited(world, privatizer=privatizer, attribute_column=column), MEASURE)
+    assert of[ATTACK].high > of["commonest value, no attack"].value - 0.05
+    assert of[ATTACK].value > 0.25
+
+
+def test_attributes_stay_with_their_texts(world, tmp_path):
+    """Values are all different, and half of the private ones are known to the adversary."""
+    texts = [f"the {noun} is {trait}" for noun in NOUNS for trait in TRAITS]
+    for name, skipped in (("public", 0), ("private", 32)):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["text", "noun"])
+            for text in texts:
+                place = NOUNS.index(text.split()[1])
+                table.writerow(["", "nobody"])  # rows without a text are read past
+                table.writerow([text, "" if name == "private" and place < skipped / 8 else place])
+    found = audit_split(
+        world / "bottom0", data=tmp_path / "private.csv", public=tmp_path / "public.csv",
+        privatizer=OPEN, config=AuditConfig(fresh_draws=1, test_tokens=200, public_tokens=10**5),
+        adversary=AdversaryConfig(attribute_column="noun"),
+    )  # fmt: skip
+    best = eps(found, MEASURE)[ATTACK]
+    assert best.value < 0.3
+    assert "of 8 values" in best.meaning
+    assert "texts without a value that public text has are left out" in best.meaning
+
+
+def test_attributes_that_cannot_be_learned_are_refused(world, tmp_path):
+    with pytest.raises(DataError, match="values in the column 'nobody', got none"):
+        audited(world, attribute_column="nobody")
+    lines = (world / "public.csv").read_text().splitlines()
+    (tmp_path / "one.csv").write_text("\n".join(line for line in lines if ",bob," not in line))
+    with pytest.raises(DataError, match="at least two values of 'author', got 1"):
+        audit_split(
+            world / "bottom0", data=world / "private.csv", public=tmp_path / "one.csv",
+            privatizer=OPEN, config=CONFIG, adversary=AdversaryConfig(attribute_column="author"),
+        )  # fmt: skip
+    (tmp_path / "text.txt").write_text("the film is good\nthe plot is bad\n")
+    with pytest.raises(DataError, match=r"ending in .jsonl, .csv or .parquet"):
+        audit_split(
+            world / "bottom0", data=world / "private.csv", public=tmp_path / "text.txt",
+            privatizer=OPEN, config=CONFIG, adversary=AdversaryConfig(attribute_column="author"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_dummies_read_behind_a_block_what_their_start_did_not(world, public):
+    every = eps(audited(world, cut=1, public=public, config=PATIENT, dummies=True))
+    start = every["trained inverter" if public else "nearest neighbour"]
+    assert every["dummy embeddings"].value <= start.value
+    assert every["dummy embeddings"].value < 0.1
+
+
+def test_dummies_find_no_more_than_was_sent(world):
+    every = eps(audited(world, cut=1, privatizer=NOISE, dummies=True))
+    assert every["dummy embeddings"].value > 0.6
+    assert "what was sent, not what was meant" in every["dummy embeddings"].meaning
+
+
+def test_what_was_not_asked_for_is_listed_with_its_option(world):
+    listed = {skip.attack: skip.needs for skip in audited(world, cut=1).not_run}
+    assert listed["dummy embeddings"].startswith("--dummies")
+    assert listed["language model"].startswith("--prior")
+    assert listed[ATTACK].startswith("--attribute-column")
+    assert "dummy embeddings" not in {skip.attack for skip in audited(world).not_run}
+    few = audit_split(
+        world / "bottom0", data=world / "private.csv", public=world / "public.csv", privatizer=OPEN,
+        config=AuditConfig(fresh_draws=1, public_tokens=60),
+        adversary=AdversaryConfig(prior=str(world / "model"), attribute_column="author"),
+    )  # fmt: skip
+    listed = {skip.attack: skip.needs for skip in few.not_run}
+    assert "--public-tokens 60" in listed["language model"]
+    assert "--public-tokens 60" in listed[ATTACK]
+
+
+@pytest.mark.parametrize(
+    ("cut", "asked", "says"),
+    [
+        (0, {"dummies": True}, "cut at 0, where the nearest neighbour"),
+        (1, {"prior": "smollm2-135m"}, "expected --public for --prior"),
+        (1, {"attribute_column": "author"}, "expected --public for --attribute-column"),
+    ],
+)
+def test_what_this_adversary_cannot_do_is_refused_before_anything_runs(world, cut, asked, says):
+    with pytest.raises(ConfigError, match=says):
+        audited(world, cut=cut, public=False, **asked)
+    with pytest.raises(ConfigError, match=says):
+        estimate_audit_split(
+            world / f"bottom{cut}", data=world / "private.csv", adversary=AdversaryConfig(**asked)
+        )
+    with pytest.raises(ConfigError, match="expected a name as prior"):
+        AdversaryConfig(prior="")
+
+
+def test_an_estimate_has_a_part_for_each(world):
+    asked = AdversaryConfig(prior=str(world / "model"), attribute_column="author", dummies=True)
+    files = {"data": world / "private.csv", "public": world / "public.csv"}
+    plain, more = (
+        estimate_audit_split(
+            world / "bottom1", **files, reading=ReadingConfig(), config=CONFIG, adversary=adversary
+        )
+        for adversary in (None, asked)
+    )
+    assert set(more.parts) - set(plain.parts) == {
+        "dummy embeddings, at most", "attribute inference, at most", "load the language model",
+        "language model, two attacks",
+    }  # fmt: skip
+    assert more.parts["language model, two attacks"] <= 2 * CONFIG.attack_seconds
+    assert more.memory_bytes > plain.memory_bytes
