@@ -96,9 +96,10 @@ def show(facts: Facts, console: Console) -> None:
         said.append(("", finding["meaning"]))
     for attack, said in words.items():
         print_pairs(console, attack, said)
-    skipped = [(s["attack"], f"not run; it needs {s['needs']}") for s in facts["not_run"]]
-    pairs = [("page", facts["page"]), ("options", facts["options"])]
-    print_pairs(console, "Written", [*skipped, *pairs])
+    skipped = [(s["attack"], f"it needs {s['needs']}") for s in facts["not_run"]]
+    if skipped:
+        print_pairs(console, "Not run", skipped)
+    print_pairs(console, "Written", [("page", facts["page"]), ("options", facts["options"])])
 
 
 def _figures(finding: dict[str, Any]) -> tuple[str, str]:
