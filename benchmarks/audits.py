@@ -21,14 +21,14 @@ from rows import parse_options, run_parts
 
 MODELS = {"attribute": "minilm", "dummies": "minilm", "prior": "smollm2-135m"}
 ROWS = {
-    "attribute": [(0, None), (4, None), (0, 60.0), (0, 40.0), (0, 20.0)],
-    "dummies": [(4, None), (6, None), (4, 60.0)],
-    "prior": [(0, 90.0), (0, 70.0), (0, 50.0)],
+    "attribute": [(0, None), (4, None), (0, 80.0), (0, 50.0)],
+    "dummies": [(4, None), (6, None), (4, 80.0)],
+    "prior": [(0, 45.0), (0, 35.0)],
 }
 """Of each part: (cut, eta of token mode or None)."""
-TEST = {"attribute": 8000, "dummies": 800, "prior": 800}
+TEST = {"attribute": 4000, "dummies": 800, "prior": 800}
 PUBLIC = {"attribute": 30_000, "dummies": 15_000, "prior": 15_000}
-SECONDS = {"attribute": 120.0, "dummies": 180.0, "prior": 240.0}
+SECONDS = {"attribute": 60.0, "dummies": 120.0, "prior": 120.0}
 LENGTH = 48
 KEPT = (
     "nearest neighbour", "trained inverter", "dummy embeddings", "Bayes", "Bayes, trigrams",

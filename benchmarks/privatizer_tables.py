@@ -7,6 +7,7 @@ ROWS = {
     "d_chi-CTI": "the same with contributing tokens",
     "d_chi-denoised": "d_chi, denoised",
     "exponential": "exponential mechanism",
+    "exponential-equal": "the same, at d_chi's EP under the strongest attack",
     "exponential-CTI": "the same with contributing tokens",
     "exponential-denoised": "exponential, denoised",
     "context": "exponential, between contextual vectors",
@@ -14,6 +15,7 @@ ROWS = {
     "gaussian": "Gaussian of equal norm (control; no promise)",
     "shifted": "shifted and scaled noise, as PrivTune's (no promise)",
 }
+ATTACKS = ("nearest neighbour", "Bayes", "Bayes, trigrams")
 OF_SPLIT = {"d_chi": "token-80", "d_chi-CTI": "CTI-80"}
 TASKS = {"sst2": ("SST-2", "leaks"), "fpb": ("Financial PhraseBank", "leaks-fpb")}
 
@@ -39,7 +41,8 @@ def privatizer_table(found, task):
         if not rows and name not in leaks:
             continue
         cost = costs.get(name)
-        read = leak and min((leak["nearest neighbour"], leak["Bayes"]), key=lambda r: r["EP"])
+        attacks = [leak[attack] for attack in ATTACKS] if leak else []
+        least = {of: min((a[of] for a in attacks), default=None) for of in ("EP", "rare")}
         etas = [r.get("strength") or r["setting"]["mechanism"]["eta"] for r in rows]
         etas = etas or [leak["strength"]]
         promised = name.startswith(("d_chi", "exponential"))
@@ -47,8 +50,8 @@ def privatizer_table(found, task):
             shown,
             f"{sum(etas) / len(etas):.0f}" if promised else "",
             spread([r["changed in test"] for r in rows], 2),
-            f"{read['EP']:.2f}" if read else "",
-            f"{read['rare']:.2f}" if read else "",
+            f"{least['EP']:.2f}" if leak else "",
+            f"{least['rare']:.2f}" if leak else "",
             spread([r["UA"] for r in rows], 3),
             f"{leak['tokens a second']:,.0f}" if leak and "tokens a second" in leak else "",
             f"{cost['flops'] / cost['tokens'] / 1e6:.0f}" if cost else "",

@@ -9,9 +9,10 @@ itself, with and without CTI, is in split-sst2.json and split-fpb.json.
 
 sst2, fpb: accuracy (UA) of each.
 leaks, leaks-fpb: what attackers read of 300 test texts, and how fast they are replaced. Bayes' rule
-    knows the mechanism and how frequent words are in other texts of the task. "rare" are tokens
-    outside the 200 commonest words of public text: a privatizer that changes nothing but function
-    words has an EP too.
+    knows the mechanism and how frequent words are in other texts of the task; with trigrams it
+    chooses among its likeliest words by the trigrams of these texts, as far as a rehearsal on some
+    of them says that this helps. "rare" are tokens outside the 200 commonest words of public text:
+    a privatizer that changes nothing but function words has an EP too.
 
 d_chi, exponential: `Mechanism` in token and exponential mode.
 gaussian: the control: a normal vector as long as d_chi's noise, then the nearest word.
@@ -20,6 +21,7 @@ shifted: in the way of PrivTune (arXiv 2512.08809): d_chi's noise with its mean 
     the paper's details were not at hand: hops in the graph of the `NEAR` nearest words, the mean of
     the words at exactly that distance as the aim, half of the way there, importance as in
     `privacy.word_groups` (rare words matter), noise and shift times 1 - importance / 2.
+exponential-equal: the same at a smaller eta: the strongest attack reads as much as of d_chi.
 context: the exponential mechanism on other vectors: a word's contextual vector
     (`split.customer.word_vectors`) of length 1.
 meaning: the same, each vector times the square root of the word's importance.
@@ -33,6 +35,8 @@ from contextlib import contextmanager
 
 import torch
 
+from blindtune.attacks.adversary import Candidates
+from blindtune.attacks.language_prior import NgramPrior, best_weight, decode
 from blindtune.evaluation.leakage.empirical_privacy import contributing_masks, empirical_privacy
 from blindtune.models.encoders import load_any
 from blindtune.models.margins import margins_of
@@ -63,10 +67,15 @@ from split import (
 
 PARTS = ("leaks", "sst2", "leaks-fpb", "fpb", "cost")
 ETA, SHARE = 80.0, {"sst2": 0.397, "fpb": 0.372}  # of d_chi; tokens it changes (split-TASK.json)
+# Tokens that the exponential mechanism must change, so that the strongest attack here reads as many
+# of its words as of d_chi's: its words lie nearer, and tell more where they are others.
+EQUAL = {"sst2": 0.455, "fpb": 0.44}
 DRAWN = ("exponential", "context", "meaning")
 KINDS = ("d_chi", *DRAWN, "gaussian", "shifted")
-LIKELY, DRAWS = 1000, 8  # words that Bayes' rule considers, and draws for each
+LIKELY, DRAWS = 1000, 8  # words that Bayes' rule considers, and draws for each to denoise
+ATTACKERS_DRAWS = 32  # the attacker's draws for each
 ATTACKED, FREQUENT = 300, 200  # test texts; words that are not rare
+KEPT, REHEARSED = 16, 24  # candidates of a token; texts on which the attacker rehearses
 NEAR, HOPS, PIVOT = 8, 2, 1e-3
 SAMPLE, HALVINGS = 2000, 8  # tokens and steps of the search for a strength
 
@@ -132,25 +141,29 @@ class Vocabulary:
             shifts.append(self.table_VD[aims].mean(0) - self.table_VD[word])
         return torch.stack(shifts).double()
 
-    def channel(self, kind, strength, word_K, sent_U):
+    def channel(self, kind, strength, word_K, sent_U, draws):
         """log P(y | x) [U, K]: computed for what is drawn, counted for noise."""
         if kind in DRAWN:
             sampler = WordSampler(self.vectors(kind))
             return sampler.log_probabilities(word_K, strength, sent_U).T.float()
-        drawn_MK = self.draw(kind, strength, word_K.repeat(DRAWS)).view(DRAWS, -1)
+        drawn_MK = self.draw(kind, strength, word_K.repeat(draws)).view(draws, -1)
         spread = (self.table_VD.shape[1] + 1) / strength**2
         distance_UK = torch.cdist(self.table_VD[sent_U].double(), self.table_VD[word_K].double())
         near_UK = torch.exp(-distance_UK.square() / (8 * spread))
-        config = CountingConfig(draws=DRAWS)
+        config = CountingConfig(draws=draws)
         return counted_channel(drawn_MK, sent_U, near_UK, len(self.table_VD), config)
 
-    def posterior(self, kind, strength, count_V, sent_U):
-        """log P(x | y) [U, K] by word frequencies, and the words x [K]."""
+    def posterior(self, kind, strength, count_V, sent_U, draws=DRAWS):
+        """log P(x | y) [U, K] by word frequencies, log P(y | x) [U, K], and the words x [K]."""
         prior_V = ((count_V + 0.5) / (count_V.sum() + 0.5 * len(count_V))).log()
         prior_V[self.special] = -torch.inf
         word_K = torch.cat([prior_V.topk(LIKELY).indices, sent_U]).unique()
-        log_UK = self.channel(kind, strength, word_K, sent_U) + prior_V[word_K]
-        return log_UK.log_softmax(1), word_K
+        channel_UK = self.channel(kind, strength, word_K, sent_U, draws)
+        return (channel_UK + prior_V[word_K]).log_softmax(1), channel_UK, word_K
+
+    def encoded(self, texts):
+        found = self.tokenizer(list(texts), truncation=True, max_length=LENGTH)["input_ids"]
+        return tuple(torch.tensor(ids) for ids in found)
 
     def content(self, ids):
         ids_N = torch.cat(ids)
@@ -168,19 +181,15 @@ class Vocabulary:
 
 
 class Task:
-    """Texts of a seed as ids."""
+    """Texts of a seed as ids, and how many of their tokens shall come out changed."""
 
-    def __init__(self, bench, words, name, seed):
-        self.name, self.share = name, SHARE[name]
+    def __init__(self, bench, words, name, seed, *, equal=False):
+        self.name, self.share = name, (EQUAL if equal else SHARE)[name]
         read = {"sst2": bench.reviews, "fpb": bench.news}[name]
         (texts, self.labels), (tested, self.test_labels) = read(seed)
         self.classes = int(self.labels.max()) + 1
 
-        def encoded(some):
-            found = words.tokenizer(some, truncation=True, max_length=LENGTH)["input_ids"]
-            return tuple(torch.tensor(ids) for ids in found)
-
-        self.learn, self.test = encoded(texts), encoded(tested)
+        self.learn, self.test = words.encoded(texts), words.encoded(tested)
         self.used, size = [*texts, *tested], len(words.table_VD)
         self.spared = contributing_masks(
             self.learn,
@@ -221,12 +230,30 @@ def strength_of(words, task, kind, spared=None):
 
 
 def bayes(words, kind, strength, sent, count_V):
-    """The likeliest word behind each that came out, by these word frequencies."""
+    """The likeliest words behind each that came out, by these word frequencies."""
     sent_U, place_N = torch.cat(sent).unique(return_inverse=True)
-    log_UK, word_K = words.posterior(kind, strength, count_V, sent_U)
-    best_U = word_K[log_UK.argmax(1)]
-    best_U = torch.where(torch.isin(sent_U, words.special), sent_U, best_U)
-    return best_U[place_N].split([len(text) for text in sent])
+    log_UK, channel_UK, word_K = words.posterior(
+        kind, strength, count_V, sent_U, draws=ATTACKERS_DRAWS
+    )
+    best_UC = log_UK.topk(KEPT).indices
+    likely_UC, word_UC = channel_UK.gather(1, best_UC), word_K[best_UC]
+    special_U = torch.isin(sent_U, words.special)
+    word_UC[special_U] = sent_U[special_U, None]
+    likely_UC[special_U, 1:] = -torch.inf
+    likely_UC[special_U, 0] = 0.0
+    lengths = [len(text) for text in sent]
+    return Candidates(
+        words=word_UC[place_N].split(lengths), log_likelihoods=likely_UC[place_N].split(lengths)
+    )
+
+
+def by_trigrams(words, kind, strength, found, texts, count_V):
+    """The likeliest texts among these candidates, by trigrams of other texts."""
+    known = some_of(texts, min(REHEARSED, len(texts) // 2))
+    hidden = {id(text) for text in known}
+    prior = NgramPrior([t for t in texts if id(t) not in hidden], len(words.table_VD))
+    rehearsed = bayes(words, kind, strength, words.replaced(kind, strength, known), count_V)
+    return decode(found, prior, weight=best_weight(rehearsed, known, prior))
 
 
 @contextmanager
@@ -234,7 +261,7 @@ def denoised(bottom, words, kind, strength, sent):
     """The customer's embedding gives the posterior mean for every word that was drawn."""
     sent_U = torch.cat(sent).unique()
     sent_U = sent_U[~torch.isin(sent_U, words.special)]
-    log_UK, word_K = words.posterior(kind, strength, words.public_V, sent_U)
+    log_UK, _, word_K = words.posterior(kind, strength, words.public_V, sent_U)
     weight = bottom.stack.embedding.weight
     before = weight[sent_U].clone()
     weight[sent_U] = log_UK.exp() @ words.table_VD[word_K]
@@ -250,9 +277,9 @@ def states_of(bottom, words, kind, strength, sent, labels, denoise):
         return privatize(bottom, sent, labels, mechanism=None)
 
 
-def row(bench, words, folder, name, seed, kind, cti=False, denoise=False):
+def row(bench, words, folder, name, seed, kind, cti=False, denoise=False, equal=False):
     """UA of one job."""
-    task = Task(bench, words, name, seed)
+    task = Task(bench, words, name, seed, equal=equal)
     spared = task.spared if cti else None
     strength = strength_of(words, task, kind, spared)
     if strength is None:
@@ -279,9 +306,9 @@ def row(bench, words, folder, name, seed, kind, cti=False, denoise=False):
     }
 
 
-def leak_row(bench, words, name, kind):
-    """EP of two attackers, of all tokens and of rare words, and how fast words are replaced."""
-    task = Task(bench, words, name, 0)
+def leak_row(bench, words, name, kind, equal=False):
+    """EP of three attackers, of all tokens and of rare words, and how fast words are replaced."""
+    task = Task(bench, words, name, 0, equal=equal)
     strength = strength_of(words, task, kind)
     truth = some_of(task.test, min(ATTACKED, len(task.test)))
     words.replaced(kind, strength, truth[:1])  # whatever is made once
@@ -289,9 +316,12 @@ def leak_row(bench, words, name, kind):
     sent = words.replaced(kind, strength, truth)
     seconds = time.perf_counter() - start
     counts_V = bench.other_counts(name, words.tokenizer, task.used, len(words.table_VD)).float()
+    likely = bayes(words, kind, strength, sent, counts_V)
+    others = words.encoded(bench.other_texts(name, task.used))
     guesses = {
         "nearest neighbour": sent,
-        "Bayes": bayes(words, kind, strength, sent, counts_V),
+        "Bayes": likely.first(),
+        "Bayes, trigrams": by_trigrams(words, kind, strength, likely, others, counts_V),
     }
     frequent = words.public_V.topk(FREQUENT).indices
     masks = [torch.isin(ids, frequent) for ids in truth]
@@ -323,7 +353,9 @@ def plan(bench, part):
         return [(kind, lambda _, kind=kind: cost_row(bench, words, kind)) for kind in KINDS]
     if part.startswith("leaks"):
         task = part.partition("-")[2] or "sst2"
-        return [(kind, lambda _, kind=kind: leak_row(bench, words, task, kind)) for kind in KINDS]
+        rows = [(kind, lambda _, kind=kind: leak_row(bench, words, task, kind)) for kind in KINDS]
+        again = ("exponential-equal", lambda _: leak_row(bench, words, task, "exponential", True))
+        return [*rows, again]
     rows = []
 
     def add(name, *args, **options):
@@ -335,11 +367,13 @@ def plan(bench, part):
         for kind in ("exponential", "d_chi"):
             add(f"{kind}-denoised-{seed}", seed, kind, denoise=True)
         add(f"exponential-CTI-{seed}", seed, "exponential", cti=True)
+        add(f"exponential-equal-{seed}", seed, "exponential", equal=True)
     return rows
 
 
 def main():
     options = parse_options(__doc__, PARTS)
+    options.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(options.data, options.work, options.smoke)
     facts = {"batch": BATCH, "epochs": EPOCHS, "learning_rate": RATE, "max_length": LENGTH}
     run_parts("privatizers", options, lambda part: plan(bench, part), facts=facts)

@@ -116,12 +116,16 @@ class Bench:
             torch.save((vector_VD, count_V, tokenizer.all_special_ids), path)
         return torch.load(path)
 
-    def other_counts(self, task, tokenizer, used, size):
-        """Words of a task's other texts: the best that an adversary can know of frequencies."""
+    def other_texts(self, task, used):
+        """A task's other texts: the best that an adversary can have of the language."""
         file = {"sst2": "sst2_train.jsonl", "fpb": "fpb_50agree.jsonl"}[task]
         texts = [row["text"] for row in read(self.data / file)]
         texts = sorted({text for text in texts if len(text.split()) >= 8} - set(used))
-        return count_words(tokenizer, some_of(texts, min(len(texts), 10_000)), size)
+        return some_of(texts, min(len(texts), 10_000))
+
+    def other_counts(self, task, tokenizer, used, size):
+        """How often each word is in these texts."""
+        return count_words(tokenizer, self.other_texts(task, used), size)
 
 
 def read(path):

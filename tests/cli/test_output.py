@@ -1,5 +1,6 @@
 """`--resume auto` for every verb: what is done is done, and what is not is made."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from command_line import STUDY_OPTIONS, TUNE_OPTIONS
 
+from blindtune.cli.audit import VERB
 from blindtune.cli.output import Request, record_path, request
 
 OUTPUTS = {
@@ -172,3 +174,31 @@ def test_a_failed_command_leaves_the_note_of_what_is_there(tmp_path):
     assert first.done()["made"] == "first"
     record_path(out).write_text('{"identity": {"n": 1}, "facts": 3}')
     assert first.done() is None
+
+
+def test_a_refusal_after_a_killed_command_tells_of_what_stands_there(place, run):
+    assert run("emulator").code == 0
+    note = place / "new-emulator.done.json"
+    done = json.loads(note.read_text())
+    other = done["identity"] | {"options": done["identity"]["options"] | {"alpha": 0.5}}
+    before = done["output"]
+    note.write_text(
+        json.dumps({"identity": other, "begun": True, "before": before, "earlier": done})
+    )
+    refused = run("emulator", "--alpha", "0.5")
+    assert "there (--alpha 0.25 (now 0.5)):" in refused.err
+    for options in ({"new": None} | done["identity"]["options"], None):
+        note.write_text(json.dumps(done | {"identity": done["identity"] | {"options": options}}))
+        refused = run("emulator", "--resume", "never")
+        assert refused.code == 2
+        assert "()" not in refused.err
+
+
+def test_inputs_of_configs_are_told_by_their_bytes(place):
+    (place / "prior").mkdir()
+    requests = []
+    for text in ("one", "two"):
+        (place / "prior" / "config.json").write_text(text)
+        values = {"subject": "s", "prior": str(place / "prior"), "out": "o"}
+        requests.append(request("audit", place / "o", values, VERB.inputs, ()))
+    assert requests[0].identity["inputs"] != requests[1].identity["inputs"]

@@ -162,5 +162,6 @@ VERB = Verb(
     show=show,
     estimate=estimate,
     mark="audit.json",
+    inputs=("prior", "public_text"),
     less_memory="lower --batch-size or --max-length",
 )

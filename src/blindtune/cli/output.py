@@ -30,6 +30,11 @@ SAID = 4
 """Differences that a refusal names."""
 
 
+def _part(identity: Mapping[str, Any], name: str) -> Facts:
+    part = identity.get(name)
+    return part if isinstance(part, dict) else {}
+
+
 def _shown(value: object) -> str:
     return "none" if value is None else str(value)[:40]
 
@@ -77,26 +82,30 @@ class Request:
         Args:
             typed: how an option of this name is typed.
         """
-        found = _read(record_path(self.out))
+        found, standing = _read(record_path(self.out)), digest(self.out)
+        if found.get("begun") is True and found.get("before") == standing:
+            found = _noted(record_path(self.out)) or {}  # a command that was killed changed nothing
         earlier = found.get("identity")
         if self.identity is None or not isinstance(earlier, dict):
             return ""
         if earlier == self.identity:
-            if found.get("output") == digest(self.out):
+            if found.get("output") == standing:
                 return "the output of this very command is there (--resume auto takes it as it is)"
             return "the output of this very command is there, and was changed since"
         there, asked = (
             {
                 "made by version": identity.get("version"),
-                **{typed(name): value for name, value in identity.get("options", {}).items()},
+                **{typed(name): value for name, value in _part(identity, "options").items()},
                 **{
                     f"other bytes of {typed(name)}": value
-                    for name, value in identity.get("inputs", {}).items()
+                    for name, value in _part(identity, "inputs").items()
                 },
             }
             for identity in (earlier, self.identity)
         )
         names = [name for name in {**there, **asked} if there.get(name) != asked.get(name)]
+        if not names:
+            return ""
         said = [
             name if name.startswith("other bytes") else
             f"{name} {_shown(there.get(name))} (now {_shown(asked.get(name))})"
@@ -235,7 +244,13 @@ def check_parent(out: Path) -> None:
 
 
 def check_place(
-    verb: str, out: Path, *, mark: str, is_file: bool, overwrite: bool, there: str = ""
+    verb: str,
+    out: Path,
+    *,
+    mark: str,
+    is_file: bool,
+    overwrite: bool,
+    there: Callable[[], str] = str,
 ) -> None:
     """Refuse at once an output that could not be made in the end, or would bury something else.
 
@@ -245,7 +260,7 @@ def check_place(
         mark: what every output directory of the verb holds.
         is_file: whether the output is one file of JSON instead.
         overwrite: an earlier output of the verb may be replaced.
-        there: what output is there instead, for the refusal; "": not known.
+        there: says for the refusal what output is there instead; "": not known.
 
     Raises:
         OutputError: it cannot be made there.
@@ -264,7 +279,7 @@ def check_place(
     if not free and not overwrite:
         raise OutputError(
             f"{out}: expected a new {kind}, "
-            f"{there or 'an output of other options or inputs is there'}: choose another "
+            f"{there() or 'an output of other options or inputs is there'}: choose another "
             "--out, or replace it with --overwrite"
         )
 

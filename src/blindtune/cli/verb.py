@@ -73,6 +73,8 @@ class Verb:
     """Whether `out` is an optional file for what --json prints, instead of a directory."""
     keeps_progress: bool = False
     """Whether an interrupted run leaves something that the same command goes on from."""
+    inputs: Sequence[str] = ()
+    """Options of configs that name a file or directory that is read."""
     untold: Sequence[str] = ()
     """Options that bring in files which only the act knows: no such output is taken as done."""
     goes_on: bool = False
@@ -254,7 +256,7 @@ def _act(verb: Verb, settings: Settings, out: Path | None) -> Facts:
             check_place(verb.name, out, mark=verb.mark, is_file=verb.out_is_file, overwrite=True)
         return verb.act(settings)
     files = [p for p in verb.parameters if not getattr(p, "is_flag", False)]
-    inputs = [str(parameter.name) for parameter in files]
+    inputs = [*(str(parameter.name) for parameter in files), *verb.inputs]
     asked = request(verb.name, out, settings.values, inputs, verb.untold)
     from blindtune.atomic import sole_writer
 
@@ -279,7 +281,7 @@ def _anew(verb: Verb, settings: Settings, asked: Request) -> Facts:
     own = settings.overwrite or asked.begun()
     check_place(
         verb.name, asked.out, mark=verb.mark, is_file=verb.out_is_file, overwrite=own,
-        there=asked.difference(verb.typed),
+        there=lambda: asked.difference(verb.typed),
     )  # fmt: skip
     settings = replace(settings, overwrite=own)
     if process_rank() != 0:

@@ -4,8 +4,8 @@ Recovery is (ZS - plug-in) / (ZS - FT) in nats: the share of full fine-tuning's 
 gets. The gap is emulator FT - plug-in in nats a token: how much worse is what the data owner keeps.
 Every tuning is run once a seed, and scores are means over seeds. A question is answered by lower
 ends at 95 % confidence (`paired`): over test texts, which all models score alike, and, where there
-are several seeds, over seeds too. Both ends that are asked for hold at once with that confidence,
-for each setting by itself: of many settings that fall short, one may pass by luck.
+are several seeds, over seeds too. Each end is at 95 % by itself. A setting that misses what is
+asked for, one of two wishes or both, passes with a chance of 5 % at most; of many such one may.
 
 Shapes: K seeds, N test texts.
 """
