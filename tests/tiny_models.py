@@ -92,14 +92,16 @@ def tiny_config(name: str) -> Any:
     return AutoConfig.for_model(model_type, **copy.deepcopy(values))
 
 
-def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A tiny random model in eval mode: 8 layers, hidden 32, 2 heads, vocabulary 128, window 4.
 
-    Biases and norms are random too, so that a mixed-up one shows.
+    Biases and norms are random too, so that a mixed-up one shows. `changes` are of its config.
     """
+    config = tiny_config(name)
+    config.update(changes)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(name))
+        model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)

@@ -72,6 +72,28 @@ def test_what_time_does_not_reach_keeps_its_start(tmp_path, monkeypatch):
     assert len(guess) > 8
 
 
+@pytest.mark.parametrize("started", [True, False])
+def test_when_time_is_up_nothing_more_is_searched(tmp_path, monkeypatch, started):
+    view, _ = observe(open_tiny_bottom(tmp_path, cut=1))
+    start = tuple(torch.full((len(state),), 7) for state in view.states) if started else None
+    ticks = count(0.0, 1.0)
+    monkeypatch.setattr(dummy_embeddings, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(dummy_embeddings, "TEXTS", 4)
+    made, find = [], dummy_embeddings.NearestRows.find
+    monkeypatch.setattr(
+        dummy_embeddings._Search, "_losses", lambda *_: pytest.fail("moved after its time")
+    )
+    monkeypatch.setattr(
+        dummy_embeddings.NearestRows, "find",
+        lambda self, rows: made.append(len(rows)) or find(self, rows),
+    )  # fmt: skip
+    guess, done = tokens_by_dummies(view, start, DummyConfig(limit_seconds=0.5))
+    assert done == 0
+    assert tuple(map(len, guess)) == view.lengths
+    assert len(torch.cat(guess).unique()) == 1
+    assert set(made) == (set() if started else {1})
+
+
 def test_bad_values(tmp_path):
     view, _ = observe(open_tiny_bottom(tmp_path, cut=1), public=3)
     with pytest.raises(DataError, match="one token for every state"):

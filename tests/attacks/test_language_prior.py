@@ -1,16 +1,19 @@
 """What the mechanism says of each word, and what a language adds to it."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from attacked import observe, open_tiny_bottom, sentences, share_right
 
+from blindtune.attacks import language_prior
 from blindtune.attacks.adversary import Candidates, Spared, unigram
 from blindtune.attacks.embedding_inversion import nearest_tokens
 from blindtune.attacks.fitting import FitConfig
 from blindtune.attacks.imitation import Imitation
 from blindtune.attacks.language_prior import (
+    NO_WORD,
     CausalPrior,
     NgramPrior,
     best_weight,
@@ -98,15 +101,91 @@ def test_a_causal_model_is_a_prior_as_its_own_forward_says():
     model = tiny_model("smollm2")
     before = torch.tensor([[1, 40, 41], [1, 50, 51], [1, 40, 41]])
     words = torch.tensor([[7, 90], [7, 90], [8, 10**6]])  # the last is of a table's padding
+    no_word = torch.tensor([[False, False], [False, False], [False, True]])
     said = CausalPrior(Decoder(model)).log_probabilities(before, words)
     with torch.no_grad():
         true = model(input_ids=before).logits[:, -1].log_softmax(1)
-    true = true.gather(1, words.clamp(max=true.shape[1] - 1))
+    true = true.gather(1, words.clamp(max=true.shape[1] - 1)).masked_fill(no_word, NO_WORD)
     torch.testing.assert_close(said, true, atol=1e-4, rtol=1e-4)
     with_begin = CausalPrior(Decoder(model), begin_id=1).log_probabilities(before[:, 1:], words)
     torch.testing.assert_close(with_begin, true, atol=1e-4, rtol=1e-4)
     nothing = CausalPrior(Decoder(model)).log_probabilities(before[:, :0], words)
-    assert torch.equal(nothing, torch.zeros(3, 2))
+    assert torch.equal(nothing, torch.zeros(3, 2).masked_fill(no_word, NO_WORD))
+
+
+def test_rows_that_are_no_words_are_read_only_where_nothing_else_can_be():
+    prior = CausalPrior(Decoder(tiny_model("smollm2")), begin_id=1)
+    words = torch.tensor([[5, 6], [128, 7], [8, 9], [130, 151_935], [10, 11]])  # 128 words
+    seen = torch.tensor([[0.0, -1.0], [0.0, -50.0], [0.0, -1.0], [-1.0, 0.0], [0.0, -1.0]])
+    found = Candidates(words=(words,), log_likelihoods=(seen,))
+    (text,) = decode(found, prior, beams=4)
+    assert text[1] == 7
+    assert text[3] == 151_935
+    assert right_by_weight(found, [text], prior, weights=(0.0, 0.1))[0] < 5
+
+
+@pytest.mark.parametrize("begin_id", [None, 1])
+def test_of_a_beginning_beyond_what_a_model_reads_at_once_it_sees_the_end(begin_id):
+    model = tiny_model("gpt2", n_positions=8)
+    prior = CausalPrior(Decoder(model), begin_id)
+    text = torch.randint(3, 100, (1, 12), generator=torch.Generator().manual_seed(0))
+    words = torch.arange(128)[None]
+    before = text if begin_id is None else torch.cat([torch.tensor([[begin_id]]), text], 1)
+    for length in range(1, 13):
+        said = prior.log_probabilities(text[:, :length], words)
+        seen = before[:, : length + (begin_id is not None)][:, -8:]
+        with torch.no_grad():
+            true = model(input_ids=seen).logits[:, -1].log_softmax(1)
+        torch.testing.assert_close(said, true, atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_of_a_search_is_kept_and_weights_read_no_more_at_once_than_texts(monkeypatch):
+    model, rows, caches = tiny_model("smollm2"), [], []
+    forward = model.forward
+
+    def watched(**given):
+        rows.append(len(given["input_ids"]))
+        caches.append(weakref.ref(given["past_key_values"]))
+        return forward(**given)
+
+    monkeypatch.setattr(model, "forward", watched)
+    prior = CausalPrior(Decoder(model), begin_id=1)
+    found = lattices(3, (6,) * 16)
+    weights = (0.0, 0.01, 0.3, 1.0, 3.0, 10.0)
+    right_by_weight(found, [torch.zeros(6)] * 16, prior, beams=8, weights=weights)
+    assert 8 < max(rows) <= 8 * 8
+    assert not any(cache() for cache in caches)
+
+
+class Slow:
+    """A prior that takes a second a word, by a clock of its own."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.forgot = 0
+
+    def monotonic(self):
+        return self.now
+
+    def log_probabilities(self, before_BL, word_BK):
+        self.now += 1.0
+        return torch.zeros(word_BK.shape)
+
+    def forget(self):
+        self.forgot += 1
+
+
+def test_no_word_is_added_when_time_is_up(monkeypatch):
+    slow, found = Slow(), lattices(4, (6,) * 4)
+    monkeypatch.setattr(language_prior, "time", slow)
+    assert len(decode(found, slow, until=6.0)) == 4
+    with pytest.raises(TimeoutError):
+        decode(found, slow, until=9.5)
+    assert slow.now == 10.0
+    with pytest.raises(TimeoutError):
+        right_by_weight(found, [torch.zeros(6)] * 4, slow, until=9.5)
+    assert slow.now == 10.0
+    assert slow.forgot == 3
 
 
 def lattices(seed, lengths, shut=0.0):

@@ -42,7 +42,8 @@ class DummyConfig:
     patience: int = 20
     """Steps in which the loss must fall by a twentieth, or texts are taken to be done."""
     limit_seconds: float = 600.0
-    """No step begins after this time: what is not done by then keeps its start."""
+    """No step begins after this time. Texts that are moving then keep what is nearer, their start
+    or the words that they came to; texts after them keep their start."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -66,8 +67,9 @@ def tokens_by_dummies(
         config: steps, rate and time.
 
     Returns:
-        The guess, and the number of texts, the first ones, that were done before time ran out; of
-        the others it has the start, or (None) words of no meaning.
+        The guess, and the number of texts, the first ones, that were done before time ran out. Of
+        those that were moving then it has what is nearer, the start or the words that they came to;
+        of all after them the start, or (None) a word of no meaning.
 
     Raises:
         DataError: a start of other lengths.
@@ -112,6 +114,8 @@ class _Search:
     def words(self, states: Sequence[Tensor], start: Guess | None) -> tuple[list[Tensor], bool]:
         """The words of these texts, and whether there was time enough."""
         made_VW, lengths = self._made_VW, [len(state) for state in states]
+        if time.monotonic() > self._ends:
+            return self._unmoved(lengths) if start is None else [t.cpu() for t in start], False
         target_BLD = pad_sequence([state.to(made_VW) for state in states], batch_first=True)
         _, mask_BL = padded([torch.zeros(length, dtype=torch.int64) for length in lengths])
         mask_BL = mask_BL.to(made_VW.device)
@@ -129,6 +133,11 @@ class _Search:
             )
         both = zip(nearer_B.tolist(), ended, start, strict=True)
         return [end if nearer else begin.cpu() for nearer, end, begin in both], settled
+
+    def _unmoved(self, lengths: Sequence[int]) -> list[Tensor]:
+        """The word in the middle of the vocabulary, everywhere."""
+        middle_1 = self._rows.find(self._made_VW.mean(0)[None]).cpu()
+        return [middle_1.repeat(length) for length in lengths]
 
     def _moved(self, begin_BLW: Tensor, target_BLD: Tensor, mask_BL: Tensor) -> tuple[Tensor, bool]:
         """Embeddings that no longer gain, or time or steps ended them; and which it was."""

@@ -8,7 +8,7 @@ Sources: re-ranking in Bayes-optimal reconstruction (arXiv 2410.17052) and BeamC
 Two priors: counts of the public text (`NgramPrior`, no model), and any causal language model with
 the same vocabulary (`CausalPrior`); for a decoder the vendor's own model is one.
 
-Beams of several texts, and of all weights of a rehearsal, grow together by a word a step, so a
+Beams of several texts, or of all weights of a rehearsed text, grow together by a word a step, so a
 model reads them in one batch, each beginning that several of them share once, and of each but its
 last word nothing anew.
 
@@ -17,6 +17,8 @@ Shapes: B beams, K candidates, L length, R beginnings, V vocabulary.
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol, final
@@ -27,11 +29,13 @@ from transformers import DynamicCache
 
 from blindtune.attacks.adversary import Candidates, Guess, unigram
 from blindtune.errors import ConfigError, DataError
-from blindtune.models.decoder import Decoder
+from blindtune.models.decoder import Decoder, context_limit
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
 TOGETHER = 8
-"""Texts whose beams grow together."""
+"""Texts whose beams grow together; fewer where several weights are tried on each."""
+NO_WORD = -1e6
+"""log P of a row that is no word: below all that likelihoods make up for, and still a number."""
 
 
 class Prior(Protocol):
@@ -39,6 +43,9 @@ class Prior(Protocol):
 
     def log_probabilities(self, before_BL: Tensor, word_BK: Tensor) -> Tensor:
         """log P(word | words before) [B, K], each beam with words of its own; L may be 0."""
+
+    def forget(self) -> None:
+        """Free what it keeps of the words before; called when beams have come to their ends."""
 
 
 @final
@@ -79,6 +86,9 @@ class NgramPrior:
             rows.append([self._probability(context, word) for word in words])
         return torch.tensor(rows).log()
 
+    def forget(self) -> None:
+        """See `Prior`; it keeps nothing."""
+
     def _probability(self, context: tuple[int, ...], word: int) -> float:
         if not context:
             return float(self._single_V[word])
@@ -92,15 +102,19 @@ class CausalPrior:
     """A causal language model.
 
     It keeps what the model made of the beginnings that it was asked for last (keys and values), so
-    beginnings that go on from these cost a pass over their new words alone.
+    beginnings that go on from these cost a pass over their new words alone. Of a beginning longer
+    than the model reads at once it sees the end, which moves, so each word costs a pass over all.
 
     Args:
-        model: its vocabulary is the bottom's; ids beyond it are taken for no words.
+        model: its vocabulary is the bottom's; ids beyond it (a table may have more rows than there
+            are words) are taken for no words.
         begin_id: what stands before a text's first token; None: the first token gets no prior.
     """
 
     def __init__(self, model: Decoder, begin_id: int | None = None) -> None:
         self._model, self._begin_id = model, begin_id
+        self._words = int(model.config.vocab_size)
+        self._limit = context_limit(model.config)
         self._cache: DynamicCache | None = None
         self._rows: dict[tuple[int, ...], int] = {}
         self._length = 0
@@ -111,13 +125,19 @@ class CausalPrior:
         if self._begin_id is not None:
             begin_B1 = before_BL.new_full((len(before_BL), 1), self._begin_id)
             before_BL = torch.cat([begin_B1, before_BL], 1)
-        if not before_BL.shape[1]:
-            return torch.zeros(word_BK.shape)
-        before = [tuple(row) for row in before_BL.tolist()]
-        rows = {beginning: row for row, beginning in enumerate(dict.fromkeys(before))}
-        said_RV = self._said(rows)
-        word_BK = word_BK.clamp(max=said_RV.shape[1] - 1)  # rows of a table beyond all words
-        return said_RV[[rows[beginning] for beginning in before]].gather(1, word_BK)
+        if self._limit is not None:
+            before_BL = before_BL[:, -self._limit :]
+        said_BK = torch.zeros(word_BK.shape)
+        if before_BL.shape[1]:
+            before = [tuple(row) for row in before_BL.clamp(max=self._words - 1).tolist()]
+            rows = {beginning: row for row, beginning in enumerate(dict.fromkeys(before))}
+            row_B = torch.tensor([rows[beginning] for beginning in before])
+            said_BK = self._said(rows)[row_B[:, None], word_BK.clamp(max=self._words - 1)]
+        return said_BK.masked_fill(word_BK >= self._words, NO_WORD)
+
+    def forget(self) -> None:
+        """See `Prior`."""
+        self._cache, self._rows, self._length = None, {}, 0
 
     def _said(self, rows: dict[tuple[int, ...], int]) -> Tensor:
         """log P of every word after each of these beginnings [R, V]."""
@@ -133,6 +153,7 @@ class CausalPrior:
             attention_mask=torch.ones_like(ids_RL),
             past_key_values=self._cache,
             use_cache=True,
+            logits_to_keep=1,
         ).logits
         self._rows, self._length = rows, ids_RL.shape[1]
         said_RV: Tensor = logits_RLV[:, -1].float().log_softmax(1).cpu()
@@ -145,6 +166,7 @@ def decode(
     *,
     beams: int = 8,
     weight: float = 1.0,
+    until: float = math.inf,
 ) -> Guess:
     """The likeliest text of every lattice of candidates, by beam search.
 
@@ -153,13 +175,15 @@ def decode(
         prior: of the language.
         beams: partial texts that are kept.
         weight: of the prior; 0 leaves the likelihoods alone.
+        until: no word is added after this time, by the monotonic clock.
 
     Raises:
-        ConfigError: fewer than one beam or a negative weight.
+        ConfigError: fewer than one beam or a negative weight. TimeoutError: time was up before all
+            texts were at their ends.
     """
     if beams < 1 or weight < 0:
         raise ConfigError(f"expected beams >= 1 and weight >= 0, got {beams} and {weight}")
-    return _decoded(found, prior, beams, (weight,))[0]
+    return _decoded(found, prior, beams, (weight,), until)[0]
 
 
 def best_weight(
@@ -196,13 +220,17 @@ def right_by_weight(
     *,
     beams: int = 8,
     weights: Sequence[float] = WEIGHTS,
+    until: float = math.inf,
 ) -> list[int]:
-    """How many tokens of known texts each weight reads; arguments and errors as `best_weight`."""
+    """How many tokens of known texts each weight reads.
+
+    Arguments and errors as for `best_weight`; `until` as for `decode`.
+    """
     if not known or [len(text) for text in known] != [len(words) for words in found.words]:
         raise DataError("expected candidates for each token of at least one known text")
     return [
         sum(int((g == t.cpu()).sum()) for g, t in zip(guess, known, strict=True))
-        for guess in _decoded(found, prior, beams, weights)
+        for guess in _decoded(found, prior, beams, weights, until)
     ]
 
 
@@ -233,22 +261,30 @@ class _Lattice:
         self.text_BL = torch.cat([self.text_BL[parent], self.words_LK[at, choice][:, None]], 1)
 
 
-def _decoded(found: Candidates, prior: Prior, beams: int, weights: Sequence[float]) -> list[Guess]:
+def _decoded(
+    found: Candidates, prior: Prior, beams: int, weights: Sequence[float], until: float
+) -> list[Guess]:
     """The likeliest texts by each weight."""
     pairs = list(zip(found.words, found.log_likelihoods, strict=True))
     guesses: list[list[Tensor]] = [[] for _ in weights]
-    for first in range(0, len(pairs), TOGETHER):
-        some = pairs[first : first + TOGETHER]
+    together = max(1, TOGETHER // max(1, sum(weight > 0 for weight in weights)))
+    for first in range(0, len(pairs), together):
+        some = pairs[first : first + together]
         by_weight = [[_Lattice(*pair, weight, beams) for pair in some] for weight in weights]
-        _grow([lattice for lattices in by_weight for lattice in lattices], prior)
+        try:
+            _grow([lattice for lattices in by_weight for lattice in lattices], prior, until)
+        finally:
+            prior.forget()
         for guess, lattices in zip(guesses, by_weight, strict=True):
             guess += [lattice.text_BL[0] for lattice in lattices]
     return [tuple(guess) for guess in guesses]
 
 
-def _grow(lattices: Sequence[_Lattice], prior: Prior) -> None:
+def _grow(lattices: Sequence[_Lattice], prior: Prior, until: float) -> None:
     """Lead the beams of all of them to their ends, a word a step."""
     for at in range(max(len(lattice.words_LK) for lattice in lattices)):
+        if time.monotonic() > until:
+            raise TimeoutError("expected more time for the language prior")
         live = [lattice for lattice in lattices if at < len(lattice.words_LK)]
         asked = [lattice for lattice in live if lattice.weight]
         said: dict[_Lattice, Tensor] = {}

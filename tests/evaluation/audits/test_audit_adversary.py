@@ -7,12 +7,18 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from blindtune.attacks import language_prior
+from blindtune.attacks.adversary import Candidates
+from blindtune.attacks.language_prior import CausalPrior, decode, right_by_weight
 from blindtune.errors import ConfigError, DataError, ModelError
-from blindtune.evaluation.audits import language_attack
+from blindtune.evaluation.audits import estimate, language_attack
 from blindtune.evaluation.audits.attribute_attack import ATTACK, MEASURE
 from blindtune.evaluation.audits.audit import AdversaryConfig, AuditConfig
 from blindtune.evaluation.audits.estimate import estimate_audit_split
 from blindtune.evaluation.audits.split import audit_split
+from blindtune.evaluation.audits.split_subject import read_audited
+from blindtune.models.costs import weight_bytes
+from blindtune.models.decoder import Decoder
 from blindtune.split.bottom import open_bottom, write_bottom
 from blindtune.split.customer.private_texts import ReadingConfig
 from blindtune.split.customer.privatizer_config import PrivatizerConfig
@@ -95,13 +101,72 @@ def test_under_pure_noise_a_model_reads_what_the_language_alone_tells(world):
 def test_texts_that_a_model_does_not_come_to_are_read_without_it(world, monkeypatch):
     some = PrivatizerConfig(privatizer="token", changed_share=0.5)
     config = AuditConfig(attack_seconds=1e-6, fresh_draws=1, test_tokens=600)
-    found = audited(world, privatizer=some, config=config, prior=str(world / "model"))
-    with_model = eps(found)["Bayes, language model"]
-    assert "ended it after 8 of " in with_model.meaning
-    monkeypatch.setattr(language_attack, "WEIGHTS", (0.0,))
-    monkeypatch.setattr(language_attack, "right_by_weight", lambda *_, **__: [0])
-    found = audited(world, privatizer=some, config=config, prior=str(world / "model"))
-    assert "the language model read no more" in eps(found)["Bayes, language model"].meaning
+    for rehearsal, says in (
+        (None, "before it read a text: it is left out"),
+        ((0.4, 5), "ended it after 0 of "),
+        ((0.0, 5), "the language model read no more"),
+    ):
+        if rehearsal:
+            monkeypatch.setattr(language_attack, "_rehearse", lambda *_, said=rehearsal: said)
+        found = audited(world, privatizer=some, config=config, prior=str(world / "model"))
+        assert says in eps(found)["Bayes, language model"].meaning
+        assert eps(found)["Bayes, language model"].value == eps(found)["Bayes"].value
+
+
+class Slow:
+    """A prior that takes a second a word, by a clock of its own, and knows which words are right.
+
+    Likelihoods are a little for the other words.
+    """
+
+    def __init__(self, right=5):
+        self.now, self.right = 0.0, right
+
+    def monotonic(self):
+        return self.now
+
+    def log_probabilities(self, before_BL, word_BK):
+        self.now += 1.0
+        return torch.where(word_BK == self.right, 0.0, -9.0)
+
+    def forget(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("seconds", "read", "says"),
+    [
+        (1.0, 0, "before it read a text: it is left out"),  # two words a text
+        (5.0, 8, "ended it after 8 of 20 texts"),
+        (6.5, 8, "ended it after 8 of 20 texts"),  # in the midst of the next eight
+        (100.0, 20, ""),
+    ],
+)
+def test_a_slow_model_keeps_to_its_time(monkeypatch, seconds, read, says):
+    words, seen = torch.tensor([[9, 5]] * 2), torch.tensor([[0.0, -0.1]] * 2)
+    found = Candidates(words=(words,) * 20, log_likelihoods=(seen,) * 20)
+    some = Candidates(words=(words,) * 4, log_likelihoods=(seen,) * 4)
+    slow = Slow()
+    for module in (language_attack, language_prior):
+        monkeypatch.setattr(module, "time", slow)
+    known = [torch.tensor([5, 5])] * 4
+    guess, note = language_attack.weighed(found, some, known, slow, seconds)
+    assert slow.now <= seconds + 1
+    assert [text.tolist() for text in guess] == [[5, 5]] * read + [[9, 9]] * (20 - read)
+    assert says in note
+    assert bool(says) == bool(note)
+
+
+def test_a_prior_of_few_positions_reads_texts_of_as_many_and_longer(world, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tiny_model("gpt2", n_positions=8).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = [torch.arange(5, 5 + length) for length in (3, 8, 12)]
+    prior = language_attack.open_prior(tmp_path, open_bottom(world / "bottom0"), texts)
+    words = tuple(torch.stack([text, text + 1], 1) for text in texts)
+    seen = tuple(torch.zeros(len(text), 2) for text in texts)
+    guess = decode(Candidates(words=words, log_likelihoods=seen), prior)
+    assert list(map(len, guess)) == [3, 8, 12]
 
 
 def test_a_model_of_other_words_is_refused(world, tmp_path):
@@ -234,3 +299,49 @@ def test_an_estimate_has_a_part_for_each(world):
     }  # fmt: skip
     assert more.parts["language model, two attacks"] <= 2 * CONFIG.attack_seconds
     assert more.memory_bytes > plain.memory_bytes
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gpt2", "gpt_neox"])
+def test_an_estimate_counts_the_keys_and_values_of_every_beam(monkeypatch, name):
+    model, kept, rows = tiny_model(name), [], []
+    forward = model.forward
+
+    def watched(**given):
+        out = forward(**given)
+        layers = given["past_key_values"].layers
+        kept.append(sum(4 * (one.keys.numel() + one.values.numel()) for one in layers))
+        rows.append(len(given["input_ids"]))
+        return out
+
+    monkeypatch.setattr(model, "forward", watched)
+    draw = torch.Generator().manual_seed(0)
+    words = tuple(torch.randint(3, 128, (40, 20), generator=draw) for _ in range(8))
+    found = Candidates(words=words, log_likelihoods=tuple(torch.zeros(40, 20) for _ in words))
+    prior = CausalPrior(Decoder(model), 1)
+    decode(found, prior)
+    right_by_weight(found, [text[:, 0] for text in words], prior)
+    assert max(rows) <= 64
+    a_token = kept[rows.index(max(rows))] / max(rows) / (1 + rows.index(max(rows)))
+    grown = estimate._weighing_bytes(model, 40) - estimate._weighing_bytes(model, 8)
+    assert grown == pytest.approx(2 * 64 * 32 * a_token)  # twice while they change their order
+    rest = estimate._weighing_bytes(model, 40) - weight_bytes(model)
+    assert rest > max(kept)
+
+
+def test_an_estimate_reckons_with_the_longest_text_that_a_model_weighs(world, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        estimate, "_weighing_bytes", lambda _, longest: asked.append(longest) or 10**12
+    )
+    bottom = open_bottom(world / "bottom0")
+    read = {
+        n: read_audited(bottom, world / f"{n}.csv", ReadingConfig()) for n in ("private", "public")
+    }
+    for data in ("private", "public"):
+        memory = estimate_audit_split(
+            world / "bottom0", data=world / f"{data}.csv", public=world / "public.csv",
+            config=CONFIG, adversary=AdversaryConfig(prior=str(world / "model")),
+        ).memory_bytes  # fmt: skip
+        assert memory > 10**12
+    longest = {name: max(map(len, texts.ids)) for name, texts in read.items()}
+    assert asked == [max(longest.values()), longest["public"]]

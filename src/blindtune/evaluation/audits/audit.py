@@ -40,7 +40,8 @@ class AuditConfig:
     public_tokens: int = 32768
     """Split: the attacker learns from texts that hold about so many tokens."""
     attack_seconds: float = 300.0
-    """Split: no training or search of an attack goes on for longer."""
+    """Split: after these no epoch of an attack's training, no step of dummy embeddings and no word
+    of a language model begins; each has a clock of its own."""
     fresh_draws: int = 8
     """Split: independent draws that are averaged, to show what sending one draw prevents."""
     batch_size: int = 8

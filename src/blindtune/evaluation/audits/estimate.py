@@ -34,7 +34,7 @@ from blindtune.models.costs import (
     sketch,
     weight_bytes,
 )
-from blindtune.models.decoder import Decoder
+from blindtune.models.decoder import Decoder, context_limit
 from blindtune.offsite.data_owner.tuning_estimate import ADAMW_SECONDS
 from blindtune.offsite.model_owner.package_estimates import shape_of
 from blindtune.split.bottom import open_bottom
@@ -174,7 +174,9 @@ def estimate_audit_split(
         check_words(adversary.prior, package)
         model = sketch(adversary.prior)
         parts |= _weighing(rate, model, attacked, longest, config)
-        memory += weight_bytes(model) + FLOAT * TOGETHER * BEAMS * _words(model)
+        assert public is not None  # or check_adversary refuses it
+        learned = map(len, read_audited(package, public, reading).ids)
+        memory += _weighing_bytes(model, max(longest, *learned))
     return estimated(parts, rate, memory=memory, written=WRITTEN, tokens=attacked)
 
 
@@ -183,12 +185,33 @@ def _weighing(
 ) -> dict[str, float]:
     """Seconds to load a language model and to weigh the candidates of two attacks with it."""
     cost = decoder_cost(Decoder(model), longest)
-    calls = len(cost.layers) * attacked / TOGETHER
+    calls = len(cost.layers) * attacked * (1 + 1 / TOGETHER)  # rehearsed one by one
     weighed = min(config.attack_seconds, rate.seconds(2 * BEAMS * attacked * cost.forward, calls))
     return {
         "load the language model": weight_bytes(model) / READ_BYTES_PER_SECOND,
         "language model, two attacks": 2 * weighed,
     }
+
+
+def _weighing_bytes(model: PreTrainedModel, longest: int) -> int:
+    """Of a language model that weighs texts of up to so many tokens.
+
+    Weights; logits and their log-softmax of every beam; its keys and values, twice while they are
+    put in another order; where texts exceed what it reads at once, passes over all that it reads.
+    """
+    decoder = Decoder(model)
+    length = min(longest, context_limit(model.config) or longest)
+    kept = sum(
+        size
+        for i in range(decoder.layer_count)
+        if decoder.is_raw(i)
+        for projection in decoder.projections(i)
+        for part, size in zip(projection.parts, projection.sizes, strict=True)
+        if part in ("key", "value")
+    )
+    anew = 1 if longest == length else length
+    beam = 2 * _words(model) + 2 * length * kept + 16 * anew * decoder.hidden_size
+    return weight_bytes(model) + FLOAT * TOGETHER * BEAMS * beam
 
 
 def _pass(

@@ -2,7 +2,7 @@
 
 Its words must be the bottom's, as candidates are words of the bottom. How far to trust it is
 rehearsed, as for every prior (`attacks.language_prior`). Half of the time that it is given goes to
-that at most, and texts that it does not come to keep what the likelihoods say.
+that at most, and texts that it does not finish keep what the likelihoods say.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from blindtune.attacks.language_prior import (
     right_by_weight,
 )
 from blindtune.errors import ConfigError
-from blindtune.models.decoder import Decoder
+from blindtune.models.decoder import Decoder, context_limit
 from blindtune.models.loading import load_model, load_tokenizer
 from blindtune.split.bottom import Bottom
 
@@ -64,14 +64,16 @@ def _best_begin(model: Decoder, texts: Sequence[Tensor], marks: Sequence[int | N
     """What stands before texts for the model to expect most of their words but the first.
 
     Models differ: one was trained with a start token, one with the end of the text before, one
-    with neither. The first of equals.
+    with neither. The first of equals. Texts are cut to what the model reads at once.
     """
+    limit = context_limit(model.config)
 
     def likelihood(mark: int | None) -> float:
         total = 0.0
         for text_L in texts:
             before = text_L.new_tensor([] if mark is None else [mark])
-            ids_1L = torch.cat([before, text_L])[None]
+            room = None if limit is None else max(1, limit - 1)  # one for the mark
+            ids_1L = torch.cat([before, text_L[:room]])[None]
             said_LV = model.model(input_ids=ids_1L).logits[0].float().log_softmax(1)
             said_L = said_LV[:-1].gather(1, ids_1L[0, 1:, None])[:, 0]
             total += float(said_L[len(before) :].sum())
@@ -107,37 +109,29 @@ def weighed(
 ) -> tuple[Guess, str]:
     """What the candidates are with the prior, and a sentence on how far to trust that, or "".
 
-    A prior with which no more was read in the rehearsal than the attack reads alone is left out.
+    A prior with which no more was read in the rehearsal than the attack reads alone is left out; so
+    is one that is too slow to read a text of it.
 
     Args:
         found: an attack's candidates.
         rehearsed: the same attack's of texts that the adversary noised itself.
         known: those texts.
         prior: not learned from them.
-        seconds: time for all of it. At least one batch of texts is rehearsed and one is read.
+        seconds: for all of it: no word is read after that time.
     """
     begin = time.monotonic()
-
-    def spent() -> float:
-        return (time.monotonic() - begin) / seconds
-
-    right, alone = [0] * len(WEIGHTS), 0
-    for at, some in _parts(rehearsed):
-        if at and spent() > 0.5:
-            break
-        texts = known[at : at + TOGETHER]
-        counts = right_by_weight(some, texts, prior, beams=BEAMS)
-        right = [a + b for a, b in zip(right, counts, strict=True)]
-        pairs = zip(some.first(), texts, strict=True)
-        alone += sum(int((first == text.cpu()).sum()) for first, text in pairs)
-    weight = WEIGHTS[right.index(max(right))]
-    if alone >= max(right) or not weight:
-        return found.first(), "In the rehearsal the language model read no more: it is left out."
+    weight, tried = _rehearse(rehearsed, known, prior, begin + seconds / 2)
+    if not weight:
+        why = "In the rehearsal the language model read no more"
+        if not tried:
+            why = "--attack-seconds ended the language model's rehearsal before it read a text"
+        return found.first(), f"{why}: it is left out."
     guess: list[Tensor] = []
-    for at, some in _parts(found):
-        if at and spent() > 1:
+    for some in _parts(found, TOGETHER):
+        try:
+            guess += decode(some, prior, beams=BEAMS, weight=weight, until=begin + seconds)
+        except TimeoutError:
             break
-        guess += decode(some, prior, beams=BEAMS, weight=weight)
     done, count = len(guess), len(found.words)
     if done == count:
         return tuple(guess), ""
@@ -149,8 +143,24 @@ def weighed(
     )
 
 
-def _parts(found: Candidates) -> Iterator[tuple[int, Candidates]]:
-    """Candidates of as many texts as are read together, and the first one's place."""
-    for at in range(0, len(found.words), TOGETHER):
-        some = slice(at, at + TOGETHER)
-        yield at, Candidates(words=found.words[some], log_likelihoods=found.log_likelihoods[some])
+def _rehearse(
+    rehearsed: Candidates, known: Sequence[Tensor], prior: Prior, until: float
+) -> tuple[float, int]:
+    """How far to trust the prior, 0 where likelihoods read as much alone; and of how many texts."""
+    right, alone, tried = [0] * len(WEIGHTS), 0, 0
+    for some, text in zip(_parts(rehearsed, 1), known, strict=True):
+        try:
+            counts = right_by_weight(some, [text], prior, beams=BEAMS, until=until)
+        except TimeoutError:
+            break
+        right = [a + b for a, b in zip(right, counts, strict=True)]
+        alone += int((some.first()[0] == text.cpu()).sum())
+        tried += 1
+    return (0.0 if alone >= max(right) else WEIGHTS[right.index(max(right))]), tried
+
+
+def _parts(found: Candidates, size: int) -> Iterator[Candidates]:
+    """Candidates of so many texts at once."""
+    for at in range(0, len(found.words), size):
+        some = slice(at, at + size)
+        yield Candidates(words=found.words[some], log_likelihoods=found.log_likelihoods[some])

@@ -300,7 +300,7 @@ class SplitAttacks:
         note = ""
         if done < len(guess):
             note = f"--attack-seconds ended it after {done:,} of {len(guess):,} texts; the others "
-            note += f"are the {name}."
+            note += f"are the {name}, or words on the way that explain the states better."
         if self._view.mechanism is not None:
             note = f"Under noise it finds what was sent, not what was meant. {note}".rstrip()
         self._add(
