@@ -20,6 +20,11 @@ OF_SPLIT = {"d_chi": "token-80", "d_chi-CTI": "CTI-80"}
 TASKS = {"sst2": ("SST-2", "leaks"), "fpb": ("Financial PhraseBank", "leaks-fpb")}
 
 
+def strongest_ep(leak, of="EP"):
+    """The least that an attack here leaves, of all tokens or of "rare" ones."""
+    return min(leak[attack][of] for attack in ATTACKS)
+
+
 def privatizer_table(found, task):
     """Privatizers at equal EP of the nearest neighbour; d_chi's accuracy is `split.py`'s.
 
@@ -41,8 +46,6 @@ def privatizer_table(found, task):
         if not rows and name not in leaks:
             continue
         cost = costs.get(name)
-        attacks = [leak[attack] for attack in ATTACKS] if leak else []
-        least = {of: min((a[of] for a in attacks), default=None) for of in ("EP", "rare")}
         etas = [r.get("strength") or r["setting"]["mechanism"]["eta"] for r in rows]
         etas = etas or [leak["strength"]]
         promised = name.startswith(("d_chi", "exponential"))
@@ -50,8 +53,8 @@ def privatizer_table(found, task):
             shown,
             f"{sum(etas) / len(etas):.0f}" if promised else "",
             spread([r["changed in test"] for r in rows], 2),
-            f"{least['EP']:.2f}" if leak else "",
-            f"{least['rare']:.2f}" if leak else "",
+            f"{strongest_ep(leak):.2f}" if leak else "",
+            f"{strongest_ep(leak, 'rare'):.2f}" if leak else "",
             spread([r["UA"] for r in rows], 3),
             f"{leak['tokens a second']:,.0f}" if leak and "tokens a second" in leak else "",
             f"{cost['flops'] / cost['tokens'] / 1e6:.0f}" if cost else "",

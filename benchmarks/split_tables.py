@@ -6,11 +6,14 @@ import statistics
 from blindtune.evaluation.pages import plots
 from blindtune.evaluation.pages.figures import standalone
 from figures import SEEDS, efficient, part, spread
+from privatizer_tables import strongest_ep
 
+ATTACKED = {"token-80": "d_chi"}  # names in privatizers-leaks
 SPLIT_ROWS = {
     "centralised": "LoRA in one place",
     "no-noise": "split, no noise",
     "exponential": "exponential mechanism (the default), eta 15",
+    "exponential-equal": "the same, eta 14.7: as hidden from the strongest attack as eta 80 below",
     "token-100": "d_chi, token mode, eta 100",
     "token-80": "d_chi, token mode, eta 80",
     "token-65": "d_chi, token mode, eta 65",
@@ -24,13 +27,19 @@ SPLIT_ROWS = {
 
 def split_table(sst2):
     """Utility and empirical privacy of split tuning; EP of what leaves at cut 0."""
-    lines = ["| SST-2, MiniLM, two-part split | EP | UA | seeds |", "|---|---:|---:|---:|"]
+    lines = [
+        "| SST-2, MiniLM, two-part split | EP, nearest neighbour | strongest attack | UA | seeds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    leaks = part("privatizers-leaks")["rows"]
     found = sst2["rows"] | part("privatizers-sst2")["rows"]
     for name, shown in SPLIT_ROWS.items():
         rows = [r for s in SEEDS if (r := found.get(f"{name}-{s}"))]
         wrong = [r["changed in test"] for r in rows if r.get("changed in test") is not None]
-        cells = [shown, spread(wrong, 2), spread([r["UA"] for r in rows], 3), str(len(rows))]
-        lines.append("| " + " | ".join(cells) + " |")
+        leak = leaks.get(ATTACKED.get(name, name))
+        strongest = f"{strongest_ep(leak):.2f}" if leak else ""
+        scores = spread([r["UA"] for r in rows], 3)
+        lines.append(f"| {shown} | {spread(wrong, 2)} | {strongest} | {scores} | {len(rows)} |")
     return lines
 
 
