@@ -5,13 +5,15 @@ representations, trained on auxiliary texts of which the adversary knows the att
 them through the same bottom and the same noise, so it learns what survives the noise. A class
 attribute may be a label of the task too.
 
-A text is read as the mean and the deviation of its states over the tokens, standardised.
+A text is read as the mean and the deviation of its states over the tokens, and the logarithm of
+their number, which crosses in the clear; all standardised.
 
 Shapes: L length, D hidden, N texts, C values of the attribute.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +25,9 @@ from blindtune.attacks.adversary import StatesView
 from blindtune.attacks.fitting import FitConfig, FitResult, fit, parted
 from blindtune.attacks.imitation import Imitation
 from blindtune.errors import ConfigError, DataError
+
+CONSTANT = 1e-6
+"""A deviation over public texts below which a feature is only centred: no unit can be told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,8 @@ def infer_attribute(
     made_MNF = torch.stack([_pooled(imitation.states(view.public)) for _ in range(draws)])
     learn, held = parted(len(view.public), config.fit)
     mean_F = made_MNF[:, learn].flatten(0, 1).mean(0)
-    scale_F = made_MNF[:, learn].flatten(0, 1).std(0).clamp_min(1e-6)
+    scale_F = made_MNF[:, learn].flatten(0, 1).std(0, correction=0)
+    scale_F = torch.where(scale_F < CONSTANT, 1.0, scale_F)
     made_MNF = (made_MNF - mean_F) / scale_F
     classes = int(known_N.max()) + 1
     target_N = known_N.to(made_MNF.device)
@@ -98,7 +104,10 @@ def infer_attribute(
 
 
 def _pooled(states: Sequence[Tensor]) -> Tensor:
-    """Mean and deviation over the tokens of every text, [N, 2 D]."""
-    return torch.stack(
-        [torch.cat((state.mean(0), state.std(0, correction=0))).detach() for state in states]
-    )
+    """Of every text mean and deviation over the tokens, and log(L): [N, 2 D + 1]."""
+    return torch.stack([
+        torch.cat(
+            (state.mean(0), state.std(0, correction=0), state.new_tensor([math.log(len(state))]))
+        ).detach()
+        for state in states
+    ])  # fmt: skip

@@ -1,6 +1,8 @@
 """What an adversary of split tuning does on request: a language model, an attribute, a search."""
 
 import csv
+import json
+import math
 import random
 
 import pytest
@@ -12,10 +14,11 @@ from blindtune.attacks.adversary import Candidates
 from blindtune.attacks.language_prior import CausalPrior, decode, right_by_weight
 from blindtune.errors import ConfigError, DataError, ModelError
 from blindtune.evaluation.audits import estimate, language_attack
-from blindtune.evaluation.audits.attribute_attack import ATTACK, MEASURE
+from blindtune.evaluation.audits.attribute_attack import ATTACK, MEASURE, read_attribute
 from blindtune.evaluation.audits.audit import AdversaryConfig, AuditConfig
 from blindtune.evaluation.audits.estimate import estimate_audit_split
 from blindtune.evaluation.audits.split import audit_split
+from blindtune.evaluation.audits.split_attacks import FEWEST_PUBLIC
 from blindtune.evaluation.audits.split_subject import read_audited
 from blindtune.models.costs import weight_bytes
 from blindtune.models.decoder import Decoder
@@ -70,10 +73,11 @@ def world(tmp_path_factory):
     return place
 
 
-def audited(world, cut=0, privatizer=OPEN, public=True, config=CONFIG, **asked):
+def audited(world, cut=0, privatizer=OPEN, public=True, config=CONFIG, length=128, **asked):
     return audit_split(
         world / f"bottom{cut}", data=world / "private.csv", privatizer=privatizer, config=config,
         public=world / "public.csv" if public else None, adversary=AdversaryConfig(**asked),
+        reading=ReadingConfig(max_length=length),
     )  # fmt: skip
 
 
@@ -190,7 +194,9 @@ def test_an_attribute_is_read_of_undefended_texts(world):
 
 @pytest.mark.parametrize(("privatizer", "column"), [(NOISE, "author"), (OPEN, "die")])
 def test_an_attribute_that_states_do_not_carry_is_not_read(world, privatizer, column):
-    of = eps(audited(world, privatizer=privatizer, attribute_column=column), MEASURE)
+    """Texts are cut to one length: no noise hides it, and the authors' differ."""
+    found = audited(world, privatizer=privatizer, length=14, attribute_column=column)
+    of = eps(found, MEASURE)
     assert of[ATTACK].high > of["commonest value, no attack"].value - 0.05
     assert of[ATTACK].value > 0.25
 
@@ -235,6 +241,67 @@ def test_attributes_that_cannot_be_learned_are_refused(world, tmp_path):
         )  # fmt: skip
 
 
+def rewritten(world, path, name, change):
+    """Rows of a file of the world with other authors: of row `k`, `change(k, author)`."""
+    with (world / f"{name}.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    lines = [json.dumps(row | {"author": change(k, row["author"])}) for k, row in enumerate(table)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_values_that_public_text_lacks_are_refused_before_an_attack_runs(world, tmp_path):
+    told = []
+    private = rewritten(world, tmp_path / "private.jsonl", "private", lambda *_: "secret")
+    public = rewritten(world, tmp_path / "public.jsonl", "public", lambda _, name: name + "\x1b[2J")
+    asked = {
+        "data": private, "public": public, "config": CONFIG,
+        "adversary": AdversaryConfig(attribute_column="author"),
+    }  # fmt: skip
+    says = r"got none: it has ada\?\[2J, bob\?\[2J; give public text with values of yours"
+    with pytest.raises(DataError, match=says) as caught:
+        audit_split(
+            world / "bottom0", **asked, privatizer=OPEN, on_progress=lambda *step: told.append(step)
+        )
+    assert not told
+    assert "secret" not in str(caught.value)
+    with pytest.raises(DataError, match=says):
+        estimate_audit_split(world / "bottom0", **asked)
+
+
+def test_few_public_texts_with_a_value_are_too_few_to_learn_from(world, tmp_path):
+    public = rewritten(
+        world, tmp_path / "public.jsonl", "public", lambda k, name: name if k < FEWEST_PUBLIC - 1
+        else None,
+    )  # fmt: skip
+    found = audit_split(
+        world / "bottom0", data=world / "private.csv", public=public, privatizer=OPEN,
+        config=AuditConfig(fresh_draws=1, test_tokens=200, attack_seconds=1, public_tokens=10**5),
+        adversary=AdversaryConfig(attribute_column="author"),
+    )  # fmt: skip
+    assert not eps(found, MEASURE)
+    listed = {skip.attack: skip.needs for skip in found.not_run}
+    assert listed[ATTACK].startswith("20 public texts with a value of 'author', 19 of 120 have one")
+
+
+def test_values_are_read_as_they_are_meant(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    raw = [1, 1.0, "1.0", " 1 ", 0.5, "ada", math.nan, "  ", "", None]
+    path.write_text("\n".join(json.dumps({"text": "a film", "author": value}) for value in raw))
+    values = read_attribute(path, "author", ReadingConfig())
+    assert values == ("1", "1", "1", "1", "0.5", "ada", None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(True, "bool"), (["x"], "a list of 1"), ({"x": 1}, "a dict of 1")]
+)
+def test_values_that_are_no_names_are_refused(tmp_path, value, kind):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "a film", "author": value}))
+    with pytest.raises(DataError, match=f"rows.jsonl:1: .* in 'author', got {kind}: name another"):
+        read_attribute(path, "author", ReadingConfig())
+
+
 @pytest.mark.parametrize("public", [True, False])
 def test_dummies_read_behind_a_block_what_their_start_did_not(world, public):
     every = eps(audited(world, cut=1, public=public, config=PATIENT, dummies=True))
@@ -263,6 +330,26 @@ def test_what_was_not_asked_for_is_listed_with_its_option(world):
     listed = {skip.attack: skip.needs for skip in few.not_run}
     assert "--public-tokens 60" in listed["language model"]
     assert "--public-tokens 60" in listed[ATTACK]
+    alone = {skip.attack: skip.needs for skip in audited(world, public=False).not_run}
+    for attack in ("language model", ATTACK):
+        assert alone[attack].endswith("; and --public, with at least 20 texts of the kind that "
+                                      "yours are")  # fmt: skip
+
+
+def test_windows_of_a_language_model_have_no_attribute(world, tmp_path):
+    tokenizer, cut = tiny_tokenizer(), Cut(partition="u-shape", layers=8, cut=1)
+    write_bottom(tiny_model("smollm2"), tokenizer, tmp_path / "bottom", cut)
+    (tmp_path / "text.txt").write_text("\n".join(text for text, *_ in rows(40, 4)))
+    reading = ReadingConfig(task="language-model", max_length=16)
+    files = {"data": tmp_path / "text.txt", "config": CONFIG, "reading": reading}
+    found = audit_split(tmp_path / "bottom", **files, privatizer=OPEN)
+    assert ATTACK not in {skip.attack for skip in found.not_run}
+    files |= {"public": tmp_path / "text.txt"}
+    files |= {"adversary": AdversaryConfig(attribute_column="author")}
+    with pytest.raises(ConfigError, match="for a task of texts, got the windows"):
+        audit_split(tmp_path / "bottom", **files, privatizer=OPEN)
+    with pytest.raises(ConfigError, match="for a task of texts, got the windows"):
+        estimate_audit_split(tmp_path / "bottom", **files)
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,23 @@ Shapes: N texts.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from blindtune.errors import DataError
 from blindtune.evaluation.audits.audit import Finding
-from blindtune.evaluation.leakage.empirical_privacy import record_privacy
+from blindtune.evaluation.leakage.empirical_privacy import RecordLeakage, record_privacy
+from blindtune.exchange.files import printable
 from blindtune.split.customer.labelled_text import read_texts
 from blindtune.split.customer.private_texts import ReadingConfig
+from blindtune.training.records import kind_of_value
 
 ATTACK = "attribute inference"
 MEASURE = "EP of attribute"
@@ -36,15 +41,22 @@ class KnownAttribute:
     classes_N: Tensor
     """Of every public text the place of its value in `names`; -1: it has none."""
 
+    @property
+    def count(self) -> int:
+        """Public texts with a value."""
+        return int((self.classes_N >= 0).sum())
+
 
 def read_attribute(path: str | Path, column: str, reading: ReadingConfig) -> tuple[str | None, ...]:
     """The values of all texts of a file, in the order in which they are read for an audit.
 
     Raises:
-        DataError: no such file, a kind without columns, or no row has a value there.
+        DataError: no such file, a kind without columns, no row has a value there, or a row has one
+            that is neither text nor a number.
     """
     found = read_texts(path, text_column=reading.text_column, label_column=column)
-    values = tuple(None if value is None else str(value) for value in found.labels)
+    pairs = zip(found.labels, found.where, strict=True)
+    values = tuple(_value(raw, where, column) for raw, where in pairs)
     if not any(value is not None for value in values):
         raise DataError(f"{path}: expected values in the column {column!r}, got none: name another")
     return values
@@ -59,6 +71,19 @@ def known_attribute(column: str, values: Sequence[str | None]) -> KnownAttribute
             "more, or name another column"
         )
     return KnownAttribute(column=column, names=names, classes_N=_places(names, values))
+
+
+def check_shared(known: KnownAttribute, values: Sequence[str | None]) -> None:
+    """Raise DataError if none of the texts has a value that could be guessed.
+
+    Only values of the public texts are said.
+    """
+    if not bool((_places(known.names, values) >= 0).any()):
+        raise DataError(
+            f"expected texts with values of {known.column!r} that the public text has too, got "
+            f"none: it has {printable(', '.join(known.names))}; give public text with values of "
+            "yours, raise --public-tokens, or name another column"
+        )
 
 
 def attribute_findings(
@@ -80,47 +105,57 @@ def attribute_findings(
     Raises:
         DataError: no text has a value that could be guessed.
     """
+    check_shared(known, values)
     truth_N = _places(known.names, values)
     scored_N = truth_N >= 0
-    if not bool(scored_N.any()):
-        raise DataError(
-            f"expected texts with values of {known.column!r} that the public text has too, got "
-            f"none: it has {', '.join(known.names)[:200]}"
-        )
     guess_N, truth_N = guess_N[scored_N], truth_N[scored_N]
     blind_N = torch.full_like(truth_N, int(truth_N.mode().values))
-    count, left = len(truth_N), int((~scored_N).sum())
+    attacked, blind = (
+        record_privacy(some_N, truth_N, confidence=confidence) for some_N in (guess_N, blind_N)
+    )
+    left = int((~scored_N).sum())
     said = f" {left:,} texts without a value that public text has are left out." if left else ""
-    found = []
-    for attack, knew, guess in (
-        (
+    return [
+        _finding(
             ATTACK,
-            f"Knew the {known.column} of {int((known.classes_N >= 0).sum()):,} public texts; made "
-            "states of them as you do and trained a network to tell it from these.",
-            guess_N,
+            f"Knew the {known.column} of {known.count:,} public texts; made states of them as you "
+            "do and trained a network to tell it from the mean, the deviation and the number of a "
+            "text's states. It used no labels, also where they are sent.",
+            attacked,
+            f"{_right(known, attacked)}, of {len(known.names):,} values; saying the "
+            f"commonest each time gets {attacked.blind_accuracy:.1%}.{said} {note}".rstrip(),
         ),
-        (
+        _finding(
             "commonest value, no attack",
             f"Looked at nothing, and said the commonest {known.column} of your texts each time.",
-            blind_N,
+            blind,
+            f"{_right(known, blind)}.",
         ),
-    ):
-        score = record_privacy(guess, truth_N, confidence=confidence)
-        meaning = f"It got the {known.column} of {score.accuracy:.1%} of {count:,} texts right"
-        if attack == ATTACK:
-            meaning += (
-                f", of {len(known.names):,} values; saying the commonest each time gets "
-                f"{score.blind_accuracy:.1%}.{said} {note}"
-            ).rstrip()
-        else:
-            meaning += "."
-        found.append(
-            Finding(
-                attack=attack, knew=knew, measure=MEASURE, value=score.privacy.value,
-                low=score.privacy.low, high=score.privacy.high, meaning=meaning,
-            )
-        )  # fmt: skip
-    return found
+    ]
+
+
+def _right(known: KnownAttribute, score: RecordLeakage) -> str:
+    count = score.privacy.of
+    return f"It got the {known.column} of {score.accuracy:.1%} of {count:,} texts right"
+
+
+def _finding(attack: str, knew: str, score: RecordLeakage, meaning: str) -> Finding:
+    return Finding(
+        attack=attack, knew=knew, measure=MEASURE, value=score.privacy.value,
+        low=score.privacy.low, high=score.privacy.high, meaning=meaning,
+    )  # fmt: skip
+
+
+def _value(raw: Any, where: str, column: str) -> str | None:
+    """A value by its name; None where there is none. A whole number is one however it is typed."""
+    if isinstance(raw, bool | list | dict):
+        raise DataError(
+            f"{where}: expected text or a number in {column!r}, got {kind_of_value(raw)}: name "
+            "another column"
+        )
+    if raw is None or (isinstance(raw, float) and math.isnan(raw)):
+        return None
+    return re.sub(r"^(-?[0-9]+)\.0$", r"\1", str(raw).strip()) or None
 
 
 def _places(names: Sequence[str], values: Sequence[str | None]) -> Tensor:

@@ -18,7 +18,7 @@ from blindtune.attacks.language_prior import TOGETHER
 from blindtune.evaluation.audits.adapter import both_kinds, reading_of
 from blindtune.evaluation.audits.audit import AdversaryConfig, AuditConfig
 from blindtune.evaluation.audits.language_attack import BEAMS, check_words
-from blindtune.evaluation.audits.split import check_adversary
+from blindtune.evaluation.audits.split import attributes, check_adversary
 from blindtune.evaluation.audits.split_subject import read_audited, spread_texts
 from blindtune.exchange.packages.package import open_package
 from blindtune.exchange.packages.signing import Trust
@@ -37,7 +37,7 @@ from blindtune.models.costs import (
 from blindtune.models.decoder import Decoder, context_limit
 from blindtune.offsite.data_owner.tuning_estimate import ADAMW_SECONDS
 from blindtune.offsite.model_owner.package_estimates import shape_of
-from blindtune.split.bottom import open_bottom
+from blindtune.split.bottom import Bottom, open_bottom
 from blindtune.split.customer.job import MARK, CustomerJob
 from blindtune.split.customer.private_texts import ReadingConfig
 from blindtune.training.text import DataConfig
@@ -143,7 +143,7 @@ def estimate_audit_split(
     if (Path(subject) / MARK).is_file():
         bottom = bottom or CustomerJob(subject).record.bottom_path
     package = open_bottom(bottom or subject, trust=trust)
-    check_adversary(adversary, package, public=public, data=data)
+    check_adversary(adversary, package, public=public, data=data, reading=reading)
     table_VD = package.stack.embedding.weight
     assert isinstance(table_VD, Tensor)
     attacked, longest = config.test_tokens, 1
@@ -168,6 +168,7 @@ def estimate_audit_split(
     if adversary.dummies:
         parts["dummy embeddings, at most"] = config.attack_seconds
     if adversary.attribute_column is not None:
+        _check_attribute(adversary, package, subject, public, data, reading, config)
         made = rate.seconds(DRAWS_TO_LEARN * config.public_tokens * search)
         parts["attribute inference, at most"] = made + config.attack_seconds
     if adversary.prior is not None:
@@ -178,6 +179,26 @@ def estimate_audit_split(
         learned = map(len, read_audited(package, public, reading).ids)
         memory += _weighing_bytes(model, max(longest, *learned))
     return estimated(parts, rate, memory=memory, written=WRITTEN, tokens=attacked)
+
+
+def _check_attribute(
+    adversary: AdversaryConfig,
+    bottom: Bottom,
+    subject: str | Path,
+    public: str | Path | None,
+    data: str | Path | None,
+    reading: ReadingConfig,
+    config: AuditConfig,
+) -> None:
+    """Raise what `audit_split` would for an attribute; of a transcript any text may be attacked."""
+    assert public is not None
+    assert data is not None
+    mine, theirs = (read_audited(bottom, path, reading).ids for path in (data, public))
+    attacked = (
+        spread_texts(mine, config.test_tokens) if Path(subject).is_dir() else range(len(mine))
+    )
+    chosen = spread_texts(theirs, config.public_tokens)
+    attributes(adversary, attacked, chosen, public, data, reading)
 
 
 def _weighing(

@@ -16,6 +16,7 @@ from blindtune.errors import ConfigError
 from blindtune.evaluation.audits.attribute_attack import (
     KnownAttribute,
     attribute_findings,
+    check_shared,
     known_attribute,
     read_attribute,
 )
@@ -88,18 +89,14 @@ def audit_split(
         tokens=config.test_tokens, trust=trust,
     )  # fmt: skip
     adversary = adversary or AdversaryConfig()
-    check_adversary(adversary, seen.bottom, public=public, data=data if seen.places else None)
+    check_adversary(
+        adversary, seen.bottom, public=public, data=data if seen.places else None, reading=reading
+    )
     texts = () if public is None else read_audited(seen.bottom, public, reading).ids
     chosen = spread_texts(texts, config.public_tokens) if texts else []
     learned = [texts[i] for i in chosen]
-    truth, known = _attributes(adversary, seen, chosen, public, data, reading)
-    equipment = Equipment(
-        prior=None
-        if adversary.prior is None
-        else open_prior(adversary.prior, seen.bottom, learned),
-        attribute=known,
-        dummies=adversary.dummies,
-    )
+    truth, known = attributes(adversary, seen.places, chosen, public, data, reading)
+    equipment = _equipment(adversary, seen, learned, known, reading)
     told = on_progress or (lambda *_: None)
     attacks = SplitAttacks(seen, learned, config, told, offered=len(texts), equipment=equipment)
     attacks.run()
@@ -117,6 +114,7 @@ def check_adversary(
     *,
     public: str | Path | None,
     data: str | Path | None,
+    reading: ReadingConfig,
 ) -> None:
     """Raise ConfigError for what this adversary cannot do with this bottom and these files."""
     for name, given in (
@@ -130,6 +128,11 @@ def check_adversary(
             "expected --data for --attribute-column, got a job, which has no columns: audit its "
             "bottom package with the options of the run"
         )
+    if adversary.attribute_column is not None and reading.task == "language-model":
+        raise ConfigError(
+            "expected --attribute-column for a task of texts, got the windows of a language model: "
+            "leave it out"
+        )
     if adversary.dummies and not bottom.cut.cut:
         raise ConfigError(
             "expected a bottom with layers for --dummies, got a cut at 0, where the nearest "
@@ -137,26 +140,48 @@ def check_adversary(
         )
 
 
-def _attributes(
+def _equipment(
     adversary: AdversaryConfig,
     seen: SplitSubject,
+    learned: Sequence[Tensor],
+    known: KnownAttribute | None,
+    reading: ReadingConfig,
+) -> Equipment:
+    prior = adversary.prior
+    return Equipment(
+        prior=None if prior is None else open_prior(prior, seen.bottom, learned),
+        attribute=known,
+        dummies=adversary.dummies,
+        windows=reading.task == "language-model" or seen.predicted is not None,
+    )
+
+
+def attributes(
+    adversary: AdversaryConfig,
+    attacked: Sequence[int],
     chosen: Sequence[int],
     public: str | Path | None,
     data: str | Path | None,
     reading: ReadingConfig,
 ) -> tuple[Sequence[str | None], KnownAttribute | None]:
-    """The true values of the attacked texts, for the judge, and what the adversary knows."""
+    """The true values of the attacked texts, for the judge, and what the adversary knows.
+
+    Args:
+        adversary: whose attribute column it is.
+        attacked, chosen: which texts of `data`, and of `public`.
+        public, data, reading: as for `audit_split`.
+
+    Raises:
+        DataError: too few public values, or none that an attacked text has.
+    """
     column = adversary.attribute_column
     if column is None or public is None or data is None:
         return (), None
-    if reading.task == "language-model":
-        raise ConfigError(
-            "expected --attribute-column for a task of texts, got the windows of a language model: "
-            "leave it out"
-        )
     theirs, mine = (read_attribute(path, column, reading) for path in (public, data))
     known = known_attribute(column, [theirs[i] for i in chosen])
-    return [mine[i] for i in seen.places], known
+    truth = [mine[i] for i in attacked]
+    check_shared(known, truth)
+    return truth, known
 
 
 def _audit(

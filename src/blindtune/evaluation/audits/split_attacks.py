@@ -77,6 +77,8 @@ class Equipment:
     attribute: KnownAttribute | None = None
     """Of the public texts that the attacks are given."""
     dummies: bool = False
+    windows: bool = False
+    """Whether the texts are windows of a language model, which have no attribute."""
 
 
 @final
@@ -140,8 +142,12 @@ class SplitAttacks:
             steps.append(("trained inverter", self._inverter))
             steps += self._by_mechanism()
             steps.append(("guessing", self._guessing))
-            if equipment.attribute is not None:
+            if equipment.attribute is not None and equipment.attribute.count >= FEWEST_PUBLIC:
                 steps.append((ATTACK, self._attribute))
+            elif equipment.attribute is not None:
+                self.not_run.append(
+                    NotRun(attack=ATTACK, needs=_values_needed(equipment.attribute))
+                )
         else:
             names = ["trained inverter", "trigrams", *(name for name, _ in self._by_mechanism())]
             names += ["language model"] if equipment.prior is not None else []
@@ -166,16 +172,17 @@ class SplitAttacks:
     def _not_asked(self) -> Iterator[NotRun]:
         """What an option would add."""
         equipment = self._equipment
+        more = "" if self._learned else f"; and {self._needs}"
         if self._view.cut and not equipment.dummies:
             yield NotRun(attack="dummy embeddings", needs="--dummies, and seconds a text")
         if equipment.prior is None:
             needs = "--prior, a causal model of the same words; trigrams stand for it"
-            yield NotRun(attack="language model", needs=needs)
-        if equipment.attribute is None:
+            yield NotRun(attack="language model", needs=f"{needs}{more}")
+        if equipment.attribute is None and not equipment.windows:
             needs = "--attribute-column, a column of --data and --public"
             if not self._subject.places:
                 needs += ": a job has no --data, audit its bottom package"
-            yield NotRun(attack=ATTACK, needs=needs)
+            yield NotRun(attack=ATTACK, needs=f"{needs}{more}")
 
     def _by_mechanism(self) -> list[tuple[str, Callable[[], None]]]:
         if self._subject.groups is not None:
@@ -448,6 +455,14 @@ def _public_needed(left: int, offered: int, tokens: int) -> str:
         return f"{FEWEST_PUBLIC} public texts, --public holds {offered}: give more"
     return (
         f"{FEWEST_PUBLIC} public texts, {left} were left within --public-tokens {tokens}: raise it"
+    )
+
+
+def _values_needed(known: KnownAttribute) -> str:
+    """What attribute inference needs, where too few public texts have a value."""
+    return (
+        f"{FEWEST_PUBLIC} public texts with a value of {known.column!r}, {known.count} of "
+        f"{len(known.classes_N)} have one: give more, or raise --public-tokens"
     )
 
 
