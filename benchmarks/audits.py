@@ -6,7 +6,7 @@ Every row is one call of `audit_split` on a bottom package, as `blindtune audit`
 `attribute`: who of 11 presidents gave a speech (State of the Union), MiniLM; of each president
 every other speech is private (34 speeches, 3,061 paragraphs), the rest public (28 and 2,733). Part
 `dummies`: sentences of SST-2 behind layers of MiniLM. Part `prior`: sentences of SST-2 at the
-embedding of SmolLM2-135M in token mode, SmolLM2-135M as the prior. Rows are kept as `rows.py` says.
+embedding of SmolLM2-135M, SmolLM2-135M itself as the prior. Rows are kept as `rows.py` says.
 """
 
 import json
@@ -23,10 +23,12 @@ from rows import parse_options, run_parts
 MODELS = {"attribute": "minilm", "dummies": "minilm", "prior": "smollm2-135m"}
 ROWS = {
     "attribute": [(0, None), (4, None), (0, 80.0), (0, 50.0)],
-    "dummies": [(4, None), (6, None), (4, 80.0)],
-    "prior": [(0, 45.0), (0, 35.0)],
+    "dummies": [(4, None), (5, None), (4, 80.0)],
+    "prior": [(0, 45.0), (0, 35.0), (0, "exponential")],
 }
-"""Of each part: (cut, eta of token mode or None)."""
+"""Of each part: (cut, noise). Noise: None; the eta of token mode; or the exponential mechanism, at
+which `CHANGED` of the tokens come out as others."""
+CHANGED = 0.4
 TEST = {"attribute": 4000, "dummies": 800, "prior": 800}
 PUBLIC = {"attribute": 30_000, "dummies": 15_000, "prior": 15_000}
 SECONDS = {"attribute": 60.0, "dummies": 120.0, "prior": 120.0}
@@ -80,14 +82,27 @@ def words_of(row):
     return tuple(row["text"].lower().split())
 
 
-def row(options, part, cut, eta, folder):
+def privatizer(noise):
+    """How a row's texts are noised."""
+    if noise is None:
+        return PrivatizerConfig(privatizer="none", unprotected=True)
+    if noise == "exponential":
+        return PrivatizerConfig(privatizer=noise, changed_share=CHANGED)
+    return PrivatizerConfig(privatizer="token", eta=noise)
+
+
+def shown(noise):
+    """A row's noise in its name."""
+    return {None: "no noise", "exponential": "exponential"}.get(noise) or f"eta {noise:g}"
+
+
+def row(options, part, cut, noise, folder):
     """One audit."""
     few = 10 if options.smoke else 1
     model, tokenizer = load_any(MODELS[part])
     layers = stack_of(model).layer_count
     write_bottom(model, tokenizer, folder / "bottom", Cut(layers=layers, cut=cut))
     private, public = files(options, part, folder)
-    open_text = PrivatizerConfig(privatizer="none", unprotected=True)
     adversary = {
         "attribute": AdversaryConfig(attribute_column="speaker"),
         "dummies": AdversaryConfig(dummies=True),
@@ -95,7 +110,7 @@ def row(options, part, cut, eta, folder):
     }
     audit = audit_split(
         folder / "bottom", data=private, public=public,
-        privatizer=open_text if eta is None else PrivatizerConfig(privatizer="token", eta=eta),
+        privatizer=privatizer(noise),
         reading=ReadingConfig(max_length=LENGTH),
         config=AuditConfig(test_tokens=TEST[part] // few, public_tokens=PUBLIC[part] // few,
                            attack_seconds=SECONDS[part] / few, fresh_draws=1),
@@ -113,10 +128,10 @@ def rows_of(options, part):
     """The rows of a part: (name, function)."""
     return [
         (
-            f"cut-{cut}, {'no noise' if eta is None else f'eta {eta:g}'}",
-            lambda folder, cut=cut, eta=eta: row(options, part, cut, eta, folder),
+            f"cut-{cut}, {shown(noise)}",
+            lambda folder, cut=cut, noise=noise: row(options, part, cut, noise, folder),
         )
-        for cut, eta in ROWS[part]
+        for cut, noise in ROWS[part]
     ]
 
 
