@@ -50,6 +50,8 @@ KEPT = 16
 EPOCHS = 1000
 """Of an attack's training, at most: the seconds that it is given end it, or that it has settled."""
 ENDED = "Training of a network was ended by --attack-seconds: a longer one may read more."
+LEARNED = "trained inverter"
+"""The attack that every audit with public text enough runs."""
 TRIGRAMS = "weighed by trigrams of public text"
 MODEL = "weighed by a causal language model"
 Told = Callable[[str, int, int], None]
@@ -139,7 +141,7 @@ class SplitAttacks:
         steps: list[tuple[str, Callable[[], None]]] = [("nearest neighbour", self._nearest)]
         equipment = self._equipment
         if self._learned:
-            steps.append(("trained inverter", self._inverter))
+            steps.append((LEARNED, self._inverter))
             steps += self._by_mechanism()
             steps.append(("guessing", self._guessing))
             if equipment.attribute is not None and equipment.attribute.count >= FEWEST_PUBLIC:
@@ -149,7 +151,7 @@ class SplitAttacks:
                     NotRun(attack=ATTACK, needs=_values_needed(equipment.attribute))
                 )
         else:
-            names = ["trained inverter", "trigrams", *(name for name, _ in self._by_mechanism())]
+            names = [LEARNED, "trigrams", *(name for name, _ in self._by_mechanism())]
             names += ["language model"] if equipment.prior is not None else []
             names += [ATTACK] if equipment.attribute is not None else []
             self.not_run += [NotRun(attack=name, needs=self._needs) for name in names]
@@ -237,7 +239,7 @@ class SplitAttacks:
         def read(view: StatesView) -> Candidates:
             return candidates(self._trained(adaptive=True), view.states, KEPT)
 
-        self._both("trained inverter", knew, read, trained=True)
+        self._both(LEARNED, knew, read, trained=True)
 
     def _bayes(self) -> None:
         knew = (
@@ -280,7 +282,7 @@ class SplitAttacks:
 
     def _gradients(self) -> None:
         if True in self._inverters:
-            name, other = "trained inverter", self._trained(adaptive=True)
+            name, other = LEARNED, self._trained(adaptive=True)
             states = candidates(other, self._view.states).first()
         else:
             name, states = "nearest neighbour", nearest_tokens(self._view)

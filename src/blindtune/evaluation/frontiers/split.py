@@ -22,6 +22,7 @@ from typing import Any, Literal, final, get_args
 from blindtune.errors import ConfigError
 from blindtune.evaluation.audits.audit import AuditConfig
 from blindtune.evaluation.audits.split import audit_split
+from blindtune.evaluation.audits.split_attacks import LEARNED
 from blindtune.evaluation.frontiers.sweeps import KeptRows, unbeaten
 from blindtune.exchange.wire.transport import InProcessTransport
 from blindtune.models.encoders import load_any
@@ -280,7 +281,8 @@ class _Sweep:
         audit = audit_split(
             place / "job", public=self.public, reading=trial.reading, config=trial.trying
         )
-        short = next((skip.needs for skip in audit.not_run if "--public" in skip.needs), None)
+        unlearned = (skip.needs for skip in audit.not_run if skip.attack == LEARNED)
+        short = next(unlearned, None)
         if self.public is not None and short is not None:
             raise ConfigError(
                 f"{self.public}: expected public text that attacks can learn from, which needs "
