@@ -122,7 +122,7 @@ def check_adversary(
         ("attribute-column", adversary.attribute_column),
     ):
         if given is not None and public is None:
-            raise ConfigError(f"expected --public for --{name}: give text of the kind that yours is")
+            raise ConfigError(f"expected --public for --{name}: give text like yours")
     if adversary.attribute_column is not None and data is None:
         raise ConfigError(
             "expected --data for --attribute-column, got a job, which has no columns: audit its "
