@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import sys
 import warnings
@@ -14,6 +15,12 @@ from command_line import STUDY_OPTIONS, TUNE_OPTIONS
 from blindtune.cli import printing
 
 
+def remarks(done):
+    """What was said on stderr, but for how far it is: a slow machine is told that."""
+    progress = re.compile(r"[\w ,-]+: [\d,]+ of [\d,]+(, [\d,]+ s left)?")
+    return [line for line in done.err.splitlines() if not progress.fullmatch(line)]
+
+
 def files_of(directory):
     return {p.name: p.read_bytes() for p in directory.iterdir()}
 
@@ -24,7 +31,7 @@ def test_study_tells_everything(made, blindtune, tmp_path):
         "study", made / "llama", "--data", made / "public.txt", "--out", out, *STUDY_OPTIONS,
         "--dynamic-steps", 2, "--json",
     )  # fmt: skip
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, remarks(done)) == (0, [])
     facts = done.facts
     assert facts["verb"] == "study"
     assert facts["path"] == str(out)
@@ -85,7 +92,7 @@ def test_tune_plug_in_and_evaluate(made, blindtune, tmp_path):
 def test_people_get_tables(made, blindtune, monkeypatch, arguments, words):
     monkeypatch.chdir(made)
     done = blindtune(*arguments)
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, remarks(done)) == (0, [])
     for word in words:
         assert word in done.out
     assert max(map(len, done.out.splitlines())) <= printing.PLAIN_WIDTH
@@ -176,7 +183,7 @@ def test_a_dry_run_estimates_and_writes_nothing(made, blindtune, tmp_path, monke
     }[verb]
     before = sorted(made.rglob("*"))
     done = blindtune(verb, *arguments, "--dry-run")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, remarks(done)) == (0, [])
     assert "an estimate, nothing was done" in done.out
     assert "GFLOP/s, measured just now" in done.out
     estimate = blindtune(verb, *arguments, "--dry-run", "--json").facts["estimate"]
@@ -325,7 +332,7 @@ def test_frontier_answers_and_goes_on(made, blindtune, tmp_path):
     asked += ["--adapter-layers", 2, "--alpha", "0.25,0.5", "--beta", 1, "--max-length", 64]
     asked += ["--steps", 2, "--out", tmp_path / "f"]
     done = blindtune(*asked, "--json")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, remarks(done)) == (0, [])
     assert [s["alpha"] for s in done.facts["settings"]] == [0.25, 0.5]
     assert done.facts["answer"] is None
     rows = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "f" / "rows").iterdir()}
