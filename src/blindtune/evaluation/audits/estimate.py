@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from blindtune.attacks.attribute_inference import AttributeConfig
 from blindtune.attacks.language_prior import TOGETHER
 from blindtune.evaluation.audits.adapter import both_kinds, reading_of
 from blindtune.evaluation.audits.audit import AdversaryConfig, AuditConfig
@@ -37,7 +38,7 @@ from blindtune.models.costs import (
 from blindtune.models.decoder import Decoder, context_limit
 from blindtune.offsite.data_owner.tuning_estimate import ADAMW_SECONDS
 from blindtune.offsite.model_owner.package_estimates import shape_of
-from blindtune.split.bottom import Bottom, open_bottom
+from blindtune.split.bottom import open_bottom
 from blindtune.split.customer.job import MARK, CustomerJob
 from blindtune.split.customer.private_texts import ReadingConfig
 from blindtune.training.text import DataConfig
@@ -45,8 +46,6 @@ from blindtune.training.text import DataConfig
 WRITTEN = 200_000
 """Bytes of page and JSON, about."""
 HEALING_STOPS = 5
-DRAWS_TO_LEARN = 4
-"""Of every public text, for an attribute."""
 CHANNEL_WORDS = 64_000
 """Draws of the noise in Bayes' rule, twice (its words, their draws, once more at rehearsal)."""
 
@@ -147,17 +146,19 @@ def estimate_audit_split(
     table_VD = package.stack.embedding.weight
     assert isinstance(table_VD, Tensor)
     attacked, longest = config.test_tokens, 1
-    if data is not None:
-        ids = read_audited(package, data, reading).ids
-        some = [ids[i] for i in spread_texts(ids, config.test_tokens)]
-        attacked, longest = sum(map(len, some)), max(map(len, some))
+    mine = () if data is None else read_audited(package, data, reading).ids
+    read = adversary.attribute_column is not None or adversary.prior is not None
+    theirs = read_audited(package, public, reading).ids if read and public is not None else ()
+    chosen = spread_texts(mine, config.test_tokens) if mine else []
+    if chosen:
+        lengths = [len(mine[i]) for i in chosen]
+        attacked, longest = sum(lengths), max(lengths)
     rate = matmul_rate(package.hidden_size)
     search = 2.0 * table_VD.numel()  # of one token
-    draws = attacked * config.fresh_draws
     parts = {
         "open": weight_bytes(package.stack.model) / READ_BYTES_PER_SECOND,
         "nearest neighbour": rate.seconds(attacked * search + 40 * longest * table_VD.numel()),
-        "fresh draws": rate.seconds(2 * draws * search),
+        "fresh draws": rate.seconds(2 * attacked * config.fresh_draws * search),
     }
     if public is not None:
         parts["Bayes, in token mode"] = rate.seconds(2 * CHANNEL_WORDS * search)
@@ -168,37 +169,18 @@ def estimate_audit_split(
     if adversary.dummies:
         parts["dummy embeddings, at most"] = config.attack_seconds
     if adversary.attribute_column is not None:
-        _check_attribute(adversary, package, subject, public, data, reading, config)
-        made = rate.seconds(DRAWS_TO_LEARN * config.public_tokens * search)
+        # Of a transcript any text may be attacked. Raises as the audit would.
+        some = chosen if Path(subject).is_dir() else range(len(mine))
+        known = spread_texts(theirs, config.public_tokens)
+        attributes(adversary, some, known, public, data, reading)
+        made = rate.seconds(AttributeConfig().draws * config.public_tokens * search)
         parts["attribute inference, at most"] = made + config.attack_seconds
     if adversary.prior is not None:
         check_words(adversary.prior, package)
         model = sketch(adversary.prior)
         parts |= _weighing(rate, model, attacked, longest, config)
-        assert public is not None  # or check_adversary refuses it
-        learned = map(len, read_audited(package, public, reading).ids)
-        memory += _weighing_bytes(model, max(longest, *learned))
+        memory += _weighing_bytes(model, max(longest, *map(len, theirs)))
     return estimated(parts, rate, memory=memory, written=WRITTEN, tokens=attacked)
-
-
-def _check_attribute(
-    adversary: AdversaryConfig,
-    bottom: Bottom,
-    subject: str | Path,
-    public: str | Path | None,
-    data: str | Path | None,
-    reading: ReadingConfig,
-    config: AuditConfig,
-) -> None:
-    """Raise what `audit_split` would for an attribute; of a transcript any text may be attacked."""
-    assert public is not None
-    assert data is not None
-    mine, theirs = (read_audited(bottom, path, reading).ids for path in (data, public))
-    attacked = (
-        spread_texts(mine, config.test_tokens) if Path(subject).is_dir() else range(len(mine))
-    )
-    chosen = spread_texts(theirs, config.public_tokens)
-    attributes(adversary, attacked, chosen, public, data, reading)
 
 
 def _weighing(

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from blindtune.attacks.adversary import Candidates, Guess
@@ -25,9 +24,11 @@ from blindtune.attacks.language_prior import (
     right_by_weight,
 )
 from blindtune.errors import ConfigError
+from blindtune.evaluation.utility.loss import loss_on_targets
 from blindtune.models.decoder import Decoder, context_limit
 from blindtune.models.loading import load_model, load_tokenizer
 from blindtune.split.bottom import Bottom
+from blindtune.training.dataset import IGNORED_LABEL
 
 BEAMS = 8
 """Texts in the making that are kept; each costs the model a pass."""
@@ -59,7 +60,6 @@ def open_prior(name: str | Path, bottom: Bottom, texts: Sequence[Tensor] = ()) -
     return CausalPrior(decoder, _best_begin(decoder, texts[:TOGETHER], (None, *marks)))
 
 
-@torch.no_grad()
 def _best_begin(model: Decoder, texts: Sequence[Tensor], marks: Sequence[int | None]) -> int | None:
     """What stands before texts for the model to expect most of their words but the first.
 
@@ -67,19 +67,19 @@ def _best_begin(model: Decoder, texts: Sequence[Tensor], marks: Sequence[int | N
     with neither. The first of equals. Texts are cut to what the model reads at once.
     """
     limit = context_limit(model.config)
+    room = None if limit is None else max(1, limit - 1)  # one for the mark
+    texts = [text_L[:room] for text_L in texts if len(text_L[:room]) > 1]
+    if not texts:
+        return marks[0]
 
-    def likelihood(mark: int | None) -> float:
-        total = 0.0
-        for text_L in texts:
-            before = text_L.new_tensor([] if mark is None else [mark])
-            room = None if limit is None else max(1, limit - 1)  # one for the mark
-            ids_1L = torch.cat([before, text_L[:room]])[None]
-            said_LV = model.model(input_ids=ids_1L).logits[0].float().log_softmax(1)
-            said_L = said_LV[:-1].gather(1, ids_1L[0, 1:, None])[:, 0]
-            total += float(said_L[len(before) :].sum())
-        return total
+    def nats(mark: int | None) -> float:
+        before = [] if mark is None else [mark]
+        unscored = [IGNORED_LABEL] * (1 + len(before))
+        rows = (text_L.tolist() for text_L in texts)
+        examples = [{"input_ids": before + ids, "labels": unscored + ids[1:]} for ids in rows]
+        return loss_on_targets(model.model, examples).nats_per_token
 
-    return max(dict.fromkeys(marks), key=likelihood)
+    return min(dict.fromkeys(marks), key=nats)
 
 
 def check_words(name: str | Path, bottom: Bottom) -> Any:

@@ -219,6 +219,13 @@ class SplitAttacks:
         """What recorded gradients give, `NO_GUESS` where they are silent."""
         return gradient_attacks.tokens_of(self._subject)
 
+    @cached_property
+    def _read_states(self) -> tuple[str, Guess]:
+        """Which attack reads states best where no noise is in the way, and its guess."""
+        if self._learned:
+            return LEARNED, candidates(self._trained(adaptive=True), self._view.states).first()
+        return "nearest neighbour", nearest_tokens(self._view)
+
     def _nearest(self) -> None:
         self._add(
             "nearest neighbour",
@@ -281,11 +288,7 @@ class SplitAttacks:
         )  # fmt: skip
 
     def _gradients(self) -> None:
-        if True in self._inverters:
-            name, other = LEARNED, self._trained(adaptive=True)
-            states = candidates(other, self._view.states).first()
-        else:
-            name, states = "nearest neighbour", nearest_tokens(self._view)
+        name, states = self._read_states
         self._add(
             "gradients",
             f"{gradient_attacks.KNEW_TOKENS}{name}.",
@@ -299,23 +302,19 @@ class SplitAttacks:
 
     def _dummies(self) -> None:
         """Start from the inverter where there is public text to train it on."""
-        if self._learned:
-            name, states = "trained inverter's", self._trained(adaptive=True)
-            start = candidates(states, self._view.states).first()
-        else:
-            name, start = "nearest neighbour's", nearest_tokens(self._view)
+        name, start = self._read_states
         config = DummyConfig(limit_seconds=self._config.attack_seconds)
         guess, done = tokens_by_dummies(self._view, start, config)
         note = ""
         if done < len(guess):
             note = f"--attack-seconds ended it after {done:,} of {len(guess):,} texts; the others "
-            note += f"are the {name}, or words on the way that explain the states better."
+            note += f"are the {name}'s, or words on the way that explain the states better."
         if self._view.mechanism is not None:
             note = f"Under noise it finds what was sent, not what was meant. {note}".rstrip()
         self._add(
             "dummy embeddings",
-            f"Had the states and the model; began with the {name} words and moved their embeddings "
-            "until the bottom makes the states of them.",
+            f"Had the states and the model; began with the {name}'s words and moved their "
+            "embeddings until the bottom makes the states of them.",
             guess,
             note,
         )
@@ -406,10 +405,9 @@ class SplitAttacks:
         found, rehearsed = read(view), read(self._rehearsal(view))
         note = ENDED if (trained or view.cut) and not self.settled else ""
         self._add(attack, f"{knew}.", found.first(), note)
-        prior = NgramPrior(self._learned, len(self._view.table_VD))
-        weight = best_weight(rehearsed, self._rehearsed, prior)
+        weight = best_weight(rehearsed, self._rehearsed, self._trigrams)
         said = "" if weight else "The rehearsal gave trigrams no weight: likelihoods decided alone."
-        guess = decode(found, prior, weight=weight)
+        guess = decode(found, self._trigrams, weight=weight)
         self._add(f"{attack}, trigrams", f"{knew}; then {TRIGRAMS}.", guess, f"{note} {said}")
         if self._equipment.prior is not None:
             guess, said = weighed(
@@ -419,6 +417,10 @@ class SplitAttacks:
             self._add(
                 f"{attack}, language model", f"{knew}; then {MODEL}.", guess, f"{note} {said}"
             )
+
+    @cached_property
+    def _trigrams(self) -> NgramPrior:
+        return NgramPrior(self._learned, len(self._view.table_VD))
 
     def _rehearsal(self, view: StatesView) -> StatesView:
         """The attacker's own texts as this customer would send them."""
