@@ -33,7 +33,7 @@ BLOCKS = {
         "claim": ("claim-sst2",),
     },
     "docs/privacy.md": {
-        "labels": ("targets-labels",),
+        "labels": ("targets-labels", "targets-questions"),
         "words": ("targets-words",),
         "search": ("privacy-search",),
     },
@@ -61,7 +61,8 @@ TABLES = {
     "split-leaks": split_tables.leak_table,
     "privacy-search": split_tables.search_table,
     "claim-sst2": split_tables.claim_table,
-    "targets-labels": split_tables.label_table,
+    "targets-labels": lambda report: split_tables.label_table(report, "SST-2", 2),
+    "targets-questions": lambda report: split_tables.label_table(report, "TREC", 6),
     "targets-words": split_tables.word_table,
     "split-fpb": split_tables.news_table,
     "depth-mpnet": split_tables.depth_table,

@@ -86,6 +86,14 @@ class Bench:
         random.Random(seed).shuffle(rest)
         return labelled(rest[: self.amount(800)]), labelled(test[: self.amount(800)])
 
+    def questions(self, seed):
+        """TREC: questions of six kinds; its test set."""
+        rows = read(self.data / "trec_qc_train.jsonl")
+        kinds = {name: i for i, name in enumerate(sorted({row["label"] for row in rows}))}
+        random.Random(seed).shuffle(rows)
+        sets = rows[: self.amount(1000)], read(self.data / "trec_qc_test.jsonl")
+        return [labelled([row | {"label": kinds[row["label"]]} for row in some]) for some in sets]
+
     def party(self, folder, model="minilm", *, partition="two-part", cut=0, last=0):
         """Vendor and customer of a fresh model."""
         whole, tokenizer = load_any(model)

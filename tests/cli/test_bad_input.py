@@ -93,12 +93,6 @@ def test_triplets_out_of_range(made, blindtune, tmp_path, options, words):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_options_of_the_sibling_verb_are_explained(blindtune):
-    done = blindtune("split-tune", "host:1", "--dp-epsilon", 8)
-    refused(done, USAGE, "no option --dp-epsilon", "--label-epsilon protects labels")
-    refused(blindtune("split-tune", "host:1", "--dq", 8), USAGE, "No such option")
-
-
 def test_no_middle_layer_to_study(study):
     refused(study("--min-adapter-layers", 4), USAGE, "leave a middle")
 

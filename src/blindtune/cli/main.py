@@ -44,12 +44,6 @@ VERBS = {
 }
 """Every verb with its line in `blindtune --help`; its module is imported when it is used."""
 
-_SIBLINGS = {
-    ("split-tune", "--dp-"): "split tuning has no DP training: its privatizer protects words and "
-    "--label-epsilon protects labels, see docs/privacy.md",
-}
-"""Verb and how an option begins that only its sibling has -> what there is instead."""
-
 _HELP = """Tune a model that you may not see, on data that you may not share.
 
 The model owner studies a model once and sends out a lossy emulator of it. The data owner tunes
@@ -119,10 +113,6 @@ def run(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
         hint = f" (see {where} --help)" if where else ""
-        if isinstance(error, click.NoSuchOption):
-            for (verb, begin), instead in _SIBLINGS.items():
-                if where.endswith(f" {verb}") and error.option_name.startswith(begin):
-                    return _fail(f"error: no option {error.option_name}: {instead}", 2)
         return _fail(f"error: {error.format_message()}{hint}", error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted", INTERRUPTED)

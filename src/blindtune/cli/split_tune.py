@@ -24,7 +24,8 @@ HELP = """Tune a vendor's model on private texts that it never sees.
 Run by the customer of split tuning. Texts go through the model's bottom and get noise here; their
 states, noised once, go to the vendor, which tunes the rest of the model. Before anything is sent
 it prints how strong the noise is, how many words change, and what is spent. Give --eta, or
---changed-share 0.5 to have it chosen for your texts.
+--changed-share 0.5 to have it chosen for your texts. That noise protects words; labels have
+--label-epsilon, and with a u-shape package --dp-epsilon.
 
 Interrupted or cut off, the same command goes on (exit code 5: the network).
 
@@ -54,6 +55,7 @@ def act(settings: Settings) -> Facts:
     from blindtune.split.customer.requests import PassConfig
     from blindtune.split.customer.tuning_job import split_tune
     from blindtune.split.terms import TuningConfig
+    from blindtune.training.dp_plan import DpConfig
 
     with ExitStack() as preparing:
         on_part = preparing.enter_context(stages())
@@ -70,6 +72,7 @@ def act(settings: Settings) -> Facts:
             settings.of(PrivatizerConfig),
             settings.of(TuningConfig),
             settings.of(PassConfig),
+            dp=settings.of(DpConfig),
             reading=settings.of(ReadingConfig),
             access=settings.of(AccessConfig),
             resume=settings["resume"],
@@ -105,12 +108,14 @@ def estimate(settings: Settings) -> Estimate:
     from blindtune.split.customer.privatizer_config import PrivatizerConfig
     from blindtune.split.customer.requests import PassConfig
     from blindtune.split.customer.tuning_estimate import estimate_split_tune
+    from blindtune.training.dp_plan import DpConfig
 
     return estimate_split_tune(
         settings["bottom"],
         settings["data"],
         settings.of(PrivatizerConfig),
         settings.of(PassConfig),
+        dp=settings.of(DpConfig),
         reading=settings.of(ReadingConfig),
         trust=trust_of(settings, remember=False),
     )
@@ -146,6 +151,12 @@ VERB = Verb(
             module="blindtune.split.customer.privatizer_config",
             name="PrivatizerConfig",
             renamed={"special": "special_tokens"},
+        ),
+        Group(
+            heading="Differential privacy of labels, or of true words (u-shape package)",
+            module="blindtune.training.dp_plan",
+            name="DpConfig",
+            prefix="dp_",
         ),
         Group(
             heading="Texts", module="blindtune.split.customer.private_texts", name="ReadingConfig"

@@ -1,4 +1,7 @@
-"""How much noise a private tuning needs, fixed before the data is looked at; see `private_sgd`."""
+"""How much noise a private tuning needs, fixed before the data is looked at; see `private_sgd`.
+
+The customer of the U-shape plans with the same accountant (`split.customer.private_gradients`).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ class DpConfig:
     """Differential privacy of a tuning, for each record."""
 
     epsilon: float | None = None
-    """Bound of what the adapter tells of any one record; None: trained without."""
+    """Bound of what the adapter, or a customer's gradients, tell of any one record; None: none."""
     delta: float | None = None
     """Chance that the bound does not hold; None: 1 / (10 x records)."""
     max_grad_norm: float = 1.0
@@ -66,6 +69,39 @@ def plan_noise(config: DpConfig, training: TrainingConfig, records: int) -> DpPl
         ConfigError: Opacus is not installed; fewer records than two batches;
             no noise reaches this epsilon; early stopping, which would look at private data.
     """
+    batch = _expected_batch(training, records)
+    rate = batch / records
+    steps = training.max_steps or math.ceil(records * training.num_train_epochs / batch)
+    sigma, spent, delta = least_noise(config, records, sampling_rate=rate, steps=steps)
+    return DpPlan(
+        epsilon=spent,
+        delta=delta,
+        unit=config.unit,
+        noise_multiplier=sigma,
+        sampling_rate=rate,
+        steps=steps,
+        max_grad_norm=config.max_grad_norm,
+        expected_batch=float(batch),
+    )
+
+
+def least_noise(
+    config: DpConfig, records: int, *, sampling_rate: float, steps: int
+) -> tuple[float, float, float]:
+    """The least noise of a Gaussian mechanism that is used several times.
+
+    Args:
+        config: with an epsilon.
+        records: N, by which delta is chosen where none is given.
+        sampling_rate: chance of a record to be in a step.
+        steps: how often it is used.
+
+    Returns:
+        The noise's deviation over the sensitivity; what all steps spend, epsilon and delta.
+
+    Raises:
+        ConfigError: Opacus is not installed, or no noise reaches this epsilon.
+    """
     assert config.epsilon is not None, "a plan needs an epsilon"
     try:
         from opacus.accountants import PRVAccountant
@@ -75,37 +111,29 @@ def plan_noise(config: DpConfig, training: TrainingConfig, records: int) -> DpPl
             "differential privacy needs Opacus, which is not installed: "
             "run `pip install 'blindtune[dp]'`"
         ) from error
-    batch = _expected_batch(training, records)
-    rate, delta = batch / records, config.delta or 1 / (10 * records)
-    steps = training.max_steps or math.ceil(records * training.num_train_epochs / batch)
+    delta = config.delta or 1 / (10 * records)
     try:
-        with warnings.catch_warnings():  # of the cruder bound by which it finds its grid
+        with warnings.catch_warnings():
+            # Of the cruder bound by which it finds its grid; and log(0) at sampling rate 1, whose
+            # infinity is the right limit.
             warnings.filterwarnings("ignore", "Optimal order", UserWarning)
+            warnings.filterwarnings("ignore", "divide by zero", RuntimeWarning)
             sigma = get_noise_multiplier(
                 target_epsilon=config.epsilon,
                 target_delta=delta,
-                sample_rate=rate,
+                sample_rate=sampling_rate,
                 steps=steps,
                 accountant="prv",
             )
             accountant = PRVAccountant()
-            accountant.history = [(sigma, rate, steps)]
+            accountant.history = [(sigma, sampling_rate, steps)]
             spent = float(accountant.get_epsilon(delta=delta))
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"expected an epsilon that some noise reaches in {steps} steps, got {config.epsilon}: "
             f"{error}; raise it, or lower the steps"
         ) from error
-    return DpPlan(
-        epsilon=spent,
-        delta=delta,
-        unit=config.unit,
-        noise_multiplier=float(sigma),
-        sampling_rate=rate,
-        steps=steps,
-        max_grad_norm=config.max_grad_norm,
-        expected_batch=float(batch),
-    )
+    return float(sigma), spent, delta
 
 
 def _expected_batch(training: TrainingConfig, records: int) -> int:

@@ -3,15 +3,17 @@
 import csv
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from blindtune.attacks.embedding_inversion import nearest_tokens
 from blindtune.evaluation.audits.audit import AuditConfig
+from blindtune.evaluation.audits.gradient_attacks import labels_of
 from blindtune.evaluation.audits.split import audit_split
 from blindtune.evaluation.audits.split_attacks import SplitAttacks
-from blindtune.evaluation.audits.split_subject import open_subject
+from blindtune.evaluation.audits.split_subject import Pass, open_subject
 from blindtune.exchange.wire.transcript import Recorder
 from blindtune.exchange.wire.transport import InProcessTransport
 from blindtune.privacy.entropy import SeededNoiseWarning
@@ -187,3 +189,27 @@ def test_before_a_run_too_gradients_are_taken_to_give_what_is_predicted(run, tmp
     found, by = foretold(replace(token, targets="true"))
     assert by["gradients of the tuning"].value == 0
     assert found.findings[found.strongest].attack == "gradients of the tuning"
+
+
+def test_noise_on_every_pass_is_averaged_away():
+    """Labels are told by the first gradient or by the sum of all, whichever tells more."""
+    draw = torch.Generator().manual_seed(0)
+    labels_N = torch.arange(200) % 2
+    direction_D = torch.nn.functional.normalize(torch.randn(4, generator=draw), dim=0)
+
+    def seen(passes, turned):
+        for label in labels_N.tolist():
+            sent = (2 * label - 1) * direction_D + torch.randn(passes, 4, generator=draw)
+            own = torch.full_like(sent[:1], float(turned)) if turned else 0 * sent[:1]
+            yield Pass(
+                output_LD=sent[:1], gradient_LD=sent[:1], all_LD=sent.sum(0, keepdim=True) + own
+            )
+
+    def read(passes, turned=0.0):
+        subject = SimpleNamespace(passes=tuple(seen(passes, turned)))
+        return labels_of(subject, labels_N, 0.95).value
+
+    once, often = read(1), read(25)
+    assert 0.1 < once < 0.4
+    assert often < 0.01
+    assert read(1, turned=100.0) == pytest.approx(once, abs=0.1)  # a sum that tells nothing

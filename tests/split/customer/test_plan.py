@@ -39,7 +39,7 @@ def test_what_is_sent_has_these_numbers(tmp_path, partition):
         losses = train(job, world.private(), PLAN)
     else:
         top = Top(world.bottom, None)
-        top.loss = lambda trunk_BLD, _mask_BL, _target: trunk_BLD.square().mean()
+        top.loss = lambda trunk_BLD, *_, **_options: trunk_BLD.square().mean()
         losses = train_u_shape(job, top, world.private(), PLAN, language_model=False)
     sent = [crossing.message for crossing in seen.transcript().crossings()]
     numbers = [m.sequence for m in sent if isinstance(m, Numbered)]

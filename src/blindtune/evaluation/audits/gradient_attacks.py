@@ -26,8 +26,9 @@ KNEW_TUNING = (
     "predicted; it is taken to read them all."
 )
 KNEW_LABELS = (
-    "Had the gradient of each text's first backward pass; grouped texts by its direction, and was "
-    "told what each group is called."
+    "Had the gradients of each text's backward passes; grouped texts by the direction of the first "
+    "one, and by that of their sum, which noise on each hides less; was told which did better, and "
+    "what each group is called."
 )
 
 
@@ -53,11 +54,17 @@ def labels_of(subject: SplitSubject, labels_N: Tensor, confidence: float) -> Fin
     """Which texts have one label, against the labels [N] of all texts; None of too few texts."""
     classes = int(labels_N.max()) + 1
     known = [i for i, one in enumerate(subject.passes) if one is not None]
-    gradients = [one.gradient_LD for one in subject.passes if one is not None]
+    passes = [one for one in subject.passes if one is not None]
     if classes < 2 or len(known) < classes:
         return None
-    truth_N, groups_N = labels_N[known], groups_of_gradients(gradients, classes)
-    found = record_privacy(groups_N, truth_N, unnamed=True, confidence=confidence)
+    scored = (
+        record_privacy(
+            groups_of_gradients(gradients, classes), labels_N[known], unnamed=True,
+            confidence=confidence,
+        )
+        for gradients in ([one.gradient_LD for one in passes], [one.all_LD for one in passes])
+    )  # fmt: skip
+    found = min(scored, key=lambda one: one.privacy.value)
     return Finding(
         attack="gradients, grouped",
         knew=KNEW_LABELS,

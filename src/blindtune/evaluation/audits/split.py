@@ -152,7 +152,7 @@ def _equipment(
         prior=None if prior is None else open_prior(prior, seen.bottom, learned),
         attribute=known,
         dummies=adversary.dummies,
-        windows=reading.task == "language-model" or seen.predicted is not None,
+        windows=reading.task == "language-model" or seen.windows,
     )
 
 

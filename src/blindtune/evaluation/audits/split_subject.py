@@ -35,6 +35,7 @@ from blindtune.split.customer.privacy_statement import (
     choose_eta,
     state_privacy,
 )
+from blindtune.split.customer.private_gradients import GradientPlan
 from blindtune.split.customer.private_states import PrivateStates, privatize
 from blindtune.split.customer.private_texts import (
     PrivateTexts,
@@ -48,12 +49,14 @@ from blindtune.training.text import DataConfig, read_rows
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pass:
-    """A text's first backward pass in a recorded U-shape."""
+    """A text's backward passes in a recorded U-shape."""
 
     output_LD: Tensor
-    """What the vendor's trunk gave."""
+    """What the vendor's trunk gave in the first."""
     gradient_LD: Tensor
     """What the customer sent for it."""
+    all_LD: Tensor
+    """The sum of what it sent in all."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,6 +92,8 @@ class SplitSubject:
     predicted: tuple[Tensor, ...] | None = None
     """[L] of every text: what a language model is tuned to predict, so that its gradients will give
     it away. None for other tasks, and for transcripts, which have the gradients or none."""
+    windows: bool = False
+    """Whether the texts are a language model's windows, which begin anywhere."""
     predicts_sent: bool = False
     """Whether what is predicted are the words that were sent, and not the true ones."""
     places: tuple[int, ...] = ()
@@ -185,6 +190,8 @@ class _Making:
     eta: float | None
     groups: WordGroups | None
     classes: int
+    gradients: GradientPlan | None = None
+    """The noise on a job's gradients."""
 
     def draw(
         self, ids: Sequence[Tensor], labels: Tensor | None, *, predict_sent: bool = False
@@ -221,7 +228,7 @@ class _Making:
         private = PrivateStates(tuple(states), texts.labels, texts.ids, changed)
         statement = state_privacy(
             self.bottom, private, self.privatizer, self.eta, groups=self.groups,
-            classes=self.classes,
+            classes=self.classes, gradients=self.gradients,
         )  # fmt: skip
         ids = tuple(texts.ids[i] for i in some)
         count = f"{len(some):,} texts with {sum(map(len, ids)):,} tokens"
@@ -295,10 +302,13 @@ def _name(ids_L: Tensor) -> bytes:
 
 
 def _predicting(found: SplitSubject, private: PrivateStates, some: Sequence[int]) -> SplitSubject:
-    """With what a language model is tuned to predict."""
+    """With what a language model is tuned to predict, where its gradients will give it away."""
     return replace(
         found,
-        predicted=tuple(private.targets[i] for i in some),
+        windows=True,
+        predicted=None
+        if found.statement.gradients is not None
+        else tuple(private.targets[i] for i in some),
         predicts_sent=private.sent_ids is not None,
     )
 
@@ -320,7 +330,11 @@ def _job(place: Path, bottom: str | Path | None, tokens: int, trust: Trust | Non
         language_model = job.record.options["reading"]["task"] == "language-model"
     except (KeyError, TypeError) as error:
         raise DataError(f"{place / MARK}: options of another version: audit the bottom") from error
-    made = _Making(package, privatizer, job.record.eta, job.groups(), len(job.record.names))
+    stated = job.statements().get("tuning")
+    made = _Making(
+        package, privatizer, job.record.eta, job.groups(), len(job.record.names),
+        gradients=None if stated is None else stated.gradients,
+    )  # fmt: skip
     facts = {"texts": f"{len(private):,} of the job", "states": "those that the job sends"}
     texts = PrivateTexts(ids=private.ids, labels=private.labels)
     asked = [pair for some in job.asked() for pair in zip(some.ids, some.states, strict=True)]
@@ -384,12 +398,15 @@ def _recorded(
 def _passes(
     transcript: Transcript, seen: SeenTexts, places: Sequence[int]
 ) -> tuple[Pass | None, ...]:
-    """The first backward pass of each of these texts; empty if there is none at all."""
-    first: dict[int, Pass] = {}
+    """The backward passes of each of these texts; empty if there is none at all."""
+    passes: dict[int, Pass] = {}
     for step in seen_gradients(transcript, seen):
         for i, output_LD, gradient_LD in zip(step.texts, step.outputs, step.gradients, strict=True):
-            first.setdefault(i, Pass(output_LD=output_LD, gradient_LD=gradient_LD))
-    found = tuple(first.get(i) for i in places)
+            known = passes.get(i) or Pass(
+                output_LD=output_LD, gradient_LD=gradient_LD, all_LD=torch.zeros_like(gradient_LD)
+            )
+            passes[i] = replace(known, all_LD=known.all_LD + gradient_LD)
+    found = tuple(passes.get(i) for i in places)
     return found if any(found) else ()
 
 

@@ -7,6 +7,7 @@
     privacy.json         the statement, and one for every file that was predicted
     losses.jsonl         {"request": 12, "loss": 0.69} for every batch
     top-<number>.pt      U-shape: the customer's head after request <number>
+    gradients/           U-shape with DP-SGD: the newest noised gradients, by request
     asked-<hash>.safetensors  the states of a file that was predicted: never drawn twice
     lock                 held by the one process that works on the job
 
@@ -20,6 +21,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -33,6 +35,7 @@ from blindtune.exchange.wire.messages import JobToken, Partition
 from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.customer.privacy_statement import PrivacyStatement
 from blindtune.split.customer.private_states import PrivateStates
+from blindtune.training.dp_plan import DpConfig
 
 MARK = "job.json"
 State = Literal["begun", "opened", "tuned", "cancelled"]
@@ -74,6 +77,7 @@ class CustomerJob:
             self.record = msgspec.json.decode(content, type=JobRecord)
             # What jobs of earlier versions predict.
             self.record.options.get("privatizer", {}).setdefault("targets", "true")
+            self.record.options.setdefault("dp", asdict(DpConfig()))  # and they had none
         except OSError as error:
             raise DataError(
                 f"{self.path}: expected a job's directory with {MARK}, there is none "
@@ -180,6 +184,11 @@ class CustomerJob:
     @property
     def _states_path(self) -> Path:
         return self.path / "private.safetensors"
+
+    @property
+    def gradients_path(self) -> Path:
+        """Where noised gradients are kept, and how far they were sent."""
+        return self.path / "gradients"
 
     def asked_path(self, texts: str) -> Path:
         """Where the states of texts (by their hash) that are predicted are kept."""

@@ -28,6 +28,7 @@ from blindtune.privacy.replacing import places_of, words_to_draw
 from blindtune.privacy.twin_words import MOST_TWINS, twin_share
 from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.bottom import Bottom
+from blindtune.split.customer.private_gradients import GradientPlan
 from blindtune.split.customer.private_states import PrivateStates, clean_states
 from blindtune.split.customer.privatizer_config import PrivatizerConfig, PrivatizerName
 from blindtune.split.customer.spared_tokens import contributing_tokens, noise_factors
@@ -60,6 +61,8 @@ class PrivacyStatement:
     """The same in words."""
     notes: tuple[str, ...]
     """What is sent besides, and what is not covered."""
+    gradients: GradientPlan | None = None
+    """DP-SGD of the U-shape: what all gradients spend of each target, and the noise on them."""
 
     def __str__(self) -> str:
         """Some lines for people."""
@@ -119,6 +122,7 @@ def state_privacy(
     groups: WordGroups | None = None,
     classes: int = 0,
     epochs: int = 1,
+    gradients: GradientPlan | None = None,
     training: bool = True,
     shortened: int = 0,
 ) -> PrivacyStatement:
@@ -131,33 +135,20 @@ def state_privacy(
         groups: the job's, where words become their groups'.
         classes: number of classes, with CTI.
         epochs: how often each record is sent; one draw, however often.
+        gradients: of the U-shape, where they leave with noise.
         training: False for texts to predict.
         shortened: how many of the texts lost their end, being longer than is read.
     """
     mechanism = config.mechanism(eta)
-    notes = _notes(bottom, private, config, training, shortened)
+    notes = _notes(bottom, private, config, gradients, training=training, shortened=shortened)
     if mechanism is None:
         return PrivacyStatement(
             privatizer=config.privatizer, eta=None, noise_norm=None, typical_norm=None,
             expected_change=None, changed=private.changed, spending=None,
-            account=_without_noise(groups, private.changed), notes=notes,
+            account=_without_noise(groups, private.changed), notes=notes, gradients=gradients,
         )  # fmt: skip
     factors = _factors(bottom, private, config, classes)
-    if mechanism.mode == "block-output":
-        norm, change = bottom.hidden_size / mechanism.eta, None
-        states_TD = torch.cat(clean_states(bottom, private.ids[:_STATES]))
-        typical = states_TD.norm(dim=1).median().item()
-    else:
-        words = _words(bottom, private.ids)
-        rows_VD, place_T = _measured(bottom, words, config.privatizer, groups)
-        notes = (*_warnings(twin_share(rows_VD, place_T)), *notes)
-        survey = _survey(config.privatizer, rows_VD, place_T)
-        level = survey.at(mechanism.eta)
-        norm, typical, change = level.mean_norm, level.neighbour_distance, level.changed_share
-        if config.cti_fraction:
-            change = _change_with_factors(survey, mechanism.eta, torch.cat(factors))
-        if groups is not None:
-            change = _change_with_groups(bottom, words, groups, mechanism.eta)
+    norm, typical, change, warnings = _noise(bottom, private, config, mechanism, factors, groups)
     spending, text = _account(mechanism, typical, factors, epochs)
     return PrivacyStatement(
         privatizer=config.privatizer,
@@ -168,8 +159,35 @@ def state_privacy(
         changed=private.changed,
         spending=None if spending is None else _plain(spending),
         account=text,
-        notes=notes,
+        notes=(*warnings, *notes),
+        gradients=gradients,
     )
+
+
+def _noise(
+    bottom: Bottom,
+    private: PrivateStates,
+    config: PrivatizerConfig,
+    mechanism: Mechanism,
+    factors: Sequence[Tensor],
+    groups: WordGroups | None,
+) -> tuple[float, float, float | None, list[str]]:
+    """Norm of the noise, what to compare it with, share of tokens expected to change, warnings."""
+    if mechanism.mode == "block-output":
+        states_TD = torch.cat(clean_states(bottom, private.ids[:_STATES]))
+        typical = states_TD.norm(dim=1).median().item()
+        return bottom.hidden_size / mechanism.eta, typical, None, []
+    words = _words(bottom, private.ids)
+    rows_VD, place_T = _measured(bottom, words, config.privatizer, groups)
+    survey = _survey(config.privatizer, rows_VD, place_T)
+    level = survey.at(mechanism.eta)
+    change = level.changed_share
+    if config.cti_fraction:
+        change = _change_with_factors(survey, mechanism.eta, torch.cat(list(factors)))
+    if groups is not None:
+        change = _change_with_groups(bottom, words, groups, mechanism.eta)
+    warnings = _warnings(twin_share(rows_VD, place_T))
+    return level.mean_norm, level.neighbour_distance, change, warnings
 
 
 def _plain(spending: Spending) -> dict[str, Any]:
@@ -285,7 +303,13 @@ def _change_with_groups(bottom: Bottom, words: Tensor, groups: WordGroups, eta: 
 
 
 def _notes(
-    bottom: Bottom, private: PrivateStates, config: PrivatizerConfig, training: bool, shortened: int
+    bottom: Bottom,
+    private: PrivateStates,
+    config: PrivatizerConfig,
+    gradients: GradientPlan | None,
+    *,
+    training: bool,
+    shortened: int,
 ) -> tuple[str, ...]:
     notes = ["sent besides the states: number of tokens of every text, their order, times"]
     if config.privatizer == "none":
@@ -302,7 +326,7 @@ def _notes(
             "token that changed shows it another word, one that did not shows it yours"
         )
     if training:
-        notes.append(_targets_said(bottom, private, config))
+        notes.append(_targets_said(bottom, private, config, gradients))
     if training and config.cti_fraction:
         notes.append(
             f"contributing tokens have {config.cti_factor:g} of the noise in training texts; that "
@@ -323,8 +347,12 @@ def _left_out(private: PrivateStates, shortened: int) -> list[str]:
     ]
 
 
-def _targets_said(bottom: Bottom, private: PrivateStates, config: PrivatizerConfig) -> str:
+def _targets_said(
+    bottom: Bottom, private: PrivateStates, config: PrivatizerConfig, gradients: GradientPlan | None
+) -> str:
     """What leaves of labels, or of what a language model predicts."""
+    if gradients is not None:
+        return f"{gradients}; another job with these texts adds as much"
     if private.labels is None and config.targets == "sent":
         return "the words that were sent are what is predicted: gradients tell nothing beside them"
     if private.labels is not None and config.label_epsilon is not None:

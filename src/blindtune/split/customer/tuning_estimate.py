@@ -19,15 +19,18 @@ from blindtune.models.costs import (
     FLOAT,
     READ_BYTES_PER_SECOND,
     Estimate,
+    Rate,
     estimated,
     matmul_rate,
     matrix_numbers,
     weight_bytes,
 )
 from blindtune.split.bottom import Bottom, open_bottom
+from blindtune.split.customer.private_gradients import check_fit, plan_gradients
 from blindtune.split.customer.private_texts import ReadingConfig, read_training
 from blindtune.split.customer.privatizer_config import PrivatizerConfig
 from blindtune.split.customer.requests import PassConfig
+from blindtune.training.dp_plan import DpConfig
 
 HEADER_BYTES = 120
 """Of a message with tensors, more or less, without its lengths."""
@@ -44,36 +47,32 @@ def estimate_split_tune(
     privatizer: PrivatizerConfig,
     passes: PassConfig | None = None,
     *,
+    dp: DpConfig | None = None,
     reading: ReadingConfig | None = None,
     trust: Trust | None = None,
 ) -> Estimate:
-    """Estimate `split_tune`; `trust` as there.
+    """Estimate `split_tune`; `dp` and `trust` as there.
 
     Raises:
         PackageError, PolicyError, DataError, ConfigError: as for `split_tune`.
     """
     passes, reading = passes or PassConfig(), reading or ReadingConfig()
     privatizer.check_whole()
-    texts = read_training(package := open_bottom(bottom, trust=trust), data, reading)
+    package = open_bottom(bottom, trust=trust)
+    dp, partition = dp or DpConfig(), package.cut.partition
+    check_fit(dp, privatizer.for_task(reading.task, partition), partition)
+    texts = read_training(package, data, reading)
+    gradients = plan_gradients(dp, reading.task, len(texts.ids), passes.epochs)
     tokens, width = sum(map(len, texts.ids)), package.hidden_size
     longest = max(map(len, texts.ids))
     rate, cut = matmul_rate(width), package.cut
     layer = _layer_flops(package, tokens / len(texts.ids))
     table_VD = _table(package)
-    noised = package.hidden_size if privatizer.privatizer == "block-output" else table_VD.shape[1]
-    noise = 0.0 if privatizer.privatizer == "none" else NOISE_SECONDS * tokens * noised
     parts = {
         "open": weight_bytes(package.stack.model) / READ_BYTES_PER_SECOND,
-        "privatize": rate.seconds(tokens * cut.cut * layer) + noise,
+        "bottom": rate.seconds(tokens * cut.cut * layer),
+        **_privatizing(privatizer, table_VD, width, tokens, rate),
     }
-    if privatizer.privatizer == "exponential":  # the words that occur, in float64; and a survey
-        words = min(tokens, len(table_VD)) + SURVEY_SAMPLES
-        parts["words to draw from"] = rate.seconds(2 * 2.0 * words * table_VD.numel())
-    if privatizer.privatizer in ("token", "vector"):
-        survey = 2 * 2 * 2.0 * SURVEY_SAMPLES * table_VD.numel()  # two products, in float64
-        parts["survey"] = rate.seconds(survey)
-        if privatizer.privatizer == "token":
-            parts["nearest word"] = rate.seconds(2.0 * tokens * table_VD.numel())
     trained = passes.epochs * tokens
     requests = passes.epochs * -(-len(texts.ids) // passes.batch_size)
     vendor = len(cut.vendor_layers) * layer
@@ -84,6 +83,8 @@ def estimate_split_tune(
         if reading.task == "language-model":
             head += 2.0 * table_VD.numel()
         parts["top"] = rate.seconds(2 * trained * head)
+        if gradients is not None and reading.task == "language-model":
+            parts["noise on gradients"] = NOISE_SECONDS * trained * width
     parts["network, at 100 Mbit/s"] = (sent + received) / NETWORK_BYTES_PER_SECOND
     states = tokens * width * FLOAT
     batch = passes.batch_size * longest * width * FLOAT
@@ -98,6 +99,23 @@ def estimate_split_tune(
         tokens=trained,
         sizes={"sent": int(sent), "received": int(received)},
     )
+
+
+def _privatizing(
+    privatizer: PrivatizerConfig, table_VD: Tensor, width: int, tokens: int, rate: Rate
+) -> dict[str, float]:
+    """Seconds of what a privatizer does, by part."""
+    noised = width if privatizer.privatizer == "block-output" else table_VD.shape[1]
+    parts = {} if privatizer.privatizer == "none" else {"noise": NOISE_SECONDS * tokens * noised}
+    if privatizer.privatizer == "exponential":  # the words that occur, in float64; and a survey
+        words = min(tokens, len(table_VD)) + SURVEY_SAMPLES
+        parts["words to draw from"] = rate.seconds(2 * 2.0 * words * table_VD.numel())
+    if privatizer.privatizer in ("token", "vector"):
+        survey = 2 * 2 * 2.0 * SURVEY_SAMPLES * table_VD.numel()  # two products, in float64
+        parts["survey"] = rate.seconds(survey)
+        if privatizer.privatizer == "token":
+            parts["nearest word"] = rate.seconds(2.0 * tokens * table_VD.numel())
+    return parts
 
 
 def _layer_flops(package: Bottom, length: float) -> float:

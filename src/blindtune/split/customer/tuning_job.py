@@ -37,12 +37,14 @@ from blindtune.split.customer.privacy_statement import (
     choose_eta,
     state_privacy,
 )
+from blindtune.split.customer.private_gradients import GradientPlan, check_fit, plan_gradients
 from blindtune.split.customer.private_states import PrivateStates, privatize
 from blindtune.split.customer.private_texts import PrivateTexts, ReadingConfig, read_training
 from blindtune.split.customer.privatizer_config import PrivatizerConfig
 from blindtune.split.customer.requests import PassConfig, new_token
 from blindtune.split.customer.tuning_run import Watch, Work, tune_two_part, tune_u_shape
 from blindtune.split.terms import TuningConfig
+from blindtune.training.dp_plan import DpConfig
 from blindtune.training.progress import progress_bar
 
 
@@ -79,10 +81,11 @@ def split_tune(
     tuning: TuningConfig | None = None,
     passes: PassConfig | None = None,
     *,
+    dp: DpConfig | None = None,
     reading: ReadingConfig | None = None,
     access: AccessConfig | None = None,
     resume: Literal["auto", "never"] = "auto",
-    on_statement: Callable[[PrivacyStatement], None] | None = None,
+    on_statement: Callable[[PrivacyStatement], None] = lambda _statement: None,
     on_part: OnPart = lambda _part, _done, _total: None,
     silent: bool = False,
     trust: Trust | None = None,
@@ -94,8 +97,9 @@ def split_tune(
         bottom: directory of the package that the vendor gave.
         data: private texts with labels; or texts alone, for a language model.
         out: directory of the job; it holds the private texts and must stay here.
-        privatizer: how the texts are noised. Decides privacy, and nothing else does.
+        privatizer: how the texts are noised. It decides privacy, and beside it only `dp` does.
         tuning, passes: how the vendor tunes; how often, in which batches the texts are sent.
+        dp: U-shape: noise on gradients, which tell targets otherwise (`private_gradients`).
         reading: what the texts are for, and which columns hold them.
         access: the vendor's certificate, the customer's token, retries.
         resume: "never" refuses a job that is there instead of going on with it.
@@ -109,39 +113,55 @@ def split_tune(
         DataError, PackageError, PolicyError, OutputError: see errors.py.
         NetworkError: the vendor cannot be reached; the job is kept.
     """
-    tuning, passes = tuning or TuningConfig(), passes or PassConfig()
-    reading, access = reading or ReadingConfig(), access or AccessConfig()
-    privatizer.check_whole()
-    traffic = Traffic()
+    access, traffic = access or AccessConfig(), Traffic()
     connect = connector(vendor, access, traffic)
     package = open_bottom(bottom, trust=trust)
-    privatizer = privatizer.for_task(reading.task, package.cut.partition)
-    texts = read_training(package, data, reading)
-    tuning = _with_length(tuning, passes, len(texts.ids))
-    record = _record(package, bottom, texts, privatizer, tuning, passes, reading)
-    job = _begin_or_find(package, Path(out), record, privatizer, texts, resume, on_part)
+    wanted = _Wanted(
+        privatizer, tuning or TuningConfig(), passes or PassConfig(), dp or DpConfig(),
+        reading or ReadingConfig(),
+    ).fitting(package)  # fmt: skip
+    texts = read_training(package, data, wanted.reading)
+    wanted, gradients = wanted.planned(len(texts.ids))
+    record = _record(package, bottom, texts, wanted)
+    job = _begin_or_find(package, Path(out), record, wanted.privatizer, texts, resume, on_part)
     with job.working():
-        _check_open(job)
-        private, statement = _prepare(job, package, texts, privatizer, passes, on_part)
-        if on_statement is not None:
-            on_statement(statement)
+        private, statement = _prepare(job, package, texts, wanted, gradients, on_part)
+        on_statement(statement)
         work = Work(
-            job, connect, access, traffic, package, private, tuning, passes,
-            task=reading.task, outputs=_outputs(reading, texts),
+            job, connect, access, traffic, package, private, wanted.tuning, wanted.passes,
+            task=wanted.reading.task, outputs=_outputs(wanted.reading, texts), gradients=gradients,
         )  # fmt: skip
         return _tune(work, statement, silent)
 
 
-def _with_length(tuning: TuningConfig, passes: PassConfig, texts: int) -> TuningConfig:
-    """A schedule that needs a length gets the run's, where none is given."""
-    if tuning.schedule == "constant" or tuning.max_steps:
-        return tuning
-    return replace(tuning, max_steps=len(passes.steps(texts)))
+@dataclass(frozen=True)
+class _Wanted:
+    """Every option that decides the result."""
 
+    privatizer: PrivatizerConfig
+    tuning: TuningConfig
+    passes: PassConfig
+    dp: DpConfig
+    reading: ReadingConfig
 
-def _check_open(job: CustomerJob) -> None:
-    if job.record.state == "cancelled":
-        raise PolicyError(f"{job.path}: this job was cancelled: begin another with another --out")
+    def fitting(self, package: Bottom) -> _Wanted:
+        """The same for a package; ConfigError for what does not fit it, or each other."""
+        self.privatizer.check_whole()
+        partition = package.cut.partition
+        privatizer = self.privatizer.for_task(self.reading.task, partition)
+        check_fit(self.dp, privatizer, partition)
+        return replace(self, privatizer=privatizer)
+
+    def planned(self, texts: int) -> tuple[_Wanted, GradientPlan | None]:
+        """The same with what follows from the number of texts, and the noise on their gradients.
+
+        A schedule that needs a length gets the run's, where none is given.
+        """
+        gradients = plan_gradients(self.dp, self.reading.task, texts, self.passes.epochs)
+        if self.tuning.schedule == "constant" or self.tuning.max_steps:
+            return self, gradients
+        steps = len(self.passes.steps(texts))
+        return replace(self, tuning=replace(self.tuning, max_steps=steps)), gradients
 
 
 def _outputs(reading: ReadingConfig, texts: PrivateTexts) -> int:
@@ -152,10 +172,7 @@ def _record(
     package: Bottom,
     place: str | Path,
     texts: PrivateTexts,
-    privatizer: PrivatizerConfig,
-    tuning: TuningConfig,
-    passes: PassConfig,
-    reading: ReadingConfig,
+    wanted: _Wanted,
 ) -> JobRecord:
     labels = b"" if texts.labels is None else texts.labels.numpy().tobytes()
     return JobRecord(
@@ -163,13 +180,8 @@ def _record(
         bottom=package.id,
         bottom_path=str(Path(place).absolute()),
         data=texts_hash(texts.ids, labels, "\0".join(texts.names).encode()),
-        options={
-            "privatizer": asdict(privatizer),
-            "tuning": asdict(tuning),
-            "passes": asdict(passes),
-            "reading": asdict(reading),
-        },
-        eta=privatizer.eta,
+        options=asdict(wanted),
+        eta=wanted.privatizer.eta,
         names=texts.names,
     )
 
@@ -215,12 +227,14 @@ def _prepare(
     job: CustomerJob,
     package: Bottom,
     texts: PrivateTexts,
-    privatizer: PrivatizerConfig,
-    passes: PassConfig,
+    wanted: _Wanted,
+    gradients: GradientPlan | None,
     on_part: OnPart,
 ) -> tuple[PrivateStates, PrivacyStatement]:
     """The private states and what sending them spends: made once, found again later."""
-    eta, classes = job.record.eta, len(texts.names)
+    if job.record.state == "cancelled":
+        raise PolicyError(f"{job.path}: this job was cancelled: begin another with another --out")
+    eta, classes, privatizer = job.record.eta, len(texts.names), wanted.privatizer
     private, groups = job.states(), job.groups()
     if groups is None and (groups := _made_groups(package, privatizer, on_part)) is not None:
         job.keep_groups(groups)
@@ -230,7 +244,7 @@ def _prepare(
                 f"{job.path}: the states that were sent are gone, and another draw for the same "
                 "texts would spend again: put private.safetensors back, or give the job up"
             )
-        if privatizer.label_epsilon is not None:
+        if privatizer.label_epsilon is not None or gradients is not None:
             # In an order that nobody knows: the place in a sorted file would tell the label.
             texts = texts.taken(system_uniforms(len(texts.ids)).argsort().tolist())
         # Nothing was sent yet: what an earlier call drew and lost spent nothing.
@@ -251,7 +265,8 @@ def _prepare(
     if statement is None:
         statement = state_privacy(
             package, private, privatizer, eta,
-            groups=groups, classes=classes, epochs=passes.epochs, shortened=texts.shortened,
+            groups=groups, classes=classes, epochs=wanted.passes.epochs, gradients=gradients,
+            shortened=texts.shortened,
         )  # fmt: skip
         job.keep_statement("tuning", statement)
     return private, statement

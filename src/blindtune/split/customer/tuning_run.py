@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
-from blindtune.errors import VerificationError
+from blindtune.errors import DataError, VerificationError
 from blindtune.exchange.wire.messages import WINDOW
 from blindtune.exchange.wire.resuming import ResumingTransport
 from blindtune.split.bottom import Bottom
 from blindtune.split.customer.access import AccessConfig, Connect, Traffic, patiently, resume_job
 from blindtune.split.customer.job import CustomerJob, LossLog
+from blindtune.split.customer.private_gradients import GradientNoise, GradientPlan
 from blindtune.split.customer.private_states import PrivateStates
 from blindtune.split.customer.private_texts import Purpose
 from blindtune.split.customer.requests import (
@@ -42,6 +43,8 @@ class Work:
     task: Purpose
     outputs: int
     """Classes, or targets of regression; 0 for language models."""
+    gradients: GradientPlan | None = None
+    """U-shape: the noise on what is sent back."""
 
 
 def tune_two_part(work: Work, watch: Watch) -> None:
@@ -71,6 +74,7 @@ def tune_u_shape(work: Work, watch: Watch) -> None:
     head = customers_head(work.bottom, work.outputs, work.tuning)
     rate = work.passes.head_learning_rate
     top = Top(work.bottom, head, learning_rate=rate, directory=work.job.path)
+    noise = _gradient_noise(work)
     retries = work.access.retries()
     if work.job.record.state == "begun":
         transport, applied = _open_or_resume(work), 0
@@ -89,10 +93,26 @@ def tune_u_shape(work: Work, watch: Watch) -> None:
                 work.passes,
                 language_model=work.task == "language-model",
                 applied=applied,
+                noise=noise,
                 on_loss=watch.loss,
             )
     finally:
         transport.close()
+
+
+def _gradient_noise(work: Work) -> GradientNoise | None:
+    """The noise of the job's gradients, with those that were sent already."""
+    if work.gradients is None:
+        return None
+    folder = work.job.gradients_path
+    if work.job.record.state == "begun":
+        folder.mkdir(mode=0o700, exist_ok=True)
+    elif not folder.is_dir():
+        raise DataError(
+            f"{work.job.path}: the gradients that were sent are gone, and noise on them drawn "
+            f"again would spend again: put {folder.name}/ back, or give the job up"
+        )
+    return GradientNoise(work.gradients, folder)
 
 
 def _open_or_resume(work: Work) -> ResumingTransport:

@@ -14,6 +14,7 @@ Shapes: B batch, L length, T tokens, D hidden, F features, C outputs, N texts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -25,6 +26,7 @@ from blindtune.exchange.wire.messages import Precision, ResumeJob, unpack
 from blindtune.exchange.wire.resuming import ResumingTransport, RetryConfig
 from blindtune.exchange.wire.transport import Transport
 from blindtune.split.bottom import Bottom
+from blindtune.split.customer.private_gradients import GradientNoise
 from blindtune.split.customer.private_states import PrivateStates
 from blindtune.split.customer.remote import RemoteTrunk
 from blindtune.split.customer.requests import PassConfig, check_open, portions
@@ -73,9 +75,25 @@ class Top:
             None if head is None else torch.optim.AdamW(head.parameters(), learning_rate)
         )
 
-    def loss(self, trunk_BLD: Tensor, mask_BL: Tensor, target: Tensor) -> Tensor:
-        """Mean loss; `target` is [B] or [B, C] labels with a head, token ids [B, L] without."""
+    def loss(
+        self,
+        trunk_BLD: Tensor,
+        mask_BL: Tensor,
+        target: Tensor,
+        *,
+        cover: Callable[[Tensor], None] = lambda _entrance: None,
+    ) -> Tensor:
+        """Mean loss.
+
+        Args:
+            trunk_BLD: what left the trunk.
+            mask_BL: 1 for tokens.
+            target: [B] or [B, C] labels with a head, token ids [B, L] without.
+            cover: gets the tensor [B, ...], of one record a row, that all gradients of the loss
+                pass by on their way to what is trained here and to the vendor.
+        """
         outputs = self.outputs(trunk_BLD, mask_BL)
+        cover(trunk_BLD if self._head is None else outputs)
         if self._head is None:
             return next_token_loss(outputs, target, mask_BL)
         return task_loss(
@@ -182,6 +200,7 @@ def train_u_shape(
     *,
     language_model: bool,
     applied: int = 0,
+    noise: GradientNoise | None = None,
     on_loss: Callable[[float], None] = lambda _loss: None,
 ) -> list[float]:
     """Tune the trunk and the customer's head.
@@ -192,6 +211,7 @@ def train_u_shape(
         config: the same as before when a job is gone on with.
         language_model: predict `private.targets`: the texts' own tokens, or those that were sent.
         applied: from `go_on`; 0 for a new job.
+        noise: on gradients, before anything is computed from them; None: they are sent as they are.
         on_loss: is told every batch's mean loss.
 
     Returns:
@@ -199,6 +219,7 @@ def train_u_shape(
 
     Raises:
         DataError: no labels, or `applied` is not at the end of a step.
+        PolicyError: the vendor went back so far that a gradient would be noised twice.
     """
     if private.labels is None and not language_model:
         raise DataError("expected labels to train with: privatize the texts with their labels")
@@ -214,7 +235,8 @@ def train_u_shape(
             continue
         hidden_BLD, mask_BL = unpack(*private.rows(batch.texts))
         target = _target(private, batch.texts, language_model)
-        loss = top.loss(trunk(hidden_BLD, mask_BL), mask_BL, target)
+        cover = (lambda _: None) if noise is None else partial(noise.cover, batch=batch)
+        loss = top.loss(trunk(hidden_BLD, mask_BL), mask_BL, target, cover=cover)
         (loss * len(batch.texts) / batch.step_texts).backward()
         assert trunk.applied == batch.number
         losses.append(float(loss.detach()))
@@ -225,6 +247,8 @@ def train_u_shape(
             if batch.checkpoint:
                 top.save(trunk.applied)
                 trunk.checkpoint()
+                if noise is not None:
+                    noise.forget(min(top.numbers(), default=0))
     return losses
 
 
