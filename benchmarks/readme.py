@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = {
     "README.md": {"results": ("main", "arc", "cost"), "split": ("split-sst2",)},
     "docs/choosing.md": {"frontier": ("frontier",), "grid": ("grid",), "ranking": ("ranking",)},
-    "docs/split.md": {
+    "docs/split-results.md": {
         "leaks": ("split-leaks",),
         "news": ("split-fpb",),
         "decoder": ("split-smollm2",),

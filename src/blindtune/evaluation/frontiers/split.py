@@ -175,7 +175,7 @@ def check_answerable(cuts: Iterable[int], public: object) -> None:
     """Refuse the question of what holds every attack where no attack was run that could tell.
 
     Behind layers the nearest neighbour reads little whatever there is to read: a trained network
-    reads nine tokens of ten where it misses four of five (docs/split.md).
+    reads nine tokens of ten where it misses four of five (docs/split-results.md).
 
     Raises:
         ConfigError: a cut above 0, without public text to learn from.
