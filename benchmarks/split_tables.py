@@ -166,7 +166,7 @@ def _label_privacy(row, classes):
     right = 0.0
     for t in (i * step for i in range(-8000, 8001)):
         right += step * normal.pdf(t) * normal.cdf(t + 1 / sigma) ** (classes - 1)
-    return 1 - right
+    return min(1 - right, row["EP labels"])
 
 
 def word_table(found):

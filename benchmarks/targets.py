@@ -24,11 +24,14 @@ from blindtune.evaluation.leakage.empirical_privacy import record_privacy
 from blindtune.exchange.wire.transcript import Recorder
 from blindtune.models.encoders import load_any
 from blindtune.privacy.metric_dp import Mechanism
-from blindtune.split.customer.private_gradients import GradientNoise, plan_gradients
+from blindtune.split.customer.private_gradients import (
+    GradientConfig,
+    GradientNoise,
+    plan_gradients,
+)
 from blindtune.split.customer.private_states import privatize
 from blindtune.split.customer.ushape import Top, customers_head, predict_u_shape, train_u_shape
 from blindtune.split.partition import stack_of
-from blindtune.training.dp_plan import DpConfig
 from rows import parse_options, run_parts
 from split import (
     BATCH,
@@ -60,7 +63,9 @@ def label_row(bench, folder, seed, data, epsilon=None, dp=None):
     config, passes = tuning(len(learn[0]), seed)
     head, recorder = customers_head(bottom, classes, config), Recorder()
     top = Top(bottom, head, learning_rate=RATE)
-    plan = plan_gradients(DpConfig(epsilon=dp), "classification", len(learn[0]), passes.epochs)
+    plan = plan_gradients(
+        GradientConfig(epsilon=dp), "classification", len(learn[0]), passes.epochs
+    )
     noise = plan and GradientNoise(plan, None)
     with job(vendor, bottom, config, tap=recorder, **EXACT) as transport:
         losses = train_u_shape(transport, top, private, passes, language_model=False, noise=noise)
@@ -116,7 +121,7 @@ def word_row(bench, folder, seed, eta, *, sent, dp=None):
     test = windows(bench, bottom.tokenizer, "test", 32, 0)
     config, passes = tuning(len(learn), seed, rate=5e-4, epochs=1)
     mechanism = Mechanism(eta=eta)
-    protection = DpConfig(epsilon=dp, unit="window")
+    protection = GradientConfig(epsilon=dp, unit="window")
     plan = plan_gradients(protection, "language-model", len(learn), passes.epochs)
     noise = plan and GradientNoise(plan, None)
     private = privatize(bottom, learn, mechanism=mechanism, predict_sent=sent)

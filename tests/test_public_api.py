@@ -30,6 +30,7 @@ CONFIGS = [
     "RunConfig", "DataConfig", "EvaluationConfig", "PrivatizerConfig", "TuningConfig", "PassConfig",
     "FrontierConfig", "SplitFrontierConfig", "ReadingConfig", "AccessConfig", "AskingConfig",
     "ChangeBounds", "AuditConfig", "AdversaryConfig", "DpConfig", "CanaryConfig", "Trial",
+    "GradientConfig",
 ]  # fmt: skip
 RESULTS = ["Study", "Emulation", "Inspection", "Tuning", "PlugIn", "Evaluation", "Emulator"]
 RESULTS += [

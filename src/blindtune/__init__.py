@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from blindtune.split.customer.cancellation import Cancellation, cancel
     from blindtune.split.customer.prediction import AskingConfig, Prediction, predict
     from blindtune.split.customer.privacy_statement import PrivacyStatement
+    from blindtune.split.customer.private_gradients import GradientConfig
     from blindtune.split.customer.private_texts import ReadingConfig
     from blindtune.split.customer.privatizer_config import PrivatizerConfig
     from blindtune.split.customer.requests import PassConfig
@@ -101,6 +102,7 @@ _PLACES = {
     "EvaluationConfig": "blindtune.evaluation.utility.evaluating",
     "Frontier": "blindtune.evaluation.frontiers.scores",
     "FrontierConfig": "blindtune.evaluation.frontiers.offsite",
+    "GradientConfig": "blindtune.split.customer.private_gradients",
     "GuardConfig": "blindtune.exchange.wire.guard",
     "Inspection": "blindtune.evaluation.inspection",
     "Keyring": "blindtune.exchange.packages.keyring",
@@ -180,6 +182,7 @@ __all__ = [
     "EvaluationConfig",
     "Frontier",
     "FrontierConfig",
+    "GradientConfig",
     "GuardConfig",
     "Inspection",
     "Keyring",

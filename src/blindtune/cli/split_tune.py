@@ -50,12 +50,12 @@ def act(settings: Settings) -> Facts:
     from dataclasses import asdict
 
     from blindtune.split.customer.access import AccessConfig
+    from blindtune.split.customer.private_gradients import GradientConfig
     from blindtune.split.customer.private_texts import ReadingConfig
     from blindtune.split.customer.privatizer_config import PrivatizerConfig
     from blindtune.split.customer.requests import PassConfig
     from blindtune.split.customer.tuning_job import split_tune
     from blindtune.split.terms import TuningConfig
-    from blindtune.training.dp_plan import DpConfig
 
     with ExitStack() as preparing:
         on_part = preparing.enter_context(stages())
@@ -72,7 +72,7 @@ def act(settings: Settings) -> Facts:
             settings.of(PrivatizerConfig),
             settings.of(TuningConfig),
             settings.of(PassConfig),
-            dp=settings.of(DpConfig),
+            dp=settings.of(GradientConfig),
             reading=settings.of(ReadingConfig),
             access=settings.of(AccessConfig),
             resume=settings["resume"],
@@ -104,18 +104,18 @@ def show(facts: Facts, console: Console) -> None:
 
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act."""
+    from blindtune.split.customer.private_gradients import GradientConfig
     from blindtune.split.customer.private_texts import ReadingConfig
     from blindtune.split.customer.privatizer_config import PrivatizerConfig
     from blindtune.split.customer.requests import PassConfig
     from blindtune.split.customer.tuning_estimate import estimate_split_tune
-    from blindtune.training.dp_plan import DpConfig
 
     return estimate_split_tune(
         settings["bottom"],
         settings["data"],
         settings.of(PrivatizerConfig),
         settings.of(PassConfig),
-        dp=settings.of(DpConfig),
+        dp=settings.of(GradientConfig),
         reading=settings.of(ReadingConfig),
         trust=trust_of(settings, remember=False),
     )
@@ -153,9 +153,9 @@ VERB = Verb(
             renamed={"special": "special_tokens"},
         ),
         Group(
-            heading="Differential privacy of labels, or of true words (u-shape package)",
-            module="blindtune.training.dp_plan",
-            name="DpConfig",
+            heading="Differential privacy of labels, numbers or true words (u-shape package)",
+            module="blindtune.split.customer.private_gradients",
+            name="GradientConfig",
             prefix="dp_",
         ),
         Group(

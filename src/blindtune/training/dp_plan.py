@@ -19,7 +19,7 @@ class DpConfig:
     """Differential privacy of a tuning, for each record."""
 
     epsilon: float | None = None
-    """Bound of what the adapter, or a customer's gradients, tell of any one record; None: none."""
+    """Bound of what the adapter tells of any one record; None: trained without."""
     delta: float | None = None
     """Chance that the bound does not hold; None: 1 / (10 x records)."""
     max_grad_norm: float = 1.0
@@ -69,10 +69,12 @@ def plan_noise(config: DpConfig, training: TrainingConfig, records: int) -> DpPl
         ConfigError: Opacus is not installed; fewer records than two batches;
             no noise reaches this epsilon; early stopping, which would look at private data.
     """
+    assert config.epsilon is not None, "a plan needs an epsilon"
     batch = _expected_batch(training, records)
     rate = batch / records
     steps = training.max_steps or math.ceil(records * training.num_train_epochs / batch)
-    sigma, spent, delta = least_noise(config, records, sampling_rate=rate, steps=steps)
+    delta = config.delta or 1 / (10 * records)
+    sigma, spent = least_noise(config.epsilon, delta, sampling_rate=rate, steps=steps)
     return DpPlan(
         epsilon=spent,
         delta=delta,
@@ -86,23 +88,21 @@ def plan_noise(config: DpConfig, training: TrainingConfig, records: int) -> DpPl
 
 
 def least_noise(
-    config: DpConfig, records: int, *, sampling_rate: float, steps: int
-) -> tuple[float, float, float]:
+    epsilon: float, delta: float, *, sampling_rate: float, steps: int
+) -> tuple[float, float]:
     """The least noise of a Gaussian mechanism that is used several times.
 
     Args:
-        config: with an epsilon.
-        records: N, by which delta is chosen where none is given.
+        epsilon, delta: what may be spent.
         sampling_rate: chance of a record to be in a step.
         steps: how often it is used.
 
     Returns:
-        The noise's deviation over the sensitivity; what all steps spend, epsilon and delta.
+        The noise's deviation over the sensitivity, and the epsilon that all steps spend with it.
 
     Raises:
         ConfigError: Opacus is not installed, or no noise reaches this epsilon.
     """
-    assert config.epsilon is not None, "a plan needs an epsilon"
     try:
         from opacus.accountants import PRVAccountant
         from opacus.accountants.utils import get_noise_multiplier
@@ -111,7 +111,6 @@ def least_noise(
             "differential privacy needs Opacus, which is not installed: "
             "run `pip install 'blindtune[dp]'`"
         ) from error
-    delta = config.delta or 1 / (10 * records)
     try:
         with warnings.catch_warnings():
             # Of the cruder bound by which it finds its grid; and log(0) at sampling rate 1, whose
@@ -119,7 +118,7 @@ def least_noise(
             warnings.filterwarnings("ignore", "Optimal order", UserWarning)
             warnings.filterwarnings("ignore", "divide by zero", RuntimeWarning)
             sigma = get_noise_multiplier(
-                target_epsilon=config.epsilon,
+                target_epsilon=epsilon,
                 target_delta=delta,
                 sample_rate=sampling_rate,
                 steps=steps,
@@ -130,10 +129,10 @@ def least_noise(
             spent = float(accountant.get_epsilon(delta=delta))
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"expected an epsilon that some noise reaches in {steps} steps, got {config.epsilon}: "
-            f"{error}; raise it, or lower the steps"
+            f"expected an epsilon that some noise reaches in {steps} steps, got {epsilon}: "
+            f"{error}; raise it, or lower the steps (of split tuning: epochs)"
         ) from error
-    return float(sigma), spent, delta
+    return float(sigma), spent
 
 
 def _expected_batch(training: TrainingConfig, records: int) -> int:

@@ -1,14 +1,17 @@
 """DP-SGD of the U-shape: what leaves through gradients, and that nothing is noised twice."""
 
 import csv
+import json
 import math
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
-from customer_world import NAMES, OPEN, PASSES, QUICK, TUNING, write_table
+from customer_world import OPEN, PASSES, QUICK, TUNING, write_table
+from safetensors.torch import save_file
 from scipy.optimize import brentq
 from scipy.stats import norm
 from split_world import FAST, LABELS, TEXTS, World
@@ -16,25 +19,30 @@ from split_world import FAST, LABELS, TEXTS, World
 import blindtune
 from blindtune.attacks.label_inference import groups_of_gradients
 from blindtune.attacks.observation import seen_gradients, seen_texts
-from blindtune.errors import ConfigError, DataError, PolicyError
+from blindtune.cli.main import run
+from blindtune.errors import ConfigError, DataError, NetworkError, PolicyError
 from blindtune.exchange.wire.messages import Backward, Forward, Outputs, Predict, Step, equal
 from blindtune.exchange.wire.transcript import Recorder
-from blindtune.split.customer import private_gradients, tuning_job
+from blindtune.split.customer import tuning_job, ushape
 from blindtune.split.customer.job import CustomerJob
-from blindtune.split.customer.private_gradients import GradientNoise, GradientPlan, plan_gradients
+from blindtune.split.customer.private_gradients import (
+    GradientConfig,
+    GradientNoise,
+    GradientPlan,
+    plan_gradients,
+)
 from blindtune.split.customer.private_states import privatize
 from blindtune.split.customer.private_texts import ReadingConfig
 from blindtune.split.customer.privatizer_config import PrivatizerConfig
 from blindtune.split.customer.requests import PassConfig, PlannedBatch, new_token
 from blindtune.split.customer.ushape import Top, customers_head, go_on, train_u_shape
-from blindtune.training.dp_plan import DpConfig
 
 PLAN = PassConfig(epochs=3, batch_size=4, precision="float32", checkpoint_steps=2)
-DP = DpConfig(epsilon=8.0, delta=1e-5)
+DP = GradientConfig(epsilon=8.0, delta=1e-5)
 WORDS = ReadingConfig(task="language-model", max_length=8)
 TRUE = replace(OPEN, targets="true")
 NO_NOISE = GradientPlan(
-    epsilon=math.inf, delta=0.0, unit="record", passes=3, max_grad_norm=1e6, scaled=False,
+    epsilon=1e9, delta=0.0, unit="record", passes=3, max_grad_norm=1e6, scaled=False,
     sensitivity=1.0, noise_multiplier=0.0,
 )  # fmt: skip
 
@@ -53,22 +61,20 @@ def tuned(world, dp=DP, recorder=None, privatizer=OPEN, **options):
     )  # fmt: skip
 
 
-def batch_of(size, number=2):
+def batch_of(size, number=2, step_texts=None):
     return PlannedBatch(
-        step=1, texts=list(range(size)), step_texts=size, number=number, ends_step=True,
-        checkpoint=False,
+        step=1, texts=list(range(size)), step_texts=step_texts or size, number=number,
+        ends_step=True, checkpoint=False,
     )  # fmt: skip
 
 
-def noised(plan, gradient, **options):
+def noised(plan, gradient, step_texts=None):
     """What becomes of the gradient of a sum, whose rows are its records' gradients."""
-    tensor = torch.zeros_like(gradient, requires_grad=True)
-    found = []
-    GradientNoise(plan, None, **options).cover(through := tensor * 1, batch_of(len(gradient)))
-    through.register_hook(found.append)
-    (through * gradient / len(gradient)).sum().backward()
-    assert torch.equal(found[0], tensor.grad)
-    return found[0] * len(gradient)
+    tensor, share = torch.zeros_like(gradient, requires_grad=True), step_texts or len(gradient)
+    batch = batch_of(len(gradient), step_texts=share)
+    GradientNoise(plan, None).cover(through := tensor * 1, batch)
+    (through * gradient / share).sum().backward()
+    return tensor.grad * share
 
 
 def exact_noise(epsilon, delta, releases):
@@ -84,9 +90,9 @@ def exact_noise(epsilon, delta, releases):
 
 
 @pytest.mark.parametrize("epsilon", [1.0, 8.0])
-@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("passes", [1, 3, 30])
 def test_the_noise_is_hardly_more_than_an_exact_account_needs(epsilon, passes):
-    config = DpConfig(epsilon=epsilon, delta=1e-5)
+    config = GradientConfig(epsilon=epsilon, delta=1e-5)
     plan = plan_gradients(config, "regression", 500, passes)
     exact = exact_noise(epsilon, 1e-5, passes)
     assert exact <= plan.noise_multiplier <= 1.03 * exact
@@ -95,16 +101,20 @@ def test_the_noise_is_hardly_more_than_an_exact_account_needs(epsilon, passes):
 
 
 def test_a_plan_follows_from_what_is_told_before():
-    plan = plan_gradients(DpConfig(epsilon=2.0), "classification", 500, 2)
+    plan = plan_gradients(GradientConfig(epsilon=2.0), "classification", 500, 2)
     assert plan.delta == pytest.approx(1 / 5000)
     assert plan.sensitivity == pytest.approx(math.sqrt(2))
-    small = plan_gradients(DpConfig(epsilon=2.0, max_grad_norm=0.1), "classification", 500, 2)
+    small = plan_gradients(GradientConfig(epsilon=2.0, max_grad_norm=0.1), "classification", 500, 2)
     assert small.sensitivity == pytest.approx(0.2)
-    assert plan_gradients(DpConfig(), "classification", 500, 2) is None
+    assert plan_gradients(GradientConfig(), "classification", 500, 2) is None
+    words = plan_gradients(GradientConfig(epsilon=2.0, unit="window"), "language-model", 500, 2)
+    assert words.scaled
+    assert not plan.scaled
+    assert words.sensitivity == 2.0
     with pytest.raises(ConfigError, match="dp_unit window"):
-        plan_gradients(DpConfig(epsilon=2.0), "language-model", 500, 2)
+        plan_gradients(GradientConfig(epsilon=2.0), "language-model", 500, 2)
     with pytest.raises(ConfigError, match="dp_unit record"):
-        plan_gradients(DpConfig(epsilon=2.0, unit="window"), "regression", 500, 2)
+        plan_gradients(GradientConfig(epsilon=2.0, unit="window"), "regression", 500, 2)
 
 
 @pytest.mark.parametrize("logits", [[[0.0, 0.0, 0.0]], [[9.0, -9.0, 1.0]], [[0.1, 2.0, -3.0]]])
@@ -126,6 +136,7 @@ def test_gradients_are_shortened_or_scaled_record_by_record():
     torch.testing.assert_close(
         noised(plan, gradient), torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]])
     )
+    torch.testing.assert_close(noised(plan, gradient, 12), noised(plan, gradient))
     torch.testing.assert_close(
         noised(replace(plan, scaled=True), gradient),
         torch.tensor([[0.6, 0.8], [0.6, 0.8], [0.0, 0.0]]),
@@ -153,7 +164,7 @@ def test_the_noise_is_that_of_the_plan():
 def test_the_best_guess_of_a_label_is_bounded():
     """Two labels, one release: the likelihood ratio's guess, against the bound of the promise."""
     for epsilon in (1.0, 3.0):
-        plan = plan_gradients(DpConfig(epsilon=epsilon, delta=1e-3), "classification", 50, 1)
+        plan = plan_gradients(GradientConfig(epsilon=epsilon, delta=1e-3), "classification", 50, 1)
         truth_N = torch.arange(20_000) % 2
         outputs_NC = torch.zeros(20_000, 2, requires_grad=True)
         loss = torch.nn.functional.cross_entropy(outputs_NC, truth_N, reduction="sum")
@@ -194,16 +205,17 @@ def crossing(recorder, *kinds):
 @pytest.mark.parametrize("task", ["classification", "regression", "language-model"])
 def test_all_that_crosses_follows_from_noised_gradients(tmp_path, monkeypatch, task):
     """Other targets, the same noised gradients: every request is the same, of every pass."""
-    shapes = torch.Generator().manual_seed(0)
+    draw, covered = torch.Generator(), set()
 
     def drawn(_self, gradient, batch):
-        shapes.manual_seed(batch.number)
-        return torch.randn(gradient.shape, generator=shapes) / batch.step_texts
+        covered.add(gradient.ndim)
+        draw.manual_seed(batch.number)
+        return torch.randn(gradient.shape, generator=draw) / batch.step_texts
 
     monkeypatch.setattr(GradientNoise, "_drawn", drawn)
     monkeypatch.setattr(tuning_job, "new_token", lambda: "ab" * 32)
     monkeypatch.setattr(tuning_job, "system_uniforms", lambda count: torch.arange(count) / count)
-    words, seen = task == "language-model", []
+    words, seen, heads = task == "language-model", [], []
     dp = replace(DP, unit="window" if words else "record")
     for name, labels in (("one", LABELS), ("two", 1 - LABELS)):
         world = u_shape(tmp_path / name, "smollm2" if words else "bert")
@@ -224,13 +236,18 @@ def test_all_that_crosses_follows_from_noised_gradients(tmp_path, monkeypatch, t
         tuned(world, dp, recorder, TRUE if words else OPEN, data=data, reading=reading)
         monkeypatch.setattr(tuning_job, "privatize", privatize)
         seen.append(crossing(recorder, Forward, Backward, Step))
+        top = max((world.folder / "job").glob("top-*.pt"))
+        heads.append(torch.load(top, weights_only=True).get("head", {}))
+    assert covered == ({3} if words else {2})  # where the target enters
+    assert words or len(heads[0]) > 0
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
     assert len(seen[0]) == len(seen[1]) > 10
     assert all(equal(a, b) for a, b in zip(*seen, strict=True))
 
 
-def numbers(path, targets):
+def numbers(path, targets, texts=TEXTS):
     with path.open("w", newline="") as file:
-        rows = zip(TEXTS, targets, strict=True)
+        rows = zip(texts, targets, strict=True)
         csv.writer(file).writerows([("text", "label"), *rows])
     return path
 
@@ -251,8 +268,8 @@ def killer(losses):
 def test_a_job_that_goes_on_sends_what_it_has_sent(tmp_path):
     """A vendor that restarts with other weights sees no second noise on the same gradients."""
     world = u_shape(tmp_path, "smollm2")
-    (folder := tmp_path / "gradients").mkdir()
     plan = plan_gradients(replace(DP, unit="window"), "language-model", len(TEXTS), PLAN.epochs)
+    GradientNoise.begin(plan, folder := tmp_path / "gradients")
     token, private = new_token(), privatize(world.bottom, TEXTS, mechanism=None)
     recorders = [Recorder(), Recorder()]
 
@@ -298,57 +315,145 @@ def test_a_job_that_goes_on_sends_what_it_has_sent(tmp_path):
     assert len(first | again) == PLAN.epochs * -(-len(TEXTS) // PLAN.batch_size)
 
 
-def test_old_gradients_are_removed_and_never_noised_again(tmp_path):
-    world = u_shape(tmp_path)
-    (folder := tmp_path / "gradients").mkdir()
-    plan = plan_gradients(DP, "classification", len(TEXTS), PLAN.epochs)
-    private = world.private()
-    top = Top(world.bottom, head_of(world), directory=tmp_path)
-    job = world.job()
-    train_u_shape(job, top, private, PLAN, language_model=False, noise=GradientNoise(plan, folder))
-    job.close()
-    kept = sorted(int(path.stem) for path in folder.glob("*.safetensors"))
-    oldest = min(top.numbers())
-    assert kept
-    assert all(number > oldest for number in kept)
-    assert (folder / "forgotten").read_text() == str(oldest)
-    assert all(path.stat().st_mode & 0o077 == 0 for path in folder.glob("*.safetensors"))
-    fresh, recorder = u_shape(tmp_path / "other"), Recorder()
-    job = fresh.job(tap=recorder)
-    with pytest.raises(PolicyError, match="would spend again"):
+def train_again(world, folder, plan, recorder=None, **options):
+    top = Top(world.bottom, head_of(world), directory=world.folder)
+    job = world.job(tap=recorder)
+    try:
         train_u_shape(
-            job, Top(fresh.bottom, head_of(fresh)), private, PLAN, language_model=False,
-            noise=GradientNoise(plan, folder),
+            job, top, world.private(), PLAN, language_model=False,
+            noise=GradientNoise(plan, folder), **options,
         )  # fmt: skip
-    job.close()
+    finally:
+        job.close()
+    return top
+
+
+def label_plan():
+    return plan_gradients(DP, "classification", len(TEXTS), PLAN.epochs)
+
+
+def test_old_gradients_are_removed_and_never_noised_again(tmp_path):
+    world, folder, plan = u_shape(tmp_path), tmp_path / "gradients", label_plan()
+    GradientNoise.begin(plan, folder)
+    kept = []
+
+    def look(_loss):
+        kept.append({int(path.stem) for path in folder.glob("*.safetensors")})
+        assert all(path.stat().st_mode & 0o077 == 0 for path in folder.glob("*.safetensors"))
+
+    top = train_again(world, folder, plan, on_loss=look)
+    assert max(map(len, kept)) == 4  # of the last two checkpoints
+    assert max(kept[-1]) == max(top.numbers()) - 1
+    assert list(folder.iterdir()) == []  # the job is whole at both parties
+    fresh, recorder = u_shape(tmp_path / "other"), Recorder()
+    with pytest.raises(PolicyError, match=r"request 2 were sent before.*more than was promised"):
+        train_again(fresh, folder, plan, recorder)
     assert not crossing(recorder, Backward)
 
 
-def test_gradients_that_are_gone_or_damaged_end_the_job(tmp_path, monkeypatch):
+def test_a_gradient_is_kept_before_it_is_sent(tmp_path):
+    """Killed on the way to the vendor, the next run sends the same."""
+    world, folder, plan = u_shape(tmp_path), tmp_path / "gradients", label_plan()
+    GradientNoise.begin(plan, folder)
+    gone = []
+
+    original = world.vendor.session
+
+    @contextmanager
+    def killing(customer):
+        with original(customer) as handler:
+
+            def handle(message):
+                if isinstance(message, Backward) and not gone:
+                    gone.append(message.gradient_TD.clone())
+                    raise Killed
+                return handler(message)
+
+            yield handle
+
+    world.vendor.session = killing
+    with pytest.raises(NetworkError, match="the vendor failed"):
+        train_again(world, folder, plan)
+    again, recorder = u_shape(tmp_path / "again"), Recorder()
+    train_again(again, folder, plan, recorder)
+    assert torch.equal(crossing(recorder, Backward)[0].gradient_TD, gone[0])
+
+
+def test_gradients_are_not_forgotten_before_the_vendor_has_its_share(tmp_path, monkeypatch):
+    world, folder, plan = u_shape(tmp_path), tmp_path / "gradients", label_plan()
+    GradientNoise.begin(plan, folder)
+
+    def kill(_self):
+        raise Killed
+
+    monkeypatch.setattr(ushape.RemoteTrunk, "checkpoint", kill)
+    with pytest.raises(Killed):
+        train_again(world, folder, plan)
+    assert {path.stem for path in folder.glob("*.safetensors")} == {"2", "5"}
+
+
+def test_nothing_is_noised_twice_without_a_folder(tmp_path):
+    noise, tensor = GradientNoise(NO_NOISE, None), torch.zeros(2, 2, requires_grad=True)
+    noise.cover(through := tensor * 1, batch_of(2))
+    through.sum().backward(retain_graph=True)
+    with pytest.raises(PolicyError, match="more than was promised"):
+        through.sum().backward()
+
+
+@pytest.mark.parametrize("lost", ["gradients", "gradients.json", "files"])
+def test_gradients_that_are_gone_end_the_job(tmp_path, monkeypatch, lost):
     world = u_shape(tmp_path)
 
     def kill(*_args, **_options):
         raise Killed
 
-    monkeypatch.setattr(private_gradients.GradientNoise, "forget", kill)
+    monkeypatch.setattr(GradientNoise, "forget", kill)
     with pytest.raises(Killed):
         tuned(world)
     monkeypatch.undo()
     folder = CustomerJob(tmp_path / "job").gradients_path
     assert folder.stat().st_mode & 0o077 == 0
-    some = list(folder.iterdir())
-    assert some
-    shutil.move(folder, tmp_path / "elsewhere")
-    with pytest.raises(DataError, match="gradients that were sent are gone"):
+    # As if killed before the first checkpoint: all gradients are asked for again.
+    for state in (tmp_path / "job").glob("top-*.pt"):
+        state.unlink()
+    for state in (tmp_path / "vendor").rglob("at-*.pt"):
+        if state.stem != "at-0":
+            state.unlink()
+    world.start()
+    backup = tmp_path / "backup"
+    shutil.copytree(tmp_path / "job", backup)
+    if lost == "gradients":
+        shutil.rmtree(folder)
+    elif lost == "files":
+        for path in folder.iterdir():
+            path.unlink()
+    else:
+        folder.with_suffix(".json").unlink()
+    with pytest.raises((DataError, PolicyError), match="more than was promised"):
         tuned(world)
-    shutil.move(tmp_path / "elsewhere", folder)
-    done = tuned(world)
-    assert done.resumed_from
-    other = GradientNoise(NO_NOISE, folder)
-    (path := folder / "999.safetensors").write_bytes(b"nothing")
-    with pytest.raises(DataError, match="cannot read it"):
-        other._noised(torch.zeros(2, 2), batch_of(2, 999))
-    path.unlink()
+    shutil.rmtree(tmp_path / "job")
+    shutil.move(backup, tmp_path / "job")
+    assert tuned(world).steps > 0
+
+
+def test_what_is_kept_is_of_this_plan_and_whole(tmp_path):
+    folder = tmp_path / "gradients"
+    GradientNoise.begin(NO_NOISE, folder)
+    with pytest.raises(DataError, match="another one"):
+        GradientNoise(label_plan(), folder)
+    noise = GradientNoise(NO_NOISE, folder)
+    for content in (b"nothing", None):
+        path = folder / "2.safetensors"
+        if content is None:
+            save_file({"gradient": torch.zeros(3, 3)}, path)
+        else:
+            path.write_bytes(content)
+        noise.cover(through := torch.zeros(2, 2, requires_grad=True) * 1, batch_of(2))
+        with pytest.raises(DataError, match="cannot read it"):
+            through.sum().backward()
+    folder.with_suffix(".json").write_text("{")
+    with pytest.raises(DataError, match="how far gradients were noised"):
+        GradientNoise(NO_NOISE, folder)
 
 
 def test_noise_hides_labels_that_gradients_give(tmp_path):
@@ -358,7 +463,7 @@ def test_noise_hides_labels_that_gradients_give(tmp_path):
     right = {}
     for name, plan in (
         ("open", None),
-        ("private", plan_gradients(DpConfig(epsilon=0.5), "classification", 200, 1)),
+        ("private", plan_gradients(GradientConfig(epsilon=0.5), "classification", 200, 1)),
     ):
         world, recorder = u_shape(tmp_path / name), Recorder()
         private = privatize(world.bottom, texts, labels, mechanism=None)
@@ -408,14 +513,63 @@ def test_a_language_models_words_are_not_taken_to_be_given(tmp_path):
     assert "gradients of the tuning" in {finding.attack for finding in audit.findings}
 
 
-def test_a_sorted_file_is_sent_in_an_order_that_nobody_knows(tmp_path):
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_a_sorted_file_is_sent_in_an_order_that_nobody_knows(tmp_path, task):
     world = u_shape(tmp_path)
     texts = [f"{TEXTS[i % len(TEXTS)]} {'so ' * (i % 3)}good" for i in range(100)]
-    data = write_table(tmp_path / "sorted.csv", texts, torch.arange(100) // 50)
-    tuned(world, data=data, passes=replace(PASSES, epochs=1, batch_size=50))
+    halves = torch.arange(100) // 50
+    data = write_table(tmp_path / "sorted.csv", texts, halves)
+    if task == "regression":
+        data = numbers(tmp_path / "sorted.csv", halves.tolist(), texts)
+    tuned(
+        world, data=data, passes=replace(PASSES, epochs=1, batch_size=50),
+        reading=ReadingConfig(task=task),
+    )  # fmt: skip
     states = CustomerJob(tmp_path / "job").states()
     halves = states.labels[:50].double().mean(), states.labels[50:].double().mean()
     assert abs(halves[0] - halves[1]) < 0.6  # 1 in the order of the file
+
+
+@pytest.mark.parametrize("field", ["epsilon", "delta", "max_grad_norm"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_values_out_of_range_are_refused(field, value):
+    with pytest.raises(ConfigError, match=field):
+        GradientConfig(**{field: value})
+
+
+def test_units_and_deltas_out_of_range_are_refused():
+    with pytest.raises(ConfigError, match="record or window"):
+        GradientConfig(unit="person")
+    with pytest.raises(ConfigError, match="below 1"):
+        GradientConfig(delta=1.0)
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_the_command_noises_gradients(tmp_path, monkeypatch, capsys, task):
+    world = u_shape(tmp_path)
+    labels = LABELS if task == "classification" else None
+    data = write_table(tmp_path / "a.csv", labels=labels)
+    if labels is None:
+        data = numbers(tmp_path / "a.csv", LABELS.tolist())
+    monkeypatch.setattr(
+        tuning_job, "connector", lambda _address, _access, traffic: lambda: world.connect()
+    )
+    command = [
+        "split-tune", "host:1", "--bottom", str(tmp_path / "bottom"), "--data", str(data),
+        "--out", str(tmp_path / "job"), "--privatizer", "none", "--unprotected", "--task", task,
+        "--dp-epsilon", "4", "--dp-delta", "1e-3", "--allow-unsigned",
+    ]  # fmt: skip
+    assert run([*command, "--dry-run"]) == 0
+    assert not (tmp_path / "job").exists()
+    assert run([*command, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert "gradients leave with noise" in shown.err
+    assert json.loads(shown.out[shown.out.index("{") :])["privacy"]["gradients"]["delta"] == 1e-3
+    mark = json.loads((tmp_path / "job" / "gradients.json").read_text())
+    assert mark["noised_to"] > 0
+    assert mark["plan"]["epsilon"] <= 4.0
+    assert run([*command, "--dp-unit", "window", "--dry-run"]) == 2
+    assert "expected --dp-unit record" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -445,10 +599,6 @@ def test_a_job_of_an_earlier_version_has_no_noise_on_gradients(tmp_path):
     tuned(world, None)
     job = CustomerJob(tmp_path / "job")
     options = {name: some for name, some in job.record.options.items() if name != "dp"}
-    text = (tmp_path / "job" / "job.json").read_text()
-    assert NAMES[0] in text
-    import msgspec
-
     older = msgspec.structs.replace(job.record, options=options)
     (tmp_path / "job" / "job.json").write_bytes(msgspec.json.encode(older))
     assert tuned(world, None).resumed_from == 4

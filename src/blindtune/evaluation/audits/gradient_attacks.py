@@ -57,10 +57,10 @@ def labels_of(subject: SplitSubject, labels_N: Tensor, confidence: float) -> Fin
     passes = [one for one in subject.passes if one is not None]
     if classes < 2 or len(known) < classes:
         return None
-    scored = (
+    scored = (  # two looks: their intervals hold together
         record_privacy(
             groups_of_gradients(gradients, classes), labels_N[known], unnamed=True,
-            confidence=confidence,
+            confidence=(1 + confidence) / 2,
         )
         for gradients in ([one.gradient_LD for one in passes], [one.all_LD for one in passes])
     )  # fmt: skip

@@ -7,7 +7,8 @@
     privacy.json         the statement, and one for every file that was predicted
     losses.jsonl         {"request": 12, "loss": 0.69} for every batch
     top-<number>.pt      U-shape: the customer's head after request <number>
-    gradients/           U-shape with DP-SGD: the newest noised gradients, by request
+    gradients.json       U-shape with noise on gradients: how far they were noised, by which plan
+    gradients/           ... the newest, by request, until the job is tuned
     asked-<hash>.safetensors  the states of a file that was predicted: never drawn twice
     lock                 held by the one process that works on the job
 
@@ -34,8 +35,8 @@ from blindtune.errors import ConfigError, DataError, OutputError
 from blindtune.exchange.wire.messages import JobToken, Partition
 from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.customer.privacy_statement import PrivacyStatement
+from blindtune.split.customer.private_gradients import GradientConfig
 from blindtune.split.customer.private_states import PrivateStates
-from blindtune.training.dp_plan import DpConfig
 
 MARK = "job.json"
 State = Literal["begun", "opened", "tuned", "cancelled"]
@@ -77,7 +78,7 @@ class CustomerJob:
             self.record = msgspec.json.decode(content, type=JobRecord)
             # What jobs of earlier versions predict.
             self.record.options.get("privatizer", {}).setdefault("targets", "true")
-            self.record.options.setdefault("dp", asdict(DpConfig()))  # and they had none
+            self.record.options.setdefault("dp", asdict(GradientConfig()))  # and they had none
         except OSError as error:
             raise DataError(
                 f"{self.path}: expected a job's directory with {MARK}, there is none "
@@ -187,7 +188,7 @@ class CustomerJob:
 
     @property
     def gradients_path(self) -> Path:
-        """Where noised gradients are kept, and how far they were sent."""
+        """Where noised gradients are kept."""
         return self.path / "gradients"
 
     def asked_path(self, texts: str) -> Path:

@@ -97,7 +97,7 @@ def predict(
     bottom: str | Path | None = None,
     asking: AskingConfig | None = None,
     access: AccessConfig | None = None,
-    on_statement: Callable[[PrivacyStatement], None] = lambda _statement: None,
+    on_statement: Callable[[PrivacyStatement], None] | None = None,
     on_progress: OnTexts = lambda _done, _total: None,
 ) -> Prediction:
     """Ask a tuned job about new texts.
@@ -128,7 +128,8 @@ def predict(
         package = open_bottom(bottom or found.record.bottom_path, id=found.record.bottom)
         texts = read_unseen(package, data, _reading(found, asking), found.record.names)
         private, statement, reused = _prepare(found, package, texts)
-        on_statement(statement)
+        if on_statement is not None:
+            on_statement(statement)
         with (
             saying_what_next(),
             closing(resume_job(connect, found.token, access.retries())) as transport,

@@ -364,9 +364,11 @@ def _targets_said(
         )
     if bottom.cut.partition == "two-part":
         return "labels are sent as they are: if they are secret, give a label_epsilon"
-    what, least = ("true tokens", "targets sent") if private.labels is None else (
-        "labels", "a label_epsilon"
-    )  # fmt: skip
+    what, least = "labels", "a label_epsilon"
+    if private.labels is None:
+        what, least = "true tokens", "targets sent, or a dp_epsilon,"
+    elif private.labels.is_floating_point():
+        what, least = "numbers", "a dp_epsilon"
     return (
         f"the {what} stay here, but gradients computed from them are sent, and give them away to "
         f"whoever knows the model: choose {least} against that"

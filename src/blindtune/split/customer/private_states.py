@@ -12,7 +12,8 @@ text (another run, other options) spends again. Without a mechanism there is non
 In vector mode the noise is added to what the embedding module gives, in token and exponential mode
 distances are those of its table's rows: where the module scales its rows (Gemma), eta means
 different distances.
-Not covered: lengths; labels without `label_epsilon`, which are sent or told by gradients; that a
+Not covered: lengths; labels without `label_epsilon`, which are sent or told by gradients
+(`private_gradients`); that a
 text's noise is smaller where CTI spares tokens (`privacy.token_importance`). The ids in
 `PrivateStates` are the private text: they stay.
 

@@ -1,4 +1,6 @@
-"""How a customer's texts are privatized: every option that changes privacy, in one place.
+"""How a customer's texts are privatized: every option that changes their privacy, in one place.
+
+What gradients of the U-shape tell of labels and true words is in `private_gradients`.
 
 Guarantee: none of its own; `privacy_statement` says what a choice spends.
 """
@@ -52,7 +54,8 @@ class PrivatizerConfig:
     None: labels are as they are."""
     targets: Predicted = "sent"
     """Language modelling: what is to be predicted. sent: the words that were sent, so gradients
-    give nothing else; true: your texts' own tokens, whose gradients give them to the vendor."""
+    give nothing else; true: your texts' own tokens, whose gradients give them to the vendor unless
+    they have noise (dp_epsilon)."""
     unprotected: bool = False
     """Says that you mean it: without a privatizer the vendor can read nearly all of the texts."""
 

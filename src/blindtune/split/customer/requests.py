@@ -90,7 +90,8 @@ class PassConfig:
     """How a customer goes through its texts."""
 
     epochs: int = 1
-    """Passes over the texts; the noise is the same in all of them."""
+    """Passes over the texts; their noise is the same in all of them (noise on gradients is not,
+    and grows with the number of passes)."""
     batch_size: int = 16
     """Texts of one request."""
     accumulate: int = 1

@@ -26,11 +26,10 @@ from blindtune.models.costs import (
     weight_bytes,
 )
 from blindtune.split.bottom import Bottom, open_bottom
-from blindtune.split.customer.private_gradients import check_fit, plan_gradients
+from blindtune.split.customer.private_gradients import GradientConfig, check_fit, plan_gradients
 from blindtune.split.customer.private_texts import ReadingConfig, read_training
 from blindtune.split.customer.privatizer_config import PrivatizerConfig
 from blindtune.split.customer.requests import PassConfig
-from blindtune.training.dp_plan import DpConfig
 
 HEADER_BYTES = 120
 """Of a message with tensors, more or less, without its lengths."""
@@ -47,7 +46,7 @@ def estimate_split_tune(
     privatizer: PrivatizerConfig,
     passes: PassConfig | None = None,
     *,
-    dp: DpConfig | None = None,
+    dp: GradientConfig | None = None,
     reading: ReadingConfig | None = None,
     trust: Trust | None = None,
 ) -> Estimate:
@@ -59,7 +58,7 @@ def estimate_split_tune(
     passes, reading = passes or PassConfig(), reading or ReadingConfig()
     privatizer.check_whole()
     package = open_bottom(bottom, trust=trust)
-    dp, partition = dp or DpConfig(), package.cut.partition
+    dp, partition = dp or GradientConfig(), package.cut.partition
     check_fit(dp, privatizer.for_task(reading.task, partition), partition)
     texts = read_training(package, data, reading)
     gradients = plan_gradients(dp, reading.task, len(texts.ids), passes.epochs)
@@ -83,19 +82,21 @@ def estimate_split_tune(
         if reading.task == "language-model":
             head += 2.0 * table_VD.numel()
         parts["top"] = rate.seconds(2 * trained * head)
-        if gradients is not None and reading.task == "language-model":
-            parts["noise on gradients"] = NOISE_SECONDS * trained * width
+    noised = gradients is not None and gradients.unit == "window"
+    if noised:
+        parts["noise on gradients"] = NOISE_SECONDS * trained * width
     parts["network, at 100 Mbit/s"] = (sent + received) / NETWORK_BYTES_PER_SECOND
     states = tokens * width * FLOAT
     batch = passes.batch_size * longest * width * FLOAT
     logits = passes.batch_size * longest * FLOAT * (
         package.stack.config.vocab_size if reading.task == "language-model" else 0
     )  # fmt: skip
+    kept = min(requests, 2 * passes.checkpoint_steps * passes.accumulate) * batch * noised
     return estimated(
         parts,
         rate,
         memory=states + 40 * batch + 3 * logits,
-        written=states + 8 * tokens,
+        written=states + 8 * tokens + kept,
         tokens=trained,
         sizes={"sent": int(sent), "received": int(received)},
     )

@@ -37,14 +37,18 @@ from blindtune.split.customer.privacy_statement import (
     choose_eta,
     state_privacy,
 )
-from blindtune.split.customer.private_gradients import GradientPlan, check_fit, plan_gradients
+from blindtune.split.customer.private_gradients import (
+    GradientConfig,
+    GradientPlan,
+    check_fit,
+    plan_gradients,
+)
 from blindtune.split.customer.private_states import PrivateStates, privatize
 from blindtune.split.customer.private_texts import PrivateTexts, ReadingConfig, read_training
 from blindtune.split.customer.privatizer_config import PrivatizerConfig
 from blindtune.split.customer.requests import PassConfig, new_token
 from blindtune.split.customer.tuning_run import Watch, Work, tune_two_part, tune_u_shape
 from blindtune.split.terms import TuningConfig
-from blindtune.training.dp_plan import DpConfig
 from blindtune.training.progress import progress_bar
 
 
@@ -81,11 +85,11 @@ def split_tune(
     tuning: TuningConfig | None = None,
     passes: PassConfig | None = None,
     *,
-    dp: DpConfig | None = None,
+    dp: GradientConfig | None = None,
     reading: ReadingConfig | None = None,
     access: AccessConfig | None = None,
     resume: Literal["auto", "never"] = "auto",
-    on_statement: Callable[[PrivacyStatement], None] = lambda _statement: None,
+    on_statement: Callable[[PrivacyStatement], None] | None = None,
     on_part: OnPart = lambda _part, _done, _total: None,
     silent: bool = False,
     trust: Trust | None = None,
@@ -105,8 +109,7 @@ def split_tune(
         resume: "never" refuses a job that is there instead of going on with it.
         on_statement: gets the privacy statement before anything is sent.
         on_part: is told, until then, what is prepared and how much of it is done.
-        silent: no progress bar.
-        trust: whose bottom packages are opened; None: anybody's.
+        silent, trust: no progress bar; whose bottom packages are opened, None: anybody's.
 
     Raises:
         ConfigError: options that contradict each other, or are not those of the job that is there.
@@ -117,19 +120,20 @@ def split_tune(
     connect = connector(vendor, access, traffic)
     package = open_bottom(bottom, trust=trust)
     wanted = _Wanted(
-        privatizer, tuning or TuningConfig(), passes or PassConfig(), dp or DpConfig(),
+        privatizer, tuning or TuningConfig(), passes or PassConfig(), dp or GradientConfig(),
         reading or ReadingConfig(),
     ).fitting(package)  # fmt: skip
     texts = read_training(package, data, wanted.reading)
-    wanted, gradients = wanted.planned(len(texts.ids))
+    wanted = wanted.with_length(len(texts.ids))
     record = _record(package, bottom, texts, wanted)
-    job = _begin_or_find(package, Path(out), record, wanted.privatizer, texts, resume, on_part)
+    job = _begin_or_find(package, Path(out), record, wanted, texts, resume, on_part)
     with job.working():
-        private, statement = _prepare(job, package, texts, wanted, gradients, on_part)
-        on_statement(statement)
+        private, statement = _prepare(job, package, texts, wanted, on_part)
+        if on_statement is not None:
+            on_statement(statement)
         work = Work(
             job, connect, access, traffic, package, private, wanted.tuning, wanted.passes,
-            task=wanted.reading.task, outputs=_outputs(wanted.reading, texts), gradients=gradients,
+            wanted.reading.task, _outputs(wanted.reading, texts), statement.gradients,
         )  # fmt: skip
         return _tune(work, statement, silent)
 
@@ -141,7 +145,7 @@ class _Wanted:
     privatizer: PrivatizerConfig
     tuning: TuningConfig
     passes: PassConfig
-    dp: DpConfig
+    dp: GradientConfig
     reading: ReadingConfig
 
     def fitting(self, package: Bottom) -> _Wanted:
@@ -152,16 +156,16 @@ class _Wanted:
         check_fit(self.dp, privatizer, partition)
         return replace(self, privatizer=privatizer)
 
-    def planned(self, texts: int) -> tuple[_Wanted, GradientPlan | None]:
-        """The same with what follows from the number of texts, and the noise on their gradients.
-
-        A schedule that needs a length gets the run's, where none is given.
-        """
-        gradients = plan_gradients(self.dp, self.reading.task, texts, self.passes.epochs)
+    def with_length(self, texts: int) -> _Wanted:
+        """A schedule that needs a length gets the run's, where none is given."""
         if self.tuning.schedule == "constant" or self.tuning.max_steps:
-            return self, gradients
+            return self
         steps = len(self.passes.steps(texts))
-        return replace(self, tuning=replace(self.tuning, max_steps=steps)), gradients
+        return replace(self, tuning=replace(self.tuning, max_steps=steps))
+
+    def gradients(self, texts: int) -> GradientPlan | None:
+        """The noise on the gradients of so many texts."""
+        return plan_gradients(self.dp, self.reading.task, texts, self.passes.epochs)
 
 
 def _outputs(reading: ReadingConfig, texts: PrivateTexts) -> int:
@@ -190,15 +194,16 @@ def _begin_or_find(
     package: Bottom,
     out: Path,
     record: JobRecord,
-    privatizer: PrivatizerConfig,
+    wanted: _Wanted,
     texts: PrivateTexts,
     resume: str,
     on_part: OnPart,
 ) -> CustomerJob:
     """The job; what its options can be wrong about is known before it is there."""
     if not (out / MARK).exists():
-        eta = choose_eta(package, texts.ids, privatizer)
-        groups = _made_groups(package, privatizer, on_part)
+        eta = choose_eta(package, texts.ids, wanted.privatizer)
+        wanted.gradients(len(texts.ids))
+        groups = _made_groups(package, wanted.privatizer, on_part)
         chosen = msgspec.structs.replace(record, eta=eta)
         job = CustomerJob.begin(out, chosen, new_token())
         if groups is not None:
@@ -228,7 +233,6 @@ def _prepare(
     package: Bottom,
     texts: PrivateTexts,
     wanted: _Wanted,
-    gradients: GradientPlan | None,
     on_part: OnPart,
 ) -> tuple[PrivateStates, PrivacyStatement]:
     """The private states and what sending them spends: made once, found again later."""
@@ -244,7 +248,7 @@ def _prepare(
                 f"{job.path}: the states that were sent are gone, and another draw for the same "
                 "texts would spend again: put private.safetensors back, or give the job up"
             )
-        if privatizer.label_epsilon is not None or gradients is not None:
+        if privatizer.label_epsilon is not None or wanted.dp.epsilon is not None:
             # In an order that nobody knows: the place in a sorted file would tell the label.
             texts = texts.taken(system_uniforms(len(texts.ids)).argsort().tolist())
         # Nothing was sent yet: what an earlier call drew and lost spent nothing.
@@ -265,8 +269,8 @@ def _prepare(
     if statement is None:
         statement = state_privacy(
             package, private, privatizer, eta,
-            groups=groups, classes=classes, epochs=wanted.passes.epochs, gradients=gradients,
-            shortened=texts.shortened,
+            groups=groups, classes=classes, epochs=wanted.passes.epochs,
+            gradients=wanted.gradients(len(texts.ids)), shortened=texts.shortened,
         )  # fmt: skip
         job.keep_statement("tuning", statement)
     return private, statement

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
-from blindtune.errors import DataError, VerificationError
+from blindtune.errors import VerificationError
 from blindtune.exchange.wire.messages import WINDOW
 from blindtune.exchange.wire.resuming import ResumingTransport
 from blindtune.split.bottom import Bottom
@@ -104,15 +104,9 @@ def _gradient_noise(work: Work) -> GradientNoise | None:
     """The noise of the job's gradients, with those that were sent already."""
     if work.gradients is None:
         return None
-    folder = work.job.gradients_path
     if work.job.record.state == "begun":
-        folder.mkdir(mode=0o700, exist_ok=True)
-    elif not folder.is_dir():
-        raise DataError(
-            f"{work.job.path}: the gradients that were sent are gone, and noise on them drawn "
-            f"again would spend again: put {folder.name}/ back, or give the job up"
-        )
-    return GradientNoise(work.gradients, folder)
+        return GradientNoise.begin(work.gradients, work.job.gradients_path)
+    return GradientNoise(work.gradients, work.job.gradients_path)
 
 
 def _open_or_resume(work: Work) -> ResumingTransport:

@@ -219,7 +219,7 @@ def train_u_shape(
 
     Raises:
         DataError: no labels, or `applied` is not at the end of a step.
-        PolicyError: the vendor went back so far that a gradient would be noised twice.
+        PolicyError: a gradient would be noised twice.
     """
     if private.labels is None and not language_model:
         raise DataError("expected labels to train with: privatize the texts with their labels")
@@ -249,6 +249,8 @@ def train_u_shape(
                 trunk.checkpoint()
                 if noise is not None:
                     noise.forget(min(top.numbers(), default=0))
+    if noise is not None:
+        noise.forget(trunk.applied)  # it is whole at both parties
     return losses
 
 
