@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from blindtune.attacks import language_prior
 from blindtune.attacks.adversary import Candidates
 from blindtune.attacks.language_prior import CausalPrior, decode, right_by_weight
+from blindtune.attacks.spelled_prior import SpelledPrior
 from blindtune.errors import ConfigError, DataError, ModelError
 from blindtune.evaluation.audits import estimate, language_attack
 from blindtune.evaluation.audits.attribute_attack import ATTACK, MEASURE, read_attribute
@@ -173,12 +174,12 @@ def test_a_prior_of_few_positions_reads_texts_of_as_many_and_longer(world, tmp_p
     assert list(map(len, guess)) == [3, 8, 12]
 
 
-def test_a_model_of_other_words_is_refused(world, tmp_path):
+def test_a_model_of_other_words_spells_them(world, tmp_path):
     other = tiny_tokenizer()
     other.add_tokens(["<new>"])
     write_bottom(tiny_encoder("bert"), other, tmp_path / "bottom", Cut(layers=3, cut=0))
-    with pytest.raises(ConfigError, match=r"lacks 1 of its \d+ words .* own tokenizer"):
-        language_attack.open_prior(world / "model", open_bottom(tmp_path / "bottom"))
+    prior = language_attack.open_prior(world / "model", open_bottom(tmp_path / "bottom"))
+    assert isinstance(prior, SpelledPrior)
     with pytest.raises(ModelError, match="expected"):
         audited(world, prior=str(world / "bottom0"))
 

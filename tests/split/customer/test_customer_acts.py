@@ -415,6 +415,16 @@ def test_contradictions_of_privacy_are_refused(options, words):
         PrivatizerConfig(**options)
 
 
+def test_the_privatizer_follows_from_what_is_given():
+    assert PrivatizerConfig(eta=1.0).privatizer == "exponential"
+    assert PrivatizerConfig(public_text="public.txt").privatizer == "groups"
+    assert PrivatizerConfig(public_text="public.txt", eta=1.0).privatizer == "groups"
+    with pytest.raises(ConfigError, match="public_text with privatizer groups"):
+        PrivatizerConfig(privatizer="token", eta=1.0, public_text="public.txt")
+    with pytest.raises(ConfigError, match="follows from wrong_guesses"):
+        PrivatizerConfig(public_text="public.txt", changed_share=0.5)
+
+
 def test_some_amount_of_noise_must_be_chosen(tmp_path, data):
     with pytest.raises(ConfigError, match=r"changed_share 0\.5 finds"):
         tune(World(tmp_path), data, tmp_path / "job", PrivatizerConfig())

@@ -18,7 +18,7 @@ from blindtune.attacks.attribute_inference import AttributeConfig
 from blindtune.attacks.language_prior import TOGETHER
 from blindtune.evaluation.audits.adapter import both_kinds, reading_of
 from blindtune.evaluation.audits.audit import AdversaryConfig, AuditConfig
-from blindtune.evaluation.audits.language_attack import BEAMS, check_words
+from blindtune.evaluation.audits.language_attack import BEAMS, has_words
 from blindtune.evaluation.audits.split import attributes, check_adversary
 from blindtune.evaluation.audits.split_subject import read_audited, spread_texts
 from blindtune.exchange.packages.package import open_package
@@ -36,6 +36,7 @@ from blindtune.models.costs import (
     weight_bytes,
 )
 from blindtune.models.decoder import Decoder, context_limit
+from blindtune.models.loading import load_tokenizer
 from blindtune.offsite.data_owner.tuning_estimate import ADAMW_SECONDS
 from blindtune.offsite.model_owner.package_estimates import shape_of
 from blindtune.split.bottom import open_bottom
@@ -176,20 +177,29 @@ def estimate_audit_split(
         made = rate.seconds(AttributeConfig().draws * config.public_tokens * search)
         parts["attribute inference, at most"] = made + config.attack_seconds
     if adversary.prior is not None:
-        check_words(adversary.prior, package)
-        model = sketch(adversary.prior)
-        parts |= _weighing(rate, model, attacked, longest, config)
+        model, same = sketch(adversary.prior), has_words(load_tokenizer(adversary.prior), package)
+        parts |= _weighing(rate, model, attacked, longest, config, anew=not same)
         memory += _weighing_bytes(model, max(longest, *map(len, theirs)))
     return estimated(parts, rate, memory=memory, written=WRITTEN, tokens=attacked)
 
 
 def _weighing(
-    rate: Rate, model: PreTrainedModel, attacked: int, longest: int, config: AuditConfig
+    rate: Rate,
+    model: PreTrainedModel,
+    attacked: int,
+    longest: int,
+    config: AuditConfig,
+    *,
+    anew: bool,
 ) -> dict[str, float]:
-    """Seconds to load a language model and to weigh the candidates of two attacks with it."""
+    """Seconds to load a language model and to weigh the candidates of two attacks with it.
+
+    `anew`: it has other words, and reads each beginning from its first.
+    """
     cost = decoder_cost(Decoder(model), longest)
     calls = len(cost.layers) * attacked * (1 + 1 / TOGETHER)  # rehearsed one by one
-    weighed = min(config.attack_seconds, rate.seconds(2 * BEAMS * attacked * cost.forward, calls))
+    flops = 2 * BEAMS * attacked * cost.forward * (longest / 2 if anew else 1)
+    weighed = min(config.attack_seconds, rate.seconds(flops, calls))
     return {
         "load the language model": weight_bytes(model) / READ_BYTES_PER_SECOND,
         "language model, two attacks": 2 * weighed,

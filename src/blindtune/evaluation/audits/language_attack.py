@@ -1,7 +1,8 @@
 """What attacks on split tuning found, weighed by a causal language model that the adversary has.
 
-Its words must be the bottom's, as candidates are words of the bottom. How far to trust it is
-rehearsed, as for every prior (`attacks.language_prior`). Half of the time that it is given goes to
+Candidates are words of the bottom; a model with other words reads them as it would spell them
+(`attacks.spelled_prior`). How far to trust it is rehearsed, as for every prior
+(`attacks.language_prior`). Half of the time that it is given goes to
 that at most, and texts that it does not finish keep what the likelihoods say.
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from blindtune.attacks.adversary import Candidates, Guess
@@ -23,6 +25,7 @@ from blindtune.attacks.language_prior import (
     decode,
     right_by_weight,
 )
+from blindtune.attacks.spelled_prior import SpelledPrior, spelling_of
 from blindtune.errors import ConfigError
 from blindtune.evaluation.utility.loss import loss_on_targets
 from blindtune.models.decoder import Decoder, context_limit
@@ -34,7 +37,7 @@ BEAMS = 8
 """Texts in the making that are kept; each costs the model a pass."""
 
 
-def open_prior(name: str | Path, bottom: Bottom, texts: Sequence[Tensor] = ()) -> CausalPrior:
+def open_prior(name: str | Path, bottom: Bottom, texts: Sequence[Tensor] = ()) -> Prior:
     """Load the language model.
 
     Args:
@@ -43,21 +46,26 @@ def open_prior(name: str | Path, bottom: Bottom, texts: Sequence[Tensor] = ()) -
         texts: public ones, which say what stands best before a text's first word.
 
     Raises:
-        ConfigError: its words are not the bottom's. ModelError: it cannot be had.
+        ConfigError: it has the bottom's words and does not predict all of them. ModelError: it
+            cannot be had.
     """
-    tokenizer = check_words(name, bottom)
-    model = load_model(name)
+    tokenizer, model = load_tokenizer(name), load_model(name)
+    decoder, texts = Decoder(model), texts[:TOGETHER]
+    marks = (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    if not has_words(tokenizer, bottom):
+        spelling = spelling_of(bottom.tokenizer, tokenizer)
+        spelled = [[i for word in text_L.tolist() for i in spelling[word]] for text_L in texts]
+        begin = _best_begin(decoder, [torch.tensor(ids) for ids in spelled], marks)
+        return SpelledPrior(decoder, spelling, begin)
     words = 1 + max(bottom.tokenizer.get_vocab().values())
     if model.config.vocab_size < words:
         raise ConfigError(
             f"expected a prior that predicts all {words:,} words of the bottom, got {name} with "
             f"{model.config.vocab_size:,}: give the model of this tokenizer"
         )
-    decoder = Decoder(model)
     if bottom.margins.before:
         return CausalPrior(decoder)  # every text begins as it should
-    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
-    return CausalPrior(decoder, _best_begin(decoder, texts[:TOGETHER], (None, *marks)))
+    return CausalPrior(decoder, _best_begin(decoder, texts, marks))
 
 
 def _best_begin(model: Decoder, texts: Sequence[Tensor], marks: Sequence[int | None]) -> int | None:
@@ -82,22 +90,10 @@ def _best_begin(model: Decoder, texts: Sequence[Tensor], marks: Sequence[int | N
     return min(dict.fromkeys(marks), key=nats)
 
 
-def check_words(name: str | Path, bottom: Bottom) -> Any:
-    """The model's tokenizer; refuse one whose words are not the bottom's, without its weights.
-
-    Raises:
-        ConfigError, ModelError: as for `open_prior`.
-    """
-    tokenizer = load_tokenizer(name)
-    mine, its = bottom.tokenizer.get_vocab(), tokenizer.get_vocab()
-    other = sum(its.get(word) != place for word, place in mine.items())
-    if other:
-        raise ConfigError(
-            f"expected a prior with the words of the bottom, got {name}, which lacks {other:,} of "
-            f"its {len(mine):,} words or numbers them otherwise: give a causal language model with "
-            "the bottom's own tokenizer, such as the vendor's"
-        )
-    return tokenizer
+def has_words(tokenizer: Any, bottom: Bottom) -> bool:
+    """Whether a model's tokenizer has all words of the bottom, by the same numbers."""
+    its = tokenizer.get_vocab()
+    return all(its.get(word) == place for word, place in bottom.tokenizer.get_vocab().items())
 
 
 def weighed(

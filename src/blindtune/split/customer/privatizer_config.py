@@ -17,7 +17,7 @@ from blindtune.privacy.randomized_response import MAX_EPSILON
 from blindtune.privacy.token_importance import ImportanceConfig, SpecialPolicy
 from blindtune.privacy.word_groups import GroupingConfig
 
-PrivatizerName = Literal["token", "exponential", "vector", "block-output", "groups", "none"]
+PrivatizerName = Literal["auto", "token", "exponential", "vector", "block-output", "groups", "none"]
 Predicted = Literal["sent", "true"]
 
 
@@ -25,11 +25,12 @@ Predicted = Literal["sent", "true"]
 class PrivatizerConfig:
     """How private texts are noised before anything leaves. Everything here changes privacy."""
 
-    privatizer: PrivatizerName = "exponential"
-    """What is noised: exponential (a word is drawn, the nearer the likelier), token (word
-    embedding, then the nearest word: the same promise, at a far larger eta), vector (word
-    embedding), block-output (states after the bottom); groups: every word becomes its group's, a
-    promise of another kind (docs/privacy.md); none: nothing, only with --unprotected."""
+    privatizer: PrivatizerName = "auto"
+    """What is noised. groups: every word becomes its group's, a promise of another kind
+    (docs/privacy.md) and the most accuracy where attacks read as much; exponential (a word is
+    drawn, the nearer the likelier), token (word embedding, then the nearest word: the same promise,
+    at a far larger eta), vector (word embedding), block-output (states after the bottom); none:
+    nothing, only with --unprotected. auto: groups where public_text is given, else exponential."""
     eta: float | None = None
     """Privacy per token, per unit of distance between embeddings; smaller is more private."""
     changed_share: float | None = None
@@ -42,7 +43,7 @@ class PrivatizerConfig:
     clip_norm: float | None = None
     """Block-output only: states are shortened to this length first, which bounds what is spent."""
     public_text: str | None = None
-    """Groups only: a file of public text of the kind that yours is; words are counted in it."""
+    """A file of public text of the kind that yours is, for groups: words are counted in it."""
     wrong_guesses: float = 0.6
     """Groups only: share of frequent words' tokens that a guess by frequency shall get wrong."""
     special: SpecialPolicy = "keep"
@@ -64,6 +65,9 @@ class PrivatizerConfig:
         if self.privatizer not in get_args(PrivatizerName):
             names = ", ".join(get_args(PrivatizerName))
             raise ConfigError(f"expected privatizer {names}, got {self.privatizer!r}")
+        if self.privatizer == "auto":
+            chosen = "exponential" if self.public_text is None else "groups"
+            object.__setattr__(self, "privatizer", chosen)
         self._check_targets()
         if (self.privatizer == "none") != self.unprotected:
             raise ConfigError(
@@ -154,9 +158,9 @@ class PrivatizerConfig:
             and self.changed_share is None
         ):
             raise ConfigError(
-                "expected eta (--eta) or changed_share: no amount of noise is "
-                "right for all; changed_share 0.5 finds the eta at which half of your tokens "
-                "change, a good start"
+                "expected public_text, eta (--eta) or changed_share: public_text makes word "
+                "groups, which keep the most accuracy; no amount of noise is right for all, and "
+                "changed_share 0.5 finds the eta at which half of your tokens change, a good start"
             )
 
     def mechanism(self, eta: float | None) -> Mechanism | None:
@@ -164,6 +168,7 @@ class PrivatizerConfig:
         if self.privatizer == "none" or (self.privatizer == "groups" and eta is None):
             return None
         assert eta is not None
+        assert self.privatizer != "auto"  # chosen when the config was made
         mode = "token" if self.privatizer == "groups" else self.privatizer
         return Mechanism(eta=eta, mode=mode, clip_norm=self.clip_norm)
 

@@ -1,0 +1,111 @@
+"""A causal language model of other words as a prior: the bottom's words are spelled in its own.
+
+Every word of the bottom stands for a fixed row of the model's tokens, its spelling; a text is their
+concatenation. Of a word after a beginning the first token's probability is told at once, for all
+words by one pass over the beginning; what is left of a long spelling is told with the word after
+it, for by then the model has read it. So the scores of a finished text add up to the model's own
+of that spelling, but for the rest of its last word.
+
+A text may have another spelling that the model likes better (pieces of a word that it knows whole);
+that errs to the defender's side.
+
+Shapes: B beams, K candidates, L words before, R beginnings, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from blindtune.attacks.language_prior import NO_WORD
+from blindtune.models.decoder import Decoder, context_limit
+
+Spelling = tuple[tuple[int, ...], ...]
+"""The tokens of every word, by the word's id; none for words that are never said."""
+
+
+@final
+class SpelledPrior:
+    """What a causal language model says of the next word, through its spelling (see `Prior`).
+
+    Args:
+        model: the language model.
+        spelling: of every word of the bottom in the model's tokens.
+        begin_id: what stands before a text's first token; None: the first word gets no prior.
+    """
+
+    def __init__(self, model: Decoder, spelling: Spelling, begin_id: int | None = None) -> None:
+        self._model, self._spelling = model, spelling
+        self._begin = () if begin_id is None else (begin_id,)
+        self._limit = context_limit(model.config)
+        first = [tokens[0] if tokens else -1 for tokens in spelling]
+        self._first_V = torch.tensor([*first, -1])  # the last stands for rows that are no words
+
+    def log_probabilities(self, before_BL: Tensor, word_BK: Tensor) -> Tensor:
+        """See `Prior`."""
+        beginnings = [self._spelled(row) for row in before_BL.tolist()]
+        first_BK = self._first_V[word_BK.clamp(max=len(self._spelling))]
+        said_BK = torch.zeros(word_BK.shape)
+        for length in {len(tokens) for tokens, _ in beginnings} - {0}:
+            places = [i for i, (tokens, _) in enumerate(beginnings) if len(tokens) == length]
+            rows = {beginnings[i]: None for i in places}
+            row_of = {beginning: row for row, beginning in enumerate(rows)}
+            log_RV, rest_R = self._read(list(rows))
+            row_N = torch.tensor([row_of[beginnings[i]] for i in places])
+            chosen_NK = first_BK[places].clamp(min=0)
+            said_BK[places] = log_RV[row_N[:, None], chosen_NK] + rest_R[row_N][:, None]
+        return said_BK.masked_fill(first_BK < 0, NO_WORD)
+
+    def forget(self) -> None:
+        """See `Prior`; it keeps nothing."""
+
+    def _spelled(self, words: Sequence[int]) -> tuple[tuple[int, ...], int]:
+        """The tokens of a beginning, and how many of them are the rest of its last word."""
+        known = [self._spelling[word] for word in words if word < len(self._spelling)]
+        tokens = (*self._begin, *(token for spelled in known for token in spelled))
+        rest = len(known[-1]) - 1 if known and known[-1] else 0
+        if self._limit is not None:
+            tokens = tokens[-self._limit :]
+        return tokens, min(rest, max(0, len(tokens) - 1))
+
+    @torch.no_grad()
+    def _read(self, beginnings: Sequence[tuple[tuple[int, ...], int]]) -> tuple[Tensor, Tensor]:
+        """log P of every token after each beginning [R, V], and of its last word's rest [R]."""
+        device = next(self._model.model.parameters()).device
+        ids_RT = torch.tensor([tokens for tokens, _ in beginnings], device=device)
+        kept = 1 + max(rest for _, rest in beginnings)
+        logits_RKV = self._model.model(
+            input_ids=ids_RT, attention_mask=torch.ones_like(ids_RT), logits_to_keep=kept
+        ).logits[:, -kept:]
+        log_RKV = logits_RKV.float().log_softmax(2).cpu()
+        rest_R = torch.zeros(len(beginnings))
+        for row, (tokens, rest) in enumerate(beginnings):
+            for back in range(1, rest + 1):  # the token `back` from the end, by the one before it
+                rest_R[row] += log_RKV[row, -1 - back, tokens[-back]]
+        return log_RKV[:, -1], rest_R
+
+
+def spelling_of(words: Any, model: Any) -> Spelling:
+    """How each word of one tokenizer is spelled in another's tokens.
+
+    A word is spelled as it stands after another one: with the space before it, or, if it goes on
+    with that one, without. Words of either end of a text are never said.
+
+    Args:
+        words: the bottom's tokenizer.
+        model: the language model's.
+    """
+    anchor = words("a", add_special_tokens=False)["input_ids"][-1]
+    size = 1 + max(words.get_vocab().values())
+    pairs = [[anchor, word] for word in range(size)]
+    before = words.decode([anchor], clean_up_tokenization_spaces=True)
+    shown = words.batch_decode(pairs, clean_up_tokenization_spaces=True)
+    never = set(words.all_special_ids)
+    texts = [
+        "" if word in never else text[len(before) :] if text.startswith(before) else text
+        for word, text in enumerate(shown)
+    ]
+    return tuple(tuple(ids) for ids in model(texts, add_special_tokens=False)["input_ids"])
