@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blindtune.attacks.adversary import Candidates
-from blindtune.attacks.language_prior import NO_WORD, CausalPrior, decode
+from blindtune.attacks.language_prior import NO_WORD, CausalPrior, JointPrior, decode
 from blindtune.attacks.spelled_prior import SpelledPrior, spelling_of
 from blindtune.models.decoder import Decoder
 from blindtune.models.encoders import load_any
@@ -102,3 +102,16 @@ def test_the_tiny_tokenizer_spells_its_own_words():
     said = tokenizer("good film", add_special_tokens=False)["input_ids"]
     tokens = [token for word in said for token in spelling[word]]
     assert tokenizer.decode(tokens).split() == tokenizer.decode(said).split()
+
+
+def test_priors_that_are_joined_must_agree():
+    decoder = Decoder(tiny_model("smollm2"))
+    one, two = CausalPrior(decoder, 1), SpelledPrior(decoder, SAME, 2)
+    before_BL, word_BK = torch.tensor([[5, 6], [7, 8]]), torch.tensor([[9, 10], [11, 12]])
+    joined = JointPrior(one, two)
+    torch.testing.assert_close(
+        joined.log_probabilities(before_BL, word_BK),
+        one.log_probabilities(before_BL, word_BK) + two.log_probabilities(before_BL, word_BK),
+    )
+    joined.forget()
+    assert one._cache is None

@@ -6,7 +6,8 @@ Sources: re-ranking in Bayes-optimal reconstruction (arXiv 2410.17052) and BeamC
     log P(seen | word) + weight * log P(word | words before).
 
 Two priors: counts of the public text (`NgramPrior`, no model), and any causal language model with
-the same vocabulary (`CausalPrior`); for a decoder the vendor's own model is one.
+the same vocabulary (`CausalPrior`; for a decoder the vendor's own model is one) or with another
+(`spelled_prior`). `JointPrior` takes both.
 
 Beams of several texts, or of all weights of a rehearsed text, grow together by a word a step, so a
 model reads them in one batch, each beginning that several of them share once, and of each but its
@@ -158,6 +159,27 @@ class CausalPrior:
         self._rows, self._length = rows, ids_RL.shape[1]
         said_RV: Tensor = logits_RLV[:, -1].float().log_softmax(1).cpu()
         return said_RV
+
+
+@final
+class JointPrior:
+    """Several priors at once: each must find a word likely, as experts that multiply (Hinton 2002).
+
+    A language model knows the language, counts of public text its subject and manner.
+    """
+
+    def __init__(self, *priors: Prior) -> None:
+        self._priors = priors
+
+    def log_probabilities(self, before_BL: Tensor, word_BK: Tensor) -> Tensor:
+        """The sum of their logarithms, normed by nobody (see `Prior`)."""
+        said = [prior.log_probabilities(before_BL, word_BK) for prior in self._priors]
+        return torch.stack(said).sum(0)
+
+    def forget(self) -> None:
+        """See `Prior`."""
+        for prior in self._priors:
+            prior.forget()
 
 
 def decode(

@@ -24,7 +24,7 @@ from blindtune.attacks.embedding_inversion import nearest_tokens
 from blindtune.attacks.fitting import FitConfig
 from blindtune.attacks.gradient_matching import filled
 from blindtune.attacks.imitation import Imitation
-from blindtune.attacks.language_prior import NgramPrior, Prior, best_weight, decode
+from blindtune.attacks.language_prior import JointPrior, NgramPrior, Prior, best_weight, decode
 from blindtune.attacks.likelihoods import token_candidates, vector_candidates
 from blindtune.attacks.trained_inversion import (
     Inverter,
@@ -53,7 +53,7 @@ ENDED = "Training of a network was ended by --attack-seconds: a longer one may r
 LEARNED = "trained inverter"
 """The attack that every audit with public text enough runs."""
 TRIGRAMS = "weighed by trigrams of public text"
-MODEL = "weighed by a causal language model"
+MODEL = "weighed by a causal language model and these trigrams together"
 Told = Callable[[str, int, int], None]
 
 
@@ -410,10 +410,10 @@ class SplitAttacks:
         guess = decode(found, self._trigrams, weight=weight)
         self._add(f"{attack}, trigrams", f"{knew}; then {TRIGRAMS}.", guess, f"{note} {said}")
         if self._equipment.prior is not None:
+            prior = JointPrior(self._equipment.prior, self._trigrams)
             guess, said = weighed(
-                found, rehearsed, self._rehearsed, self._equipment.prior,
-                self._config.attack_seconds,
-            )  # fmt: skip
+                found, rehearsed, self._rehearsed, prior, self._config.attack_seconds
+            )
             self._add(
                 f"{attack}, language model", f"{knew}; then {MODEL}.", guess, f"{note} {said}"
             )
