@@ -24,10 +24,10 @@ MODELS = {"attribute": "minilm", "dummies": "minilm", "prior": "smollm2-135m"}
 ROWS = {
     "attribute": [(0, None), (4, None), (0, 80.0), (0, 50.0)],
     "dummies": [(4, None), (5, None), (4, 80.0)],
-    "prior": [(0, 45.0), (0, 35.0), (0, "exponential")],
+    "prior": [(0, "groups"), (0, 45.0), (0, 35.0), (0, "exponential")],
 }
-"""Of each part: (cut, noise). Noise: None; the eta of token mode; or the exponential mechanism, at
-which `CHANGED` of the tokens come out as others."""
+"""Of each part: (cut, noise). Noise: None; the eta of token mode; the exponential mechanism, at
+which `CHANGED` of the tokens come out as others; or word groups, counted in the public text."""
 CHANGED = 0.4
 TEST = {"attribute": 4000, "dummies": 800, "prior": 800}
 PUBLIC = {"attribute": 30_000, "dummies": 15_000, "prior": 15_000}
@@ -36,6 +36,7 @@ LENGTH = 48
 KEPT = (
     "nearest neighbour", "trained inverter", "dummy embeddings", "Bayes", "Bayes, trigrams",
     "Bayes, language model", "trained inverter, trigrams", "trained inverter, language model",
+    "word of the group", "word of the group, trigrams", "word of the group, language model",
     "attribute inference", "commonest value, no attack",
 )  # fmt: skip
 
@@ -82,8 +83,10 @@ def words_of(row):
     return tuple(row["text"].lower().split())
 
 
-def privatizer(noise):
+def privatizer(noise, public):
     """How a row's texts are noised."""
+    if noise == "groups":
+        return PrivatizerConfig(privatizer=noise, public_text=str(public))
     if noise is None:
         return PrivatizerConfig(privatizer="none", unprotected=True)
     if noise == "exponential":
@@ -93,7 +96,7 @@ def privatizer(noise):
 
 def shown(noise):
     """A row's noise in its name."""
-    return {None: "no noise", "exponential": "exponential"}.get(noise) or f"eta {noise:g}"
+    return f"eta {noise:g}" if isinstance(noise, float) else noise or "no noise"
 
 
 def row(options, part, cut, noise, folder):
@@ -110,7 +113,7 @@ def row(options, part, cut, noise, folder):
     }
     audit = audit_split(
         folder / "bottom", data=private, public=public,
-        privatizer=privatizer(noise),
+        privatizer=privatizer(noise, public),
         reading=ReadingConfig(max_length=LENGTH),
         config=AuditConfig(test_tokens=TEST[part] // few, public_tokens=PUBLIC[part] // few,
                            attack_seconds=SECONDS[part] / few, fresh_draws=1),

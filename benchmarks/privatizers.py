@@ -13,6 +13,8 @@ leaks, leaks-fpb: what attackers read of 300 test texts, and how fast they are r
     chooses among its likeliest words by the trigrams of these texts, as far as a rehearsal on some
     of them says that this helps. "rare" are tokens outside the 200 commonest words of public text:
     a privatizer that changes nothing but function words has an EP too.
+language: the same of 40 texts and with a language model (SmolLM2-135M, which spells MiniLM's words
+    in its own) beside trigrams.
 
 d_chi, exponential: `Mechanism` in token and exponential mode.
 gaussian: the control: a normal vector as long as d_chi's noise, then the nearest word.
@@ -25,6 +27,9 @@ exponential-equal: the same at a smaller eta: the strongest attack reads as much
 context: the exponential mechanism on other vectors: a word's contextual vector
     (`split.customer.word_vectors`) of length 1.
 meaning: the same, each vector times the square root of the word's importance.
+groups: word groups of the strength that `split-tune` has without being told; no noise.
+groups-equal: a little coarser: the strongest attack of "leaks" reads as much as of d_chi.
+coarse: much coarser: what a language model reads of it is like what it reads of d_chi.
 CTI: contributing tokens spared in training texts, at equal EP in training.
 denoised: what is sent is the posterior mean of the embedding, given the word that was drawn, with
     word frequencies of public text (WikiText, speeches).
@@ -32,11 +37,13 @@ denoised: what is sent is the posterior mean of the embedding, given the word th
 
 import time
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
 from blindtune.attacks.adversary import Candidates
-from blindtune.attacks.language_prior import NgramPrior, best_weight, decode
+from blindtune.attacks.language_prior import JointPrior, NgramPrior, best_weight, decode
+from blindtune.evaluation.audits.language_attack import open_prior, weighed
 from blindtune.evaluation.leakage.empirical_privacy import contributing_masks, empirical_privacy
 from blindtune.models.encoders import load_any
 from blindtune.models.margins import margins_of
@@ -45,6 +52,7 @@ from blindtune.privacy.draw_level import DrawSurvey
 from blindtune.privacy.entropy import system_uniforms
 from blindtune.privacy.metric_dp import d_chi_noise
 from blindtune.privacy.nearest import NearestRows
+from blindtune.privacy.word_groups import GroupingConfig
 from blindtune.privacy.word_sampling import WordSampler
 from blindtune.split.customer.private_states import privatize
 from blindtune.split.customer.requests import predict, train
@@ -65,13 +73,20 @@ from split import (
     tuning,
 )
 
-PARTS = ("leaks", "sst2", "leaks-fpb", "fpb", "cost")
+PARTS = ("leaks", "sst2", "leaks-fpb", "fpb", "language", "cost")
 ETA, SHARE = 80.0, {"sst2": 0.397, "fpb": 0.372}  # of d_chi; tokens it changes (split-TASK.json)
 # Tokens that the exponential mechanism must change, so that the strongest attack here reads as many
 # of its words as of d_chi's: its words lie nearer, and tell more where they are others.
 EQUAL = {"sst2": 0.455, "fpb": 0.44}
 DRAWN = ("exponential", "context", "meaning")
-KINDS = ("d_chi", *DRAWN, "gaussian", "shifted")
+GROUPED = ("groups", "coarse")
+KINDS = ("d_chi", *DRAWN, "gaussian", "shifted", *GROUPED)
+# Read by a language model too: (kind, whether at d_chi's EP under the attacks of "leaks").
+READ = (("groups", False), ("d_chi", False), ("coarse", False), ("exponential", True))
+MODEL, READ_TEXTS, READ_SECONDS = "smollm2-135m", 40, 700.0
+# Of groups: wrong guesses by frequency, and words in a group of rare ones.
+WRONG, RARE_SIZE = {"groups": 0.6, "coarse": 0.75}, {"groups": 2.0, "coarse": 4.0}
+WRONG_EQUAL = {"sst2": 0.61, "fpb": 0.69}  # at which the strongest attack here reads as of d_chi
 LIKELY, DRAWS = 1000, 8  # words that Bayes' rule considers, and draws for each to denoise
 ATTACKERS_DRAWS = 32  # the attacker's draws for each
 ATTACKED, FREQUENT = 300, 200  # test texts; words that are not rare
@@ -94,6 +109,7 @@ class Vocabulary:
         share_V = self.public_V / self.public_V.sum()
         self.importance_V = (PIVOT / (PIVOT + share_V)).square()
         self.shift_path = bench.work / "shift.pt"
+        self.groups = cache(lambda kind, wrong: bench.groups(grouping(kind, wrong)))
 
     def vectors(self, kind):
         """Between what the exponential mechanism takes its distances."""
@@ -103,7 +119,12 @@ class Vocabulary:
         return vector_VD if kind == "context" else vector_VD * self.importance_V[:, None].sqrt()
 
     def draw(self, kind, strength, ids_N):
-        """A word for every token, at a strength: eta, or for all noises D over their mean norm."""
+        """A word for every token, at a strength: eta, or for all noises D over their mean norm.
+
+        Of groups the share of wrong guesses.
+        """
+        if kind in GROUPED:
+            return self.groups(kind, strength).apply(ids_N)
         if kind in DRAWN:
             return WordSampler(self.vectors(kind)).draw(ids_N, strength, system_uniforms)
         word_ND = self.table_VD[ids_N].double()
@@ -143,6 +164,9 @@ class Vocabulary:
 
     def channel(self, kind, strength, word_K, sent_U, draws):
         """log P(y | x) [U, K]: computed for what is drawn, counted for noise."""
+        if kind in GROUPED:
+            mine_UK = self.groups(kind, strength).apply(word_K) == sent_U[:, None]
+            return torch.where(mine_UK, 0.0, -torch.inf)
         if kind in DRAWN:
             sampler = WordSampler(self.vectors(kind))
             return sampler.log_probabilities(word_K, strength, sent_U).T.float()
@@ -157,7 +181,8 @@ class Vocabulary:
         """log P(x | y) [U, K] by word frequencies, log P(y | x) [U, K], and the words x [K]."""
         prior_V = ((count_V + 0.5) / (count_V.sum() + 0.5 * len(count_V))).log()
         prior_V[self.special] = -torch.inf
-        word_K = torch.cat([prior_V.topk(LIKELY).indices, sent_U]).unique()
+        likely = len(prior_V) if kind in GROUPED else LIKELY
+        word_K = torch.cat([prior_V.topk(likely).indices, sent_U]).unique()
         channel_UK = self.channel(kind, strength, word_K, sent_U, draws)
         return (channel_UK + prior_V[word_K]).log_softmax(1), channel_UK, word_K
 
@@ -180,11 +205,17 @@ class Vocabulary:
         return sent_N.split([len(text) for text in ids])
 
 
+def grouping(kind, wrong):
+    """How coarse groups are."""
+    return GroupingConfig(wrong_guesses=wrong, rare_size=RARE_SIZE[kind])
+
+
 class Task:
     """Texts of a seed as ids, and how many of their tokens shall come out changed."""
 
     def __init__(self, bench, words, name, seed, *, equal=False):
         self.name, self.share = name, (EQUAL if equal else SHARE)[name]
+        self.wrong = WRONG | ({"groups": WRONG_EQUAL[name]} if equal else {})
         read = {"sst2": bench.reviews, "fpb": bench.news}[name]
         (texts, self.labels), (tested, self.test_labels) = read(seed)
         self.classes = int(self.labels.max()) + 1
@@ -216,6 +247,8 @@ def changed_strength(words, kind, ids_N, share):
 
 def strength_of(words, task, kind, spared=None):
     """What a row is run at; None: too many tokens are spared for the share that shall change."""
+    if kind in GROUPED:
+        return task.wrong[kind]
     if kind in ("d_chi", "gaussian"):
         return ETA
     if spared is None:
@@ -247,13 +280,16 @@ def bayes(words, kind, strength, sent, count_V):
     )
 
 
-def by_trigrams(words, kind, strength, found, texts, count_V):
-    """The likeliest texts among these candidates, by trigrams of other texts."""
+def rehearsal(words, kind, strength, texts, count_V):
+    """Some of the other texts, and what their replaced words may have been."""
     known = some_of(texts, min(REHEARSED, len(texts) // 2))
+    return known, bayes(words, kind, strength, words.replaced(kind, strength, known), count_V)
+
+
+def trigrams(words, known, texts):
+    """Of the other texts but those that the rehearsal is on."""
     hidden = {id(text) for text in known}
-    prior = NgramPrior([t for t in texts if id(t) not in hidden], len(words.table_VD))
-    rehearsed = bayes(words, kind, strength, words.replaced(kind, strength, known), count_V)
-    return decode(found, prior, weight=best_weight(rehearsed, known, prior))
+    return NgramPrior([t for t in texts if id(t) not in hidden], len(words.table_VD))
 
 
 @contextmanager
@@ -306,26 +342,39 @@ def row(bench, words, folder, name, seed, kind, cti=False, denoise=False, equal=
     }
 
 
-def leak_row(bench, words, name, kind, equal=False):
-    """EP of three attackers, of all tokens and of rare words, and how fast words are replaced."""
+def leak_row(bench, words, name, kind, equal=False, folder=None):
+    """EP of three attackers, of all tokens and of rare words, and how fast words are replaced.
+
+    With a folder a language model reads too, of fewer texts.
+    """
     task = Task(bench, words, name, 0, equal=equal)
     strength = strength_of(words, task, kind)
-    truth = some_of(task.test, min(ATTACKED, len(task.test)))
+    truth = some_of(task.test, min(READ_TEXTS if folder else ATTACKED, len(task.test)))
     words.replaced(kind, strength, truth[:1])  # whatever is made once
     start = time.perf_counter()
     sent = words.replaced(kind, strength, truth)
-    seconds = time.perf_counter() - start
+    took = time.perf_counter() - start
     counts_V = bench.other_counts(name, words.tokenizer, task.used, len(words.table_VD)).float()
     likely = bayes(words, kind, strength, sent, counts_V)
     others = words.encoded(bench.other_texts(name, task.used))
+    known, rehearsed = rehearsal(words, kind, strength, others, counts_V)
+    counted = trigrams(words, known, others)
+    weight = best_weight(rehearsed, known, counted)
     guesses = {
         "nearest neighbour": sent,
         "Bayes": likely.first(),
-        "Bayes, trigrams": by_trigrams(words, kind, strength, likely, others, counts_V),
+        "Bayes, trigrams": decode(likely, counted, weight=weight),
     }
+    said = ""
+    if folder is not None:
+        prior = JointPrior(open_prior(MODEL, bench.party(folder)[1], others), counted)
+        seconds = READ_SECONDS / 20 if bench.smoke else READ_SECONDS
+        read, said = weighed(likely, rehearsed, known, prior, seconds)
+        guesses["Bayes, language model"] = read
     frequent = words.public_V.topk(FREQUENT).indices
     masks = [torch.isin(ids, frequent) for ids in truth]
-    found = {"strength": strength, "tokens a second": len(words.content(truth)) / seconds}
+    found = {"strength": strength, "tokens a second": len(words.content(truth)) / took}
+    found |= {"note": said} if said else {}
     for attack, guess in guesses.items():
         score = empirical_privacy(guess, truth, margins=words.margins, contributing=masks)
         found[attack] = {
@@ -351,11 +400,24 @@ def plan(bench, part):
     words = Vocabulary(bench)
     if part == "cost":
         return [(kind, lambda _, kind=kind: cost_row(bench, words, kind)) for kind in KINDS]
+    if part == "language":
+        return [
+            (
+                kind + "-equal" * equal,
+                lambda folder, kind=kind, equal=equal: leak_row(
+                    bench, words, "sst2", kind, equal, folder
+                ),
+            )
+            for kind, equal in READ
+        ]
     if part.startswith("leaks"):
         task = part.partition("-")[2] or "sst2"
         rows = [(kind, lambda _, kind=kind: leak_row(bench, words, task, kind)) for kind in KINDS]
-        again = ("exponential-equal", lambda _: leak_row(bench, words, task, "exponential", True))
-        return [*rows, again]
+        again = [
+            (f"{kind}-equal", lambda _, kind=kind: leak_row(bench, words, task, kind, True))
+            for kind in ("exponential", "groups")
+        ]
+        return [*rows, *again]
     rows = []
 
     def add(name, *args, **options):
@@ -367,7 +429,8 @@ def plan(bench, part):
         for kind in ("exponential", "d_chi"):
             add(f"{kind}-denoised-{seed}", seed, kind, denoise=True)
         add(f"exponential-CTI-{seed}", seed, "exponential", cti=True)
-        add(f"exponential-equal-{seed}", seed, "exponential", equal=True)
+        for kind in ("exponential", "groups"):
+            add(f"{kind}-equal-{seed}", seed, kind, equal=True)
     return rows
 
 

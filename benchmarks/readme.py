@@ -30,6 +30,7 @@ BLOCKS = {
         "language": ("split-wikitext",),
         "depth": ("depth-mpnet",),
         "privatizers": ("privatizers-sst2", "privatizers-fpb"),
+        "reading": ("privatizers-language",),
         "claim": ("claim-sst2",),
     },
     "docs/privacy.md": {
@@ -67,6 +68,7 @@ TABLES = {
     "split-fpb": split_tables.news_table,
     "depth-mpnet": split_tables.depth_table,
     "privatizers-sst2": lambda report: privatizer_tables.privatizer_table(report, "sst2"),
+    "privatizers-language": privatizer_tables.language_table,
     "privatizers-fpb": lambda report: privatizer_tables.privatizer_table(report, "fpb"),
     "split-smollm2": split_tables.decoder_table,
     "split-wikitext": split_tables.language_table,
