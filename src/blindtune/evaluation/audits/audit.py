@@ -70,8 +70,9 @@ class AdversaryConfig:
     """What the adversary of split tuning has, wants and does beyond what every audit runs."""
 
     prior: str | None = None
-    """A causal language model with the bottom's own tokenizer (a directory, a hub name, an embedded
-    model) that weighs what attacks found; seconds a text. Needs --public."""
+    """A causal language model (a directory, a hub name, an embedded model) that weighs what attacks
+    found, beside trigrams; one of other words spells them its way. Seconds a text. Needs
+    --public."""
     attribute_column: str | None = None
     """Column of --data and --public with an attribute of each text, such as who wrote it, that the
     adversary guesses. Needs both."""

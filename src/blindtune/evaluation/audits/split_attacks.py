@@ -178,7 +178,7 @@ class SplitAttacks:
         if self._view.cut and not equipment.dummies:
             yield NotRun(attack="dummy embeddings", needs="--dummies, and seconds a text")
         if equipment.prior is None:
-            needs = "--prior, a causal model of the same words; trigrams stand for it"
+            needs = "--prior, a causal language model; trigrams stand for it"
             yield NotRun(attack="language model", needs=f"{needs}{more}")
         if equipment.attribute is None and not equipment.windows:
             needs = "--attribute-column, a column of --data and --public"
