@@ -29,7 +29,7 @@ context: the exponential mechanism on other vectors: a word's contextual vector
 meaning: the same, each vector times the square root of the word's importance.
 groups: word groups of the strength that `split-tune` has without being told; no noise.
 groups-equal: a little coarser: the strongest attack of "leaks" reads as much as of d_chi.
-coarse: much coarser: what a language model reads of it is like what it reads of d_chi.
+coarse: much coarser; to be read by a language model.
 CTI: contributing tokens spared in training texts, at equal EP in training.
 denoised: what is sent is the posterior mean of the embedding, given the word that was drawn, with
     word frequencies of public text (WikiText, speeches).

@@ -16,7 +16,7 @@ SPLIT_ROWS = {
     "groups-0.6-2": "word groups (`--public-text`)",
     "coarse": "coarse word groups",
     "exponential": "exponential mechanism, eta 15",
-    "exponential-equal": "the same, eta 14.7: as hidden from these attacks as eta 80 below",
+    "exponential-equal": "the same, eta 14.7: as hidden from trigrams as eta 80 below",
     "token-100": "d_chi, token mode, eta 100",
     "token-80": "d_chi, token mode, eta 80",
     "token-65": "d_chi, token mode, eta 65",

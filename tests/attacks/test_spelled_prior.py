@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from blindtune.attacks.adversary import Candidates
 from blindtune.attacks.language_prior import NO_WORD, CausalPrior, JointPrior, decode
@@ -75,6 +77,23 @@ def test_a_tokenizers_words_are_spelled_as_they_stand_in_a_text():
     tokens = [token for word in ids for token in spelling[word]]
     assert model.decode(tokens) == " the film is unwatchably bad, a mess"
     assert spelling[words.cls_token_id] == ()
+
+
+def test_a_tokenizer_that_begins_with_a_space_of_its_own():
+    """As SentencePiece's do: words that stand after others have one space, their endings none."""
+    words = load_any("minilm")[1]
+    model = Tokenizer(models.BPE({"<unk>": 0, "▁": 1, "▁a": 2, "▁good": 3, "ly": 4, "a": 5,
+                                  "g": 6, "o": 7, "d": 8, "l": 9, "y": 10, "▁g": 11, "▁go": 12,
+                                  "▁goo": 13},
+                                 [("▁", "a"), ("▁", "g"), ("▁g", "o"), ("▁go", "o"),
+                                  ("▁goo", "d"), ("l", "y")], unk_token="<unk>"))  # fmt: skip
+    model.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    spelling = spelling_of(words, PreTrainedTokenizerFast(tokenizer_object=model))
+    good, ly = words.convert_tokens_to_ids(["good", "##ly"])
+    assert spelling[good] == (3,)
+    assert spelling[ly] == (4,)
 
 
 def test_a_model_of_other_words_reads_what_fits_together():

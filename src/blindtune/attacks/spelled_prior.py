@@ -66,7 +66,8 @@ class SpelledPrior:
         """The tokens of a beginning, and how many of them are the rest of its last word."""
         known = [self._spelling[word] for word in words if word < len(self._spelling)]
         tokens = (*self._begin, *(token for spelled in known for token in spelled))
-        rest = len(known[-1]) - 1 if known and known[-1] else 0
+        whole = len(known) == len(words)  # or the last is no word, and has no rest
+        rest = len(known[-1]) - 1 if known and whole and known[-1] else 0
         if self._limit is not None:
             tokens = tokens[-self._limit :]
         return tokens, min(rest, max(0, len(tokens) - 1))
@@ -92,7 +93,8 @@ def spelling_of(words: Any, model: Any) -> Spelling:
     """How each word of one tokenizer is spelled in another's tokens.
 
     A word is spelled as it stands after another one: with the space before it, or, if it goes on
-    with that one, without. Words of either end of a text are never said.
+    with that one, without. Words of either end of a text are never said, nor those of which the
+    model's tokenizer makes nothing (a line's end, where it drops white space).
 
     Args:
         words: the bottom's tokenizer.
@@ -108,4 +110,11 @@ def spelling_of(words: Any, model: Any) -> Spelling:
         "" if word in never else text[len(before) :] if text.startswith(before) else text
         for word, text in enumerate(shown)
     ]
-    return tuple(tuple(ids) for ids in model(texts, add_special_tokens=False)["input_ids"])
+    alone = model(texts, add_special_tokens=False)["input_ids"]
+    (start,) = model([before], add_special_tokens=False)["input_ids"]
+    # Some tokenizers begin every text with a space of their own: not where another word stands.
+    after = model([before + text for text in texts], add_special_tokens=False)["input_ids"]
+    return tuple(
+        tuple(both[len(start) :] if both[: len(start)] == start else ids)
+        for ids, both in zip(alone, after, strict=True)
+    )

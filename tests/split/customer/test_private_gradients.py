@@ -436,6 +436,20 @@ def test_gradients_that_are_gone_end_the_job(tmp_path, monkeypatch, lost):
     assert tuned(world).steps > 0
 
 
+def test_a_kill_between_keeping_and_marking_is_made_good(tmp_path):
+    folder, noises = tmp_path / "gradients", NO_NOISE
+    GradientNoise.begin(noises, folder)
+    save_file({"gradient": torch.ones(2, 2)}, folder / "2.safetensors")
+    noise = GradientNoise(noises, folder)
+    noise.cover(through := torch.zeros(2, 2, requires_grad=True) * 1, batch_of(2))
+    through.sum().backward()
+    noise.forget(2)
+    again = GradientNoise(noises, folder)
+    again.cover(through := torch.zeros(2, 2, requires_grad=True) * 1, batch_of(2))
+    with pytest.raises(PolicyError, match="more than was promised"):
+        through.sum().backward()
+
+
 def test_what_is_kept_is_of_this_plan_and_whole(tmp_path):
     folder = tmp_path / "gradients"
     GradientNoise.begin(NO_NOISE, folder)

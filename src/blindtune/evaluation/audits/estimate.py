@@ -46,6 +46,8 @@ from blindtune.training.text import DataConfig
 
 WRITTEN = 200_000
 """Bytes of page and JSON, about."""
+TOKENS_OF_A_WORD = 7
+"""In which a language model spells a word of another's, about the most."""
 HEALING_STOPS = 5
 CHANNEL_WORDS = 64_000
 """Draws of the noise in Bayes' rule, twice (its words, their draws, once more at rehearsal)."""
@@ -179,7 +181,7 @@ def estimate_audit_split(
     if adversary.prior is not None:
         model, same = sketch(adversary.prior), has_words(load_tokenizer(adversary.prior), package)
         parts |= _weighing(rate, model, attacked, longest, config, anew=not same)
-        memory += _weighing_bytes(model, max(longest, *map(len, theirs)))
+        memory += _weighing_bytes(model, max(longest, *map(len, theirs)), anew=not same)
     return estimated(parts, rate, memory=memory, written=WRITTEN, tokens=attacked)
 
 
@@ -206,11 +208,12 @@ def _weighing(
     }
 
 
-def _weighing_bytes(model: PreTrainedModel, longest: int) -> int:
+def _weighing_bytes(model: PreTrainedModel, longest: int, *, anew: bool = False) -> int:
     """Of a language model that weighs texts of up to so many tokens.
 
     Weights; logits and their log-softmax of every beam; its keys and values, twice while they are
-    put in another order; where texts exceed what it reads at once, passes over all that it reads.
+    put in another order; where texts exceed what it reads at once, or it has other words (`anew`),
+    passes over all that it reads, and then logits of a word's tokens.
     """
     decoder = Decoder(model)
     length = min(longest, context_limit(model.config) or longest)
@@ -222,8 +225,9 @@ def _weighing_bytes(model: PreTrainedModel, longest: int) -> int:
         for part, size in zip(projection.parts, projection.sizes, strict=True)
         if part in ("key", "value")
     )
-    anew = 1 if longest == length else length
-    beam = 2 * _words(model) + 2 * length * kept + 16 * anew * decoder.hidden_size
+    read = length if anew or longest > length else 1
+    logits = 2 * _words(model) * (TOKENS_OF_A_WORD if anew else 1)
+    beam = logits + 2 * length * kept + 16 * read * decoder.hidden_size
     return weight_bytes(model) + FLOAT * TOGETHER * BEAMS * beam
 
 

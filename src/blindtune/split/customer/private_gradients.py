@@ -238,8 +238,12 @@ class GradientNoise:
 
     def _noised(self, gradient: Tensor, batch: PlannedBatch) -> Tensor:
         path = None if self._folder is None else self._folder / f"{batch.number}.safetensors"
-        if path is not None and path.exists():
-            return _read_gradient(path, gradient)
+        if self._folder is not None and path is not None and path.exists():
+            kept = _read_gradient(path, gradient)
+            if batch.number > self._noised_to:  # killed before it was known as noised
+                _write_mark(self._folder, self._plan, batch.number)
+                self._noised_to = batch.number
+            return kept
         if batch.number <= self._noised_to:
             raise PolicyError(
                 f"the gradients of request {batch.number} were sent before and are not kept, and "
