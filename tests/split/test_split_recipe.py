@@ -45,7 +45,8 @@ def test_split_on_a_tiny_model(tiny, tmp_path):
     wrong = [row["EP, training texts"] for row in found[1:]]
     assert wrong[0] == 0  # the attack reads everything that has no noise
     assert wrong[1] < wrong[3] < wrong[5]
-    assert wrong[6] < wrong[5]  # CTI spares a frequent letter of each class
+    # CTI spares a frequent letter of each class; one strength alone is within the noise of a draw.
+    assert wrong[2] + wrong[4] + wrong[6] < wrong[1] + wrong[3] + wrong[5]
     assert "no noise" in said
 
 
