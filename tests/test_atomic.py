@@ -14,6 +14,7 @@ from blindtune.atomic import (
     put_in_order,
     remove_directory,
     remove_left_overs,
+    secret_file,
     sole_writer,
 )
 from blindtune.errors import OutputError
@@ -237,3 +238,16 @@ def test_only_a_result_comes_back_and_only_a_whole_one(tmp_path, monkeypatch):
             (directory / "m").write_text("new")
     assert (tmp_path / "out" / "m").read_text() == "new"
     assert not list(tmp_path.glob("*.replaced"))
+
+
+def test_a_secret_file_is_its_owners_alone_whatever_writes_it(tmp_path):
+    for name, replaced in (("kept", False), ("replaced", True)):
+        with secret_file(tmp_path / name) as partial:
+            assert partial.stat().st_mode & 0o777 == 0o600
+            if replaced:  # as libraries do
+                partial.unlink()
+            partial.write_text(name)
+            if replaced:
+                partial.chmod(0o644)
+        assert (tmp_path / name).read_text() == name
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o600

@@ -230,6 +230,19 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
             partial.unlink()
 
 
+@contextmanager
+def secret_file(target: str | Path) -> Iterator[Path]:
+    """As `atomic_file`; at no time may anybody but its owner read the file.
+
+    Raises:
+        OutputError: the disk refuses; the old file, if any, stays.
+    """
+    with atomic_file(target) as partial:
+        partial.touch(mode=0o600)
+        yield partial
+        partial.chmod(0o600)  # if a library made another file in its place
+
+
 def remove_directory(path: Path) -> None:
     """Remove a directory so that it is there whole or not at all, if it is there.
 

@@ -51,10 +51,10 @@ class SpelledPrior:
         said_BK = torch.zeros(word_BK.shape)
         for length in {len(tokens) for tokens, _ in beginnings} - {0}:
             places = [i for i, (tokens, _) in enumerate(beginnings) if len(tokens) == length]
-            rows = {beginnings[i]: None for i in places}
-            row_of = {beginning: row for row, beginning in enumerate(rows)}
+            mine = [beginnings[i] for i in places]
+            rows = {beginning: row for row, beginning in enumerate(dict.fromkeys(mine))}
             log_RV, rest_R = self._read(list(rows))
-            row_N = torch.tensor([row_of[beginnings[i]] for i in places])
+            row_N = torch.tensor([rows[beginning] for beginning in mine])
             chosen_NK = first_BK[places].clamp(min=0)
             said_BK[places] = log_RV[row_N[:, None], chosen_NK] + rest_R[row_N][:, None]
         return said_BK.masked_fill(first_BK < 0, NO_WORD)
@@ -64,10 +64,9 @@ class SpelledPrior:
 
     def _spelled(self, words: Sequence[int]) -> tuple[tuple[int, ...], int]:
         """The tokens of a beginning, and how many of them are the rest of its last word."""
-        known = [self._spelling[word] for word in words if word < len(self._spelling)]
-        tokens = (*self._begin, *(token for spelled in known for token in spelled))
-        whole = len(known) == len(words)  # or the last is no word, and has no rest
-        rest = len(known[-1]) - 1 if known and whole and known[-1] else 0
+        spelled = [self._spelling[word] if word < len(self._spelling) else () for word in words]
+        tokens = (*self._begin, *(token for word in spelled for token in word))
+        rest = max(0, len(spelled[-1]) - 1) if spelled else 0
         if self._limit is not None:
             tokens = tokens[-self._limit :]
         return tokens, min(rest, max(0, len(tokens) - 1))

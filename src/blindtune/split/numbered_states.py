@@ -14,7 +14,7 @@ from typing import Any, final
 
 import torch
 
-from blindtune.atomic import atomic_file, save_torch
+from blindtune.atomic import save_torch, secret_file
 from blindtune.errors import DataError
 
 KEPT_STATES = 2
@@ -48,8 +48,7 @@ class NumberedStates:
         Raises:
             OutputError: the disk refuses; what was there stays.
         """
-        with atomic_file(self._path(number)) as partial:
-            partial.touch(mode=0o600)
+        with secret_file(self._path(number)) as partial:
             save_torch(state, partial)
         found = self.numbers()
         kept = [other for other in found if other <= number][-KEPT_STATES:]

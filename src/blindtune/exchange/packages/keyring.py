@@ -19,7 +19,7 @@ from typing import Any, TypeVar, final
 
 import msgspec
 
-from blindtune.atomic import atomic_file, output_error
+from blindtune.atomic import output_error, secret_file
 from blindtune.errors import ConfigError, OutputError, PackageError
 from blindtune.exchange.packages.keys import (
     MAX_KEY_BYTES,
@@ -206,8 +206,7 @@ class Keyring:
     def _write(self, name: str, data: bytes) -> None:
         path = self.directory / name
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        with atomic_file(path) as partial:
-            partial.touch(mode=0o600)
+        with secret_file(path) as partial:
             partial.write_bytes(data)
 
     @contextmanager

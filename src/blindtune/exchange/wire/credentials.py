@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from blindtune.atomic import atomic_file, put_in_order
+from blindtune.atomic import put_in_order, secret_file
 from blindtune.errors import ConfigError, NetworkError, VerificationError
 from blindtune.exchange.wire.messages import Name, Sha256
 
@@ -212,8 +212,7 @@ def remove_customer(path: Path, name: str) -> None:
 
 
 def _write_hashes(path: Path, hashes: dict[str, str]) -> None:
-    with atomic_file(path) as partial:
-        partial.touch(mode=0o600)
+    with secret_file(path) as partial:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(hashes)))
 
 
@@ -276,8 +275,7 @@ def make_development_certificate(
         ("certificate.pem", certificate.public_bytes(encoding)),
     ):
         put_in_order(directory / file)
-        with atomic_file(directory / file) as partial:
-            partial.touch(mode=0o600)
+        with secret_file(directory / file) as partial:
             partial.write_bytes(content)
     return ServerCredentials(
         certificate=directory / "certificate.pem", key=directory / "key.pem", self_signed=True

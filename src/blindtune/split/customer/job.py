@@ -30,7 +30,7 @@ import msgspec
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from blindtune.atomic import atomic_directory, atomic_file, remove_left_overs
+from blindtune.atomic import atomic_directory, remove_left_overs, secret_file
 from blindtune.errors import ConfigError, DataError, OutputError
 from blindtune.exchange.wire.messages import JobToken, Partition
 from blindtune.privacy.word_groups import WordGroups
@@ -137,7 +137,7 @@ class CustomerJob:
     def mark(self, state: State) -> None:
         """Note how far the job is."""
         self.record = msgspec.structs.replace(self.record, state=state)
-        with _secret_file(self.path / MARK) as partial:
+        with secret_file(self.path / MARK) as partial:
             partial.write_bytes(msgspec.json.encode(self.record))
 
     def check_same(self, wanted: JobRecord) -> None:
@@ -215,7 +215,7 @@ class CustomerJob:
     def keep_statement(self, about: str, statement: PrivacyStatement) -> None:
         """Keep a statement beside the others."""
         kept = self.statements() | {about: statement}
-        with _secret_file(self.path / "privacy.json") as partial:
+        with secret_file(self.path / "privacy.json") as partial:
             partial.write_bytes(msgspec.json.format(msgspec.json.encode(kept)))
 
     def losses(self) -> dict[int, float]:
@@ -234,7 +234,7 @@ class CustomerJob:
         """Go on with the losses after request `applied`; later ones are forgotten."""
         path = self.path / "losses.jsonl"
         kept = {number: loss for number, loss in self.losses().items() if number <= applied}
-        with _secret_file(path) as partial:
+        with secret_file(path) as partial:
             partial.write_text("".join(_line(n, loss) for n, loss in sorted(kept.items())))
         with path.open("a") as file:
             yield LossLog(file, kept)
@@ -265,13 +265,6 @@ def texts_hash(ids: Sequence[Tensor], *more: bytes) -> str:
     for part in more:
         digest.update(part)
     return digest.hexdigest()
-
-
-@contextmanager
-def _secret_file(path: Path) -> Iterator[Path]:
-    with atomic_file(path) as partial:
-        partial.touch(mode=0o600)
-        yield partial
 
 
 def _line(number: int, loss: float) -> str:

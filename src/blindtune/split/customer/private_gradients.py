@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blindtune.atomic import atomic_file, remove_left_overs
+from blindtune.atomic import remove_left_overs, secret_file
 from blindtune.errors import ConfigError, DataError, PolicyError
 from blindtune.exchange.wire.messages import Partition
 from blindtune.privacy.entropy import Uniforms, system_uniforms
@@ -238,27 +238,28 @@ class GradientNoise:
 
     def _noised(self, gradient: Tensor, batch: PlannedBatch) -> Tensor:
         path = None if self._folder is None else self._folder / f"{batch.number}.safetensors"
-        if self._folder is not None and path is not None and path.exists():
-            kept = _read_gradient(path, gradient)
-            if batch.number > self._noised_to:  # killed before it was known as noised
-                _write_mark(self._folder, self._plan, batch.number)
-                self._noised_to = batch.number
-            return kept
-        if batch.number <= self._noised_to:
+        if path is not None and path.exists():
+            noised = _read_gradient(path, gradient)
+        elif batch.number <= self._noised_to:
             raise PolicyError(
                 f"the gradients of request {batch.number} were sent before and are not kept, and "
                 "noise on them drawn again would spend more than was promised: give this job up. "
                 "Another one with these texts spends its own epsilon besides"
             )
-        drawn = self._drawn(gradient, batch)
-        if self._folder is not None and path is not None:  # kept before it is known as noised
-            with atomic_file(path) as partial:
-                partial.touch(mode=0o600)
-                save_file({"gradient": drawn}, partial)
-                partial.chmod(0o600)  # if the library made another file in its place
-            _write_mark(self._folder, self._plan, batch.number)
-        self._noised_to = batch.number
-        return drawn
+        else:
+            noised = self._drawn(gradient, batch)
+            if path is not None:
+                with secret_file(path) as partial:
+                    save_file({"gradient": noised}, partial)
+        self._mark(batch.number)
+        return noised
+
+    def _mark(self, number: int) -> None:
+        """Note how far gradients are noised, after these are kept: a kill between loses nothing."""
+        if number > self._noised_to:
+            if self._folder is not None:
+                _write_mark(self._folder, self._plan, number)
+            self._noised_to = number
 
     def _drawn(self, gradient: Tensor, batch: PlannedBatch) -> Tensor:
         """Every record's gradient with noise; B rows, each its share of the step's mean."""
@@ -283,8 +284,7 @@ def _mark_path(folder: Path) -> Path:
 
 
 def _write_mark(folder: Path, plan: GradientPlan, number: int) -> None:
-    with atomic_file(_mark_path(folder)) as partial:
-        partial.touch(mode=0o600)
+    with secret_file(_mark_path(folder)) as partial:
         partial.write_bytes(msgspec.json.encode(_Mark(plan, number)))
 
 

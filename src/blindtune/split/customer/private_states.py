@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from blindtune.atomic import atomic_file
+from blindtune.atomic import secret_file
 from blindtune.errors import ConfigError, DataError
 from blindtune.exchange.wire.messages import pack
 from blindtune.models.given_words import begin_with
@@ -120,10 +120,8 @@ class PrivateStates:
         for name in ("changed", "changed_labels"):
             if (share := getattr(self, name)) is not None:
                 tensors[name] = torch.tensor(share, dtype=torch.float64)
-        with atomic_file(path) as partial:
-            partial.touch(mode=0o600)
+        with secret_file(path) as partial:
             save_file(tensors, partial)
-            partial.chmod(0o600)  # if the library made another file in its place
 
     @staticmethod
     def load(path: str | Path) -> PrivateStates:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from blindtune.atomic import atomic_file, put_in_order
+from blindtune.atomic import put_in_order, secret_file
 from blindtune.errors import ConfigError, OutputError
 from blindtune.exchange.wire.credentials import (
     ServerCredentials,
@@ -119,8 +119,7 @@ def prepare(directory: Path) -> Path:
                 f"{directory}: expected a vendor's directory (with {CUSTOMERS}) or a new one, "
                 "something else is there: choose another"
             )
-        with atomic_file(file) as partial:
-            partial.touch(mode=0o600)
+        with secret_file(file) as partial:
             partial.write_text("{}\n")
     return file
 
@@ -146,8 +145,7 @@ def admit(name: str, out: str | Path, *, token_file: str | Path | None = None) -
 
     def deliver(token: str) -> None:
         if target is not None:
-            with atomic_file(target) as partial:
-                partial.touch(mode=0o600)
+            with secret_file(target) as partial:
                 partial.write_text(token + "\n")
 
     with FileLock(customers.with_suffix(".lock"), mode=0o600):

@@ -25,6 +25,7 @@ from blindtune.atomic import (
     put_in_order,
     remove_directory,
     remove_left_overs,
+    secret_file,
 )
 from blindtune.errors import OutputError
 from blindtune.exchange.wire.messages import OpenJob
@@ -104,8 +105,7 @@ class JobStore:
 
     def write(self, record: JobRecord) -> None:
         """Store what was agreed, durably."""
-        with atomic_file(self._jobs / record.name / "job.json") as partial:
-            partial.touch(mode=0o600)
+        with secret_file(self._jobs / record.name / "job.json") as partial:
             partial.write_bytes(msgspec.json.encode(record))
 
     def touch(self, name: str) -> None:
