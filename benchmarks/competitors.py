@@ -2,12 +2,13 @@
 
     python benchmarks/competitors.py --data DIR --work DIR [--smoke] [PART ...]
 
-Parts: wiki, arc, openbook, cost, pace, healing. Pace times our short study and steps of
-distillation in turn, so that both meet the same machine. Every method makes one emulator, kept in
-WORK/emulators with what it cost; rows tune on it. Rows are kept and resumed as in `offsite.py`
-(`rows.py`); results go to benchmarks/results/competitors-PART.json. What `offsite.py` has is not
-run again: on WikiText-2 and ARC-Easy ZS, FT, the directly tuned adapter, ours, and uniform
-LayerDrop. `--smoke` does the same on a twentieth of everything, to see that it runs.
+Parts: wiki, arc, openbook, cost, pace, healing, healed. Pace times our short study and steps of
+distillation in turn, so that both meet the same machine. Healed scores on
+every task what the best row of healing made of an emulator, over seeds. Every method makes one
+emulator, kept in WORK/emulators with what it cost; rows tune on it. Rows are kept and resumed as in
+`offsite.py` (`rows.py`); results go to benchmarks/results/competitors-PART.json. What `offsite.py`
+has is not run again: on WikiText-2 and ARC-Easy ZS, FT, the directly tuned adapter, ours, and
+uniform LayerDrop. `--smoke` does the same on a twentieth of everything, to see that it runs.
 """
 
 import json
@@ -19,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from blindtune.attacks.emulator_misuse import HealingConfig
+from blindtune.attacks.emulator_misuse import EmulatorView, HealingConfig, heal
 from blindtune.evaluation.leakage.misuse import judge_misuse
 from blindtune.evaluation.utility.choices import multiple_choice, read_items
 from blindtune.evaluation.utility.loss import perplexity
@@ -38,6 +39,7 @@ from blindtune.offsite.model_owner.plugin import plug_in
 from blindtune.offsite.model_owner.study import StudyConfig, open_study
 from blindtune.offsite.model_owner.studying import study
 from blindtune.training.text import DataConfig
+from competitor_tables import best_healing, best_stop
 from flops import counter
 from offsite import (
     ADAPTER_RATE,
@@ -53,7 +55,7 @@ from offsite import (
 )
 from rows import parse_options, run_parts
 
-PARTS = ("wiki", "arc", "openbook", "cost", "pace", "healing")
+PARTS = ("wiki", "arc", "openbook", "cost", "pace", "healing", "healed")
 CHOICE_RATE = 2e-4
 CHOICE_FT_RATE = 5e-5
 OURS = EmulatorConfig()
@@ -86,7 +88,8 @@ OTHERS = {
 METHODS = ("ours", "uniform", "GradOT", "CRaSh", "ours, training-free", "uniform, distilled")
 METHODS += ("ours, short study", "ScaleOT as in the paper", "fixed margin", "GradOT, lossier")
 IN_OFFSITE = ("ours", "uniform")
-HEALED = ("ours", "uniform", "GradOT", "CRaSh", "fixed margin", "GradOT, lossier")
+HEALED = ("ours", "GradOT", "uniform, distilled", "ScaleOT as in the paper", "uniform", "CRaSh")
+HEALED += ("fixed margin", "GradOT, lossier")
 
 
 def emulator(bench, name):
@@ -278,6 +281,21 @@ def healing_row(bench, _folder, name, regrow, rate=2e-4, warmup=10):
     return asdict(found) | {"healed_share": found.healed_share, "config": asdict(config)}
 
 
+def healed_row(bench, _folder, name, seed):
+    """An emulator healed as its best row of `healing` was at its best, scored on every task."""
+    found = best_healing(name)
+    spent, _ = best_stop(found)
+    steps = max(1, spent // (found["config"]["batch_size"] * LENGTH))
+    steps = min(steps, 4) if bench.smoke else steps
+    config = HealingConfig(**found["config"] | {"steps": steps, "seed": seed})
+    model = open_emulator(emulator(bench, name)[0], dtype=torch.float32).model
+    public = public_windows(MODEL, bench.public(), LENGTH)
+    for stop in heal(EmulatorView(model=model, public_NL=public), config):
+        print("  ", stop, flush=True)
+    scores = {part: task(bench, seed)[2](model) for part, task in TASKS.items()}
+    return scores | {"config": asdict(config), "tokens": stop.tokens}
+
+
 def plan(bench, part):
     """The rows of a part, most wanted first: (name, function)."""
     rows = []
@@ -297,6 +315,10 @@ def plan(bench, part):
             add(f"{name}-gentle", healing_row, name, "beside", 5e-5, 4)
         add("ours-neighbour", healing_row, "ours", "neighbour")
         add("ours-none", healing_row, "ours", "none")
+    elif part == "healed":
+        for seed in SEEDS:
+            for name in HEALED[:-1]:
+                add(f"{name}-{seed}", healed_row, name, seed)
     else:
         for seed in SEEDS:
             for name in METHODS:

@@ -22,8 +22,9 @@ ATTACKS = ("nearest neighbour", "Bayes", "Bayes, trigrams")
 MODEL = "Bayes, language model"
 READ = {
     "d_chi": "d_chi, token mode, eta 80",
-    "exponential-equal": "exponential mechanism, eta 14.7",
+    "exponential-equal": "exponential mechanism, eta {:.1f}",
     "groups": "word groups",
+    "groups-equal": "word groups, {:.0%} of guesses wrong",
     "coarse": "coarse word groups",
 }
 OF_SPLIT = {"d_chi": "token-80", "d_chi-CTI": "CTI-80"}
@@ -33,6 +34,12 @@ TASKS = {"sst2": ("SST-2", "leaks"), "fpb": ("Financial PhraseBank", "leaks-fpb"
 def strongest_ep(leak, of="EP"):
     """The least that an attack here leaves, of all tokens or of "rare" ones."""
     return min(leak[attack][of] for attack in ATTACKS)
+
+
+def tuned(name, own, plain):
+    """The rows of a privatizer's jobs, of every seed; d_chi's are those of `split.py`."""
+    of, called = (plain, OF_SPLIT[name]) if name in OF_SPLIT else (own, name)
+    return [of[f"{called}-{s}"] for s in SEEDS if f"{called}-{s}" in of]
 
 
 def privatizer_table(found, task):
@@ -49,9 +56,7 @@ def privatizer_table(found, task):
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, shown in ROWS.items():
-        of, called = (plain, OF_SPLIT[name]) if name in OF_SPLIT else (found["rows"], name)
-        rows = [of[f"{called}-{s}"] for s in SEEDS if f"{called}-{s}" in of]
-        rows = [row for row in rows if row["UA"] is not None]
+        rows = [row for row in tuned(name, found["rows"], plain) if row["UA"] is not None]
         leak = leaks.get(name.removesuffix("-denoised"))
         if not rows and name not in leaks:
             continue
@@ -61,7 +66,7 @@ def privatizer_table(found, task):
         promised = name.startswith(("d_chi", "exponential"))
         cells = [
             shown,
-            f"{sum(etas) / len(etas):.0f}" if promised else "",
+            f"{sum(etas) / len(etas):.3g}" if promised else "",
             spread([r["changed in test"] for r in rows], 2),
             f"{strongest_ep(leak):.2f}" if leak else "",
             f"{strongest_ep(leak, 'rare'):.2f}" if leak else "",
@@ -74,22 +79,24 @@ def privatizer_table(found, task):
     return lines
 
 
-def language_table(found):
+def language_table(found, task):
     """The same texts read by a language model too; UA of the whole test set."""
     lines = [
-        "| SST-2, MiniLM, cut 0, 40 texts | EP, nearest neighbour | Bayes, trigrams "
+        f"| {TASKS[task][0]}, MiniLM, cut 0, 40 texts | EP, nearest neighbour | Bayes, trigrams "
         "| Bayes, language model | least, of rare words | UA |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    plain, others = part("split-sst2")["rows"], part("privatizers-sst2")["rows"]
+    plain, others = part(f"split-{task}")["rows"], part(f"privatizers-{task}")["rows"]
     for name, shown in READ.items():
         leak = found["rows"].get(name)
         if leak is None:
             continue
-        of, called = (plain, OF_SPLIT[name]) if name in OF_SPLIT else (others, name)
-        rows = [of[f"{called}-{s}"] for s in SEEDS if f"{called}-{s}" in of]
+        rows = tuned(name, others, plain)
         attacks = ("nearest neighbour", "Bayes, trigrams", MODEL)
-        cells = [shown, *(f"{leak[attack]['EP']:.2f}" for attack in attacks)]
+        cells = [
+            shown.format(leak["strength"]),
+            *(f"{leak[attack]['EP']:.2f}" for attack in attacks),
+        ]
         cells += [f"{min(leak[a]['rare'] for a in (*ATTACKS, MODEL)):.2f}"]
         cells += [spread([r["UA"] for r in rows], 3)]
         lines.append("| " + " | ".join(cells) + " |")

@@ -13,8 +13,8 @@ leaks, leaks-fpb: what attackers read of 300 test texts, and how fast they are r
     chooses among its likeliest words by the trigrams of these texts, as far as a rehearsal on some
     of them says that this helps. "rare" are tokens outside the 200 commonest words of public text:
     a privatizer that changes nothing but function words has an EP too.
-language: the same of 40 texts and with a language model (SmolLM2-135M, which spells MiniLM's words
-    in its own) beside trigrams.
+language, language-fpb: the same of 40 texts and with a language model (SmolLM2-135M, which spells
+    MiniLM's words in its own) beside trigrams.
 
 d_chi, exponential: `Mechanism` in token and exponential mode.
 gaussian: the control: a normal vector as long as d_chi's noise, then the nearest word.
@@ -73,7 +73,7 @@ from split import (
     tuning,
 )
 
-PARTS = ("leaks", "sst2", "leaks-fpb", "fpb", "language", "cost")
+PARTS = ("leaks", "sst2", "leaks-fpb", "fpb", "language", "language-fpb", "cost")
 ETA, SHARE = 80.0, {"sst2": 0.397, "fpb": 0.372}  # of d_chi; tokens it changes (split-TASK.json)
 # Tokens that the exponential mechanism must change, so that the strongest attack here reads as many
 # of its words as of d_chi's: its words lie nearer, and tell more where they are others.
@@ -83,6 +83,7 @@ GROUPED = ("groups", "coarse")
 KINDS = ("d_chi", *DRAWN, "gaussian", "shifted", *GROUPED)
 # Read by a language model too: (kind, whether at d_chi's EP under the attacks of "leaks").
 READ = (("groups", False), ("d_chi", False), ("coarse", False), ("exponential", True))
+READ = {"sst2": READ, "fpb": (*READ, ("groups", True))}
 MODEL, READ_TEXTS, READ_SECONDS = "smollm2-135m", 40, 700.0
 # Of groups: wrong guesses by frequency, and words in a group of rare ones.
 WRONG, RARE_SIZE = {"groups": 0.6, "coarse": 0.75}, {"groups": 2.0, "coarse": 4.0}
@@ -400,18 +401,18 @@ def plan(bench, part):
     words = Vocabulary(bench)
     if part == "cost":
         return [(kind, lambda _, kind=kind: cost_row(bench, words, kind)) for kind in KINDS]
-    if part == "language":
+    task = part.partition("-")[2] or "sst2"
+    if part.startswith("language"):
         return [
             (
                 kind + "-equal" * equal,
                 lambda folder, kind=kind, equal=equal: leak_row(
-                    bench, words, "sst2", kind, equal, folder
+                    bench, words, task, kind, equal, folder
                 ),
             )
-            for kind, equal in READ
+            for kind, equal in READ[task]
         ]
     if part.startswith("leaks"):
-        task = part.partition("-")[2] or "sst2"
         rows = [(kind, lambda _, kind=kind: leak_row(bench, words, task, kind)) for kind in KINDS]
         again = [
             (f"{kind}-equal", lambda _, kind=kind: leak_row(bench, words, task, kind, True))

@@ -30,7 +30,7 @@ BLOCKS = {
         "language": ("split-wikitext",),
         "depth": ("depth-mpnet",),
         "privatizers": ("privatizers-sst2", "privatizers-fpb"),
-        "reading": ("privatizers-language",),
+        "reading": ("privatizers-language", "privatizers-language-fpb"),
         "claim": ("claim-sst2",),
     },
     "docs/privacy.md": {
@@ -68,13 +68,16 @@ TABLES = {
     "split-fpb": split_tables.news_table,
     "depth-mpnet": split_tables.depth_table,
     "privatizers-sst2": lambda report: privatizer_tables.privatizer_table(report, "sst2"),
-    "privatizers-language": privatizer_tables.language_table,
+    "privatizers-language": lambda report: privatizer_tables.language_table(report, "sst2"),
+    "privatizers-language-fpb": lambda report: privatizer_tables.language_table(report, "fpb"),
     "privatizers-fpb": lambda report: privatizer_tables.privatizer_table(report, "fpb"),
     "split-smollm2": split_tables.decoder_table,
     "split-wikitext": split_tables.language_table,
     "competitors-wiki": competitor_tables.wiki_table,
-    "competitors-arc": lambda report: competitor_tables.choice_table(report, "ARC-Easy"),
-    "competitors-openbook": lambda report: competitor_tables.choice_table(report, "OpenBookQA"),
+    "competitors-arc": lambda report: competitor_tables.choice_table(report, "ARC-Easy", "arc"),
+    "competitors-openbook": lambda report: competitor_tables.choice_table(
+        report, "OpenBookQA", "openbook"
+    ),
     "competitors-pace": competitor_tables.pace_lines,
     "competitors-cost": competitor_tables.cost_table,
     "competitors-healing": competitor_tables.healing_table,

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 import types
 import typing
 from importlib import import_module
@@ -68,6 +69,16 @@ def test_defaults_build_the_default_config(group):
     values = command.make_context("x", []).params
     resolved = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     assert cls(**group.values(resolved)) == cls(**group.defaults)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_help_says_what_can_be_typed(group):
+    fields = {f.name for f in read_fields(group.module, group.name)}
+    for option in group.click_options():
+        assert "None" not in option.help, option.name
+        assert not fields & set(re.findall(r"`(\w+)`", option.help)), option.help
+        if option.default is not None:
+            assert "default: " not in option.help, "the default is another here"
 
 
 def test_tune_reads_windows_as_the_function_does():

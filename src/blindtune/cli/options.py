@@ -77,8 +77,9 @@ class Group:
     def click_options(self) -> list[click.Option]:
         """The options for click, in the order of the source."""
         options = self.options()
+        given = {option: self.defaults.get(f.name, f.default) for option, f in options.items()}
         return [
-            _click_option(option, f, self.defaults.get(f.name, f.default), _help_of(f, options))
+            _click_option(option, f, given[option], _help_of(f, options, given[option]))
             for option, f in options.items()
         ]
 
@@ -91,19 +92,22 @@ def option_name(name: str) -> str:
 def as_typed(text: str, options: Mapping[str, Field]) -> str:
     """A text of the library as the command line's user knows it: fields by their option's name.
 
-    Only names of several words are looked for: "rank" may be the English word.
+    Names of one word are taken for options only in backquotes: "rank" may be the English word.
     """
-    typed = {f.name: option_name(option) for option, f in options.items() if "_" in f.name}
-    typed |= {option: option_name(option) for option in options if "_" in option}
+    typed = {f.name: option_name(option) for option, f in options.items()}
+    typed |= {option: option_name(option) for option in options}
+    text = re.sub(r"`(\w+)`", lambda found: typed.get(found[1], found[0]), text)
+    typed = {name: option for name, option in typed.items() if "_" in name}
     if not typed:
         return text
     names = "|".join(sorted(map(re.escape, typed), key=len, reverse=True))
-    return re.sub(rf"(?<![\w./-])`?({names})`?(?![\w/-])", lambda found: typed[found[1]], text)
+    return re.sub(rf"(?<![\w./-])({names})(?![\w/-])", lambda found: typed[found[1]], text)
 
 
-def _help_of(f: Field, options: Mapping[str, Field]) -> str:
-    """A field's docstring for people who cannot type None."""
-    said = f.help.replace("None: ", "default: ").replace(" is None", " is not given")
+def _help_of(f: Field, options: Mapping[str, Field], default: Any) -> str:
+    """A field's docstring for people who cannot type None: it is the default or out of reach."""
+    said = f.help if default is None else f.help.partition(" None: ")[0]
+    said = said.replace("None: ", "default: ").replace(" is None", " is not given")
     return as_typed(said, options)
 
 

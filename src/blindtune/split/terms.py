@@ -42,7 +42,7 @@ class TuningConfig:
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
     max_steps: int = 0
-    """Length of a schedule that is not constant; 0: what split_tune will make in all epochs."""
+    """Length of a schedule that is not constant; 0: as many as all epochs make."""
     pooling: Pooling | None = None
     """What the vendor's head reads: first or last token, or the mean; None: the mean for encoders,
     the last token for decoders."""

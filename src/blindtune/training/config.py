@@ -80,7 +80,7 @@ class RunConfig:
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the last complete checkpoint of the same run; never: start anew."""
     tensorboard: bool = False
-    """Write TensorBoard logs to <out_dir>/tensorboard (needs the `tensorboard` extra)."""
+    """Write TensorBoard logs beside the checkpoints (needs the extra of that name)."""
     threads: int | None = None
     """CPU threads of torch during the run; None: as they are."""
     silent: bool = False

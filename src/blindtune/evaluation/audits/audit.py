@@ -25,8 +25,8 @@ class AuditConfig:
     confidence: float = 0.95
     """Of each interval alone."""
     test_tokens: int = 8192
-    """Emulator: score on at most this many tokens of the test text. Split: attack texts that hold
-    about so many. Both are spread evenly over the file."""
+    """About so many tokens are scored at most, spread evenly over the file: of an emulator's test
+    text, or of texts that are attacked in split tuning."""
     healing_steps: int = 64
     """Emulator: optimizer steps that the attacker spends on public text; 0 leaves healing out."""
     healing_batch_size: int = 4

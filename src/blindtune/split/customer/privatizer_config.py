@@ -56,7 +56,7 @@ class PrivatizerConfig:
     targets: Predicted = "sent"
     """Language modelling: what is to be predicted. sent: the words that were sent, so gradients
     give nothing else; true: your texts' own tokens, whose gradients give them to the vendor unless
-    they have noise (dp_epsilon)."""
+    they have noise of their own."""
     unprotected: bool = False
     """Says that you mean it: without a privatizer the vendor can read nearly all of the texts."""
 
