@@ -34,6 +34,29 @@ def test_what_a_party_writes_is_signed_and_opened_by_itself(made, blindtune):
     assert "signed by" in done.out
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tune", "emulator", "--data", "private.jsonl", "--out", "new"],
+        ["plug-in", "llama", "adapter", "--out", "new"],
+        ["evaluate", "emulator", "--data", "private.jsonl"],
+        ["audit", "emulator", "--model", "llama", "--public", "public.txt", "--test", "public.txt",
+         "--out", "new"],
+        ["audit", "adapter", "--model", "emulator", "--data", "private.jsonl", "--out", "new"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)  # fmt: skip
+def test_a_dry_run_opens_no_package_that_nobody_trusts(
+    made, blindtune, home, monkeypatch, arguments
+):
+    home("somebody else")
+    monkeypatch.chdir(made)
+    done = blindtune(*arguments, "--dry-run")
+    assert done.code == 4, done.err
+    assert "blindtune keys trust" in done.err
+    assert blindtune(*arguments, "--dry-run", "--allow-unsigned").code == 0
+
+
 def test_two_newcomers(made, blindtune, home, fingerprint, tmp_path):
     owner = tmp_path / "e"
     home("owner")

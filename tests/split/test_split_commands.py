@@ -81,6 +81,10 @@ def test_words_become_their_groups(blindtune, tmp_path):
     text = "\n".join(pydoc_data.topics.topics.values())
     (tmp_path / "public.txt").write_text(text[:60_000])
     grouped = ["--privatizer", "groups", "--public-text", "public.txt", "--wrong-guesses", "0.5"]
+    code, out, err = blindtune("split-tune", *grouped, *QUICK, "--json", "--dry-run")
+    assert code == 0, err
+    parts = json.loads(out)["estimate"]["parts"]
+    assert ("word groups" in parts, "noise" in parts) == (True, False)
     code, out, err = blindtune("split-tune", *grouped, *QUICK, "--json")
     assert code == 0, err
     facts = json.loads(out)["privacy"]

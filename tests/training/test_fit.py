@@ -1,4 +1,6 @@
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from safetensors import safe_open
 from tiny_training import copy_of, dataset, freeze_all_but, gpt2, llama
 
 from blindtune.errors import ConfigError, OutputError, TrainingError
-from blindtune.training import checkpoint
+from blindtune.training import checkpoint, loop
 from blindtune.training.batches import BatchOrder, collate
 from blindtune.training.loop import RunConfig, TrainingConfig, fit
 from blindtune.training.loss import count_targets
@@ -269,6 +271,18 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     assert not model.model.layers[0].gradient_checkpointing
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_alone_cleans_the_folder(tmp_path, rank):
+    train(tuned(llama()), tmp_path)
+    folder = tmp_path / "checkpoints"
+    left = folder / ".checkpoint-9.01234567.partial"
+    left.mkdir()
+    identity = json.loads((folder / "run.json").read_text())
+    alone = SimpleNamespace(output_dir=folder, process_index=rank, world_size=1)
+    start = loop._prepare_folder(identity, RUN, alone)
+    assert (start.name, left.exists()) == ("checkpoint-6", rank == 1)
+
+
 def test_reports_and_tensorboard(tmp_path):
     reports = []
     run = replace(RUN, tensorboard=True, threads=1)
@@ -295,6 +309,7 @@ def test_lora_parameters_alone_are_trained(tmp_path):
     [
         {"learning_rate": 0.0},
         {"learning_rate": float("nan")},
+        {"num_train_epochs": float("inf")},
         {"max_steps": 0},
         {"per_device_train_batch_size": 0},
         {"warmup_steps": -1},

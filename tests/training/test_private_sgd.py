@@ -192,7 +192,15 @@ def test_plans_that_would_promise_too_much_are_refused(privacy, training, record
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("epsilon", 0.0), ("delta", 1.0), ("max_grad_norm", -1.0), ("unit", "x")]
+    ("field", "value"),
+    [
+        ("epsilon", 0.0),
+        ("epsilon", math.inf),
+        ("delta", 1.0),
+        ("max_grad_norm", -1.0),
+        ("max_grad_norm", math.inf),
+        ("unit", "x"),
+    ],
 )
 def test_settings_out_of_range_are_refused(field, value):
     with pytest.raises(ConfigError, match=field):
@@ -201,6 +209,22 @@ def test_settings_out_of_range_are_refused(field, value):
 
 class Killed(Exception):
     pass
+
+
+def test_threads_are_the_runs_and_put_back_after_a_fault(tmp_path):
+    before, seen = torch.get_num_threads(), []
+
+    def stop(_report):
+        seen.append(torch.get_num_threads())
+        raise Killed
+
+    model = freeze_all_but(llama(), "layers.0.self_attn.q_proj")
+    with pytest.raises(Killed):
+        fit_private(
+            model, dataset(21, seed=1), CONFIG, plan_of(), tmp_path, uniforms=everything,
+            run=replace(RUN, threads=before + 1), on_progress=stop,
+        )  # fmt: skip
+    assert (seen, torch.get_num_threads(), model.training) == ([before + 1], before, False)
 
 
 def test_a_killed_run_goes_on_and_takes_as_many_steps(tmp_path):

@@ -214,14 +214,15 @@ def estimate(settings: Settings) -> Estimate:
     kind = kind_of(settings)
     check_options(kind, settings)
     config, reading = settings.of(AuditConfig), settings.of(DataConfig)
+    trust = trust_of(settings, remember=False)
     if kind == "emulator":
         return estimate_audit_emulator(
-            settings["subject"], settings["model"], reading=reading, config=config
+            settings["subject"], settings["model"], reading=reading, config=config, trust=trust
         )
     if kind == "adapter":
         return estimate_audit_adapter(
             settings["subject"], settings["model"], settings["data"],
-            others=settings["others"], reading=reading, config=config,
+            others=settings["others"], reading=reading, config=config, trust=trust,
         )  # fmt: skip
     return estimate_audit_split(
         settings["subject"],
@@ -231,7 +232,7 @@ def estimate(settings: Settings) -> Estimate:
         reading=_split_reading(settings),
         config=config,
         adversary=settings.of(AdversaryConfig),
-        trust=trust_of(settings, remember=False),
+        trust=trust,
     )
 
 

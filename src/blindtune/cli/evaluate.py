@@ -103,6 +103,7 @@ def estimate(settings: Settings) -> Estimate:
         max_length=config.max_length,
         max_tokens=config.max_tokens,
         batch_size=config.batch_size,
+        trust=trust_of(settings, remember=False),
     )
 
 

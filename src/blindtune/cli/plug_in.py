@@ -104,7 +104,10 @@ def estimate(settings: Settings) -> Estimate:
     from blindtune.offsite.model_owner.plugin import plug_in
     from blindtune.offsite.model_owner.vetting import ChangeBounds, refusal
 
-    estimated = estimate_plug_in(settings["model"], settings["adapter"], dtype=settings["dtype"])
+    trust = trust_of(settings, remember=False)
+    estimated = estimate_plug_in(
+        settings["model"], settings["adapter"], dtype=settings["dtype"], trust=trust
+    )
     plugged = plug_in(
         settings["model"],
         settings["adapter"],
@@ -113,7 +116,7 @@ def estimate(settings: Settings) -> Estimate:
         data=settings["data"],
         accept_large_change=True,
         emulator=settings["emulator"],
-        trust=trust_of(settings, remember=False),
+        trust=trust,
     )
     bounds = settings.of(ChangeBounds)
     findings = {"signed by": signed_by(plugged.signature)}

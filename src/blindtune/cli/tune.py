@@ -149,6 +149,7 @@ def estimate(settings: Settings) -> Estimate:
         reading=settings.of(DataConfig),
         run=settings.of(RunConfig),
         validation=settings["validation"],
+        trust=trust_of(settings, remember=False),
     )
 
 

@@ -185,7 +185,9 @@ class Privatizer:
             return self._sampled(self._sampler, ids_N, factor_N).view(ids_BL.shape).to(ids_BL)
         found = [
             torch.where(
-                factor == 0, ids, rows.find(self._noised(rows.table_VD[ids].double(), factor))
+                (factor == 0).to(ids.device),
+                ids,
+                rows.find(self._noised(rows.table_VD[ids].double(), factor)),
             )
             for ids, factor in self._portions(ids_N, factor_N, rows.table_VD.shape[1])
         ]

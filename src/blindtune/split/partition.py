@@ -139,16 +139,6 @@ def feature_size(stack: Stack) -> int:
     return int(projected or stack.hidden_size)
 
 
-def longest_sequence(stack: Stack) -> int | None:
-    """The most tokens that a sequence may have; None: the model sets no limit."""
-    most = getattr(stack.config, "max_position_embeddings", None)
-    if most is None:
-        return None
-    # These two number positions from the padding's id + 1 on.
-    shifted = stack.config.model_type in ("roberta", "mpnet")
-    return int(most) - (int(stack.config.pad_token_id) + 1 if shifted else 0)
-
-
 def lm_logits(stack: Stack, features_BLF: Tensor) -> Tensor:
     """Logits [B, L, V] of a decoder's own head."""
     assert isinstance(stack, Decoder), type(stack)

@@ -99,7 +99,7 @@ class VendorLimits:
     """Tokens of forwards that wait for their gradients, of all jobs of a customer (U-shape); None:
     as many as four messages may have."""
     max_sequence_tokens: int | None = None
-    """Tokens of one sequence; None: as many as the model takes."""
+    """Tokens of one sequence; None: as many as the model takes, 2048 where it has no limit."""
     max_job_tokens: int = 1_000_000_000
     """Tokens that a job may train on and predict, together."""
     max_job_bytes: int = 1_000_000_000_000

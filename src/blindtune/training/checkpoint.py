@@ -30,7 +30,6 @@ from blindtune.atomic import (
     atomic_file,
     put_in_order,
     remove_directory,
-    remove_left_overs,
     save_torch,
 )
 from blindtune.errors import ConfigError, OutputError
@@ -135,11 +134,7 @@ def begin_run(folder: Path, run: Mapping[str, Any]) -> None:
 
 
 def check_run(folder: Path, run: Mapping[str, Any]) -> None:
-    """Raise ConfigError when the folder's checkpoints belong to another run.
-
-    What a killed one had half-written there goes.
-    """
-    remove_left_overs(folder)
+    """Raise ConfigError when the folder's checkpoints belong to another run."""
     try:
         found = json.loads((folder / _RUN_NAME).read_text())
     except (OSError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,5 +131,6 @@ def _check_numbers(
     """Raise ConfigError for the first number that is out of range; None is let through."""
     for numbers, lowest, words in ((positive, 0, "above 0"), (not_negative, -1, "0 or more")):
         for name, value in numbers.items():
-            if value is not None and not (value > 0 if lowest == 0 else value >= 0):
+            fits = value is None or (value > 0 if lowest == 0 else value >= 0)
+            if not fits or value == math.inf:
                 raise ConfigError(f"{name} must be {words}, got {value}")

@@ -32,8 +32,8 @@ class DpConfig:
         """Refuse values out of range."""
         for name in ("epsilon", "delta", "max_grad_norm"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"expected {name} above 0, got {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"expected {name} above 0 and finite, got {value}")
         if self.delta is not None and self.delta >= 1:
             raise ConfigError(f"expected delta below 1, got {self.delta}")
         if self.unit not in ("record", "window"):

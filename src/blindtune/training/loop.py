@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from blindtune.atomic import remove_left_overs
 from blindtune.errors import ConfigError
 from blindtune.training import checkpoint
 from blindtune.training.config import RunConfig, TrainingConfig, TrainingResult
@@ -32,6 +32,7 @@ from blindtune.training.progress import (
     progress_bar,
     reset_peak_memory,
 )
+from blindtune.training.surroundings import surroundings
 
 __all__ = ["RunConfig", "TrainingConfig", "TrainingResult", "fit"]
 
@@ -76,7 +77,7 @@ def fit(
             "early_stopping_patience needs a validation set, got none: give one, or leave it out"
         )
     own, place = identity or {}, Path(out_dir)
-    with _surroundings(model, run):
+    with surroundings(model, run):
         return _run(model, train, validation, config, place, run, own, on_progress)
 
 
@@ -231,8 +232,11 @@ def _prepare_folder(identity: Mapping[str, Any], run: RunConfig, args: Any) -> P
     start = checkpoint.last_checkpoint(folder) if run.resume == "auto" else None
     if start is not None:
         checkpoint.check_run(folder, identity)
-    elif args.process_index == 0:
-        checkpoint.begin_run(folder, identity)
+    if args.process_index == 0:  # the others would be in its way
+        if start is None:
+            checkpoint.begin_run(folder, identity)
+        else:
+            remove_left_overs(folder)
     if args.world_size > 1:
         torch.distributed.barrier()
     return start
@@ -249,37 +253,3 @@ def _tensorboard(out_dir: Path) -> Any:
     from transformers.integrations import TensorBoardCallback
 
     return TensorBoardCallback(SummaryWriter(str(out_dir / "tensorboard")))
-
-
-@contextmanager
-def _surroundings(model: nn.Module, run: RunConfig) -> Iterator[None]:
-    """Set what a run needs around it, and put it back."""
-    from transformers.utils import logging
-
-    with ExitStack() as after:
-        after.callback(logging.set_verbosity, logging.get_verbosity())
-        after.callback(model.eval)
-        config = getattr(model, "config", None)
-        if config is not None and hasattr(config, "use_cache"):
-            after.callback(setattr, config, "use_cache", config.use_cache)
-        if run.threads is not None:
-            after.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(run.threads)
-        if run.gradient_checkpointing:
-            after.callback(_set_checkpointing(model))
-        yield
-
-
-def _set_checkpointing(model: Any) -> Any:
-    """Turn activation checkpointing on; returns what turns it off."""
-    word = next(
-        (w for w in ("activation", "gradient") if hasattr(model, f"{w}_checkpointing_enable")), None
-    )
-    if word is None:
-        raise ConfigError(
-            "gradient_checkpointing needs a transformers model, got "
-            f"{type(model).__name__}: leave it off"
-        )
-    options = {f"{word}_checkpointing_kwargs": {"use_reentrant": False}}
-    getattr(model, f"{word}_checkpointing_enable")(**options)
-    return getattr(model, f"{word}_checkpointing_disable")

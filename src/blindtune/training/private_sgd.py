@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blindtune.atomic import remove_left_overs
 from blindtune.errors import ConfigError, TrainingError
 from blindtune.training import checkpoint
 from blindtune.training.batches import collate, padding_id
@@ -48,6 +49,7 @@ from blindtune.training.progress import (
     progress_bar,
     reset_peak_memory,
 )
+from blindtune.training.surroundings import surroundings
 
 Uniforms = Callable[..., Tensor]
 """uniforms(*shape): float64 numbers, independent and uniform on (0, 1]."""
@@ -98,7 +100,7 @@ def fit_private(
     reset_peak_memory()
     torch.manual_seed(config.seed + done)  # dropout; noise and sampling have numbers of their own
     model.train()
-    with _per_record(model), progress_bar(plan.steps, run.silent) as show:
+    with surroundings(model, run), _per_record(model), progress_bar(plan.steps, run.silent) as show:
         listeners = [show] if on_progress is None else [show, on_progress]
         for step in range(done + 1, plan.steps + 1):
             loss, seen = _private_step(model, train, config, plan, uniforms, step)
@@ -111,7 +113,6 @@ def fit_private(
             rate = (state["tokens"] - before) / max(watch.seconds, 1e-9)
             for listener in listeners:
                 listener(_report(plan, state, rate))
-    model.eval()
     return _result(plan, state, state["tokens"] - before, watch.seconds, done)
 
 
@@ -262,6 +263,7 @@ def _prepare(
         checkpoint.begin_run(folder, identity)
         return {"step": 0, "tokens": 0, "log": []}
     checkpoint.check_run(folder, identity)
+    remove_left_overs(folder)
     checkpoint.load_weights(start / checkpoint.WEIGHTS_NAME, model)
     found = checkpoint.load_trainer(start)
     optimizer.load_state_dict(found["optimizer"])

@@ -90,6 +90,12 @@ def test_without_noise_everything_is_read(world):
     assert all("--public" in s.needs for s in found.not_run[:2])
 
 
+def test_texts_that_lose_their_end_are_counted(world):
+    found = audited(world, reading=ReadingConfig(max_length=4))
+    assert any("30 lose their end" in said for said in found.guarantee)
+    assert not any("lose their end" in said for said in audited(world).guarantee)
+
+
 def test_pure_noise_hides_all_but_the_commonest_word(world):
     noise = PrivatizerConfig(privatizer="token", eta=0.01)
     found = audited(world, privatizer=noise, public=world / "public.txt")

@@ -260,6 +260,16 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path, emulator_manifest, tensors,
         open_package(path)
 
 
+def test_tensors_of_all_shards_are_counted(tmp_path, emulator_manifest, tensors, monkeypatch):
+    path = tmp_path / "e"
+    write_package(path, emulator_manifest, tensors, {}, max_shard_bytes=1)
+    monkeypatch.setattr(package_module, "MAX_TENSORS", len(tensors))
+    open_package(path)
+    monkeypatch.setattr(package_module, "MAX_TENSORS", len(tensors) - 1)
+    with pytest.raises(PackageError, match="in all shards"):
+        open_package(path)
+
+
 def test_no_tensor_is_parsed_before_the_hashes_agree(package, monkeypatch):
     whole = (package / "weights.safetensors").read_bytes()
     (package / "weights.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))

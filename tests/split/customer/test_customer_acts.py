@@ -400,6 +400,9 @@ def test_a_language_model_needs_the_u_shape(tmp_path):
         ({"privatizer": "none"}, "unprotected"),
         ({"eta": 1.0, "unprotected": True}, "unprotected"),
         ({"privatizer": "none", "unprotected": True, "eta": 1.0}, "no eta"),
+        ({"privatizer": "none", "unprotected": True, "clip_norm": 1.0}, "no eta"),
+        ({"privatizer": "none", "unprotected": True, "public_text": "p.txt"}, "no eta"),
+        ({"privatizer": "none", "unprotected": True, "cti_factor": 2.0}, "factor"),
         ({"eta": 1.0, "changed_share": 0.5}, "got both"),
         ({"changed_share": 1.0}, "between 0 and 1"),
         ({"privatizer": "block-output", "cti_fraction": 0.1}, "none can be spared"),
@@ -480,6 +483,18 @@ def test_no_job_and_a_damaged_one(tmp_path, data):
         ask(world, data)
 
 
+@pytest.mark.parametrize("part", ["reading", "privatizer", "tuning", "passes"])
+def test_a_job_of_another_version_is_said_to_be(tmp_path, data, part):
+    world = World(tmp_path, partition="u-shape")
+    tune(world, data, tmp_path / "job")
+    path = tmp_path / "job" / "job.json"
+    record = json.loads(path.read_text())
+    record["options"][part]["a_later_option"] = 1
+    path.write_text(json.dumps(record))
+    with pytest.raises(DataError, match="use the version that began the job"):
+        ask(world, data)
+
+
 def test_losses_survive_a_cut_off_line(tmp_path, data):
     world = World(tmp_path)
     tune(world, data, tmp_path / "job")
@@ -551,7 +566,7 @@ def test_the_statement_counts_texts_that_lose_their_end(tmp_path, data):
     cut = sum(length > 5 for length in lengths)
     assert 0 < cut < len(TEXTS)
     done = tune(world, data, tmp_path / "job", reading=ReadingConfig(max_length=5))
-    said = f"{cut} of {len(TEXTS)} texts are longer than 5 tokens"
+    said = f"longer than what is read of each: {cut} lose their end"
     assert sum(said in note for note in done.privacy.notes) == 1
     asked = ask(world, write_table(tmp_path / "new.csv", labels=None))
     assert any(said in note for note in asked.privacy.notes)

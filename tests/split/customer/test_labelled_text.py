@@ -28,7 +28,7 @@ def test_names_and_columns(tmp_path):
     path = write(tmp_path / "a.csv", "s,mood\nx,up\ny,down\n")
     found = read_labelled(path, text_column="s", label_column="mood", names=("down", "flat", "up"))
     assert found.labels_N.tolist() == [2, 0]
-    with pytest.raises(DataError, match=r"a\.csv:2: expected one of the 2 classes"):
+    with pytest.raises(DataError, match=r"a\.csv, row 1: expected one of the 2 classes"):
         read_labelled(path, text_column="s", label_column="mood", names=("down", "flat"))
 
 
@@ -41,7 +41,9 @@ def test_names_and_columns(tmp_path):
         ("a.csv", "text,label\nx,1\n", "1 texts of 1"),
         ("a.jsonl", '{"text": 3, "label": 1}', "a.jsonl:1"),
         ("a.csv", "text,label\nx,1\ny\n", "a value in 'label'"),
-        ("a.csv", "text,label\nx,1\ny,\nz,0\n", r"a\.csv:3: .*a value in 'label'"),
+        ("a.csv", "text,label\nx,1\ny,\nz,0\n", r"a\.csv, row 2: .*a value in 'label'"),
+        ("a.csv", 'text,label\n"x\n\nx",1\ny,\nz,0\n', r"a\.csv, row 2: .*a value in 'label'"),
+        ("org/data-1.0", None, "org/data-1.0"),
         ("a.jsonl", '{"text": "x", "label": 0.5}', "class"),
         ("a.jsonl", "[1]", "object"),
         ("a.jsonl", "{", "a.jsonl:1: expected JSON"),
@@ -50,8 +52,9 @@ def test_names_and_columns(tmp_path):
     ],
 )
 def test_bad_files(tmp_path, name, text, match):
+    path = name if text is None else write(tmp_path / name, text)
     with pytest.raises(DataError, match=match):
-        read_labelled(write(tmp_path / name, text))
+        read_labelled(path)
 
 
 def test_empty_cells_are_no_labels(tmp_path):
@@ -62,7 +65,7 @@ def test_empty_cells_are_no_labels(tmp_path):
 
 def test_a_target_that_single_precision_cannot_hold(tmp_path):
     path = write(tmp_path / "a.csv", "text,label\nx,1.5\ny,1e300\n")
-    with pytest.raises(DataError, match=r"a\.csv:3: expected a number of single precision"):
+    with pytest.raises(DataError, match=r"a\.csv, row 2: expected a number of single precision"):
         read_labelled(path, kind="target")
 
 

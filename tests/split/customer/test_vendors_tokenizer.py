@@ -1,5 +1,7 @@
 """A vendor's tokenizer does not choose which of the customer's words get no noise."""
 
+import json
+
 import pytest
 import torch
 from split_world import LABELS, TEXTS
@@ -132,6 +134,18 @@ def test_groups_leave_no_word_alone_because_it_is_called_special(honest, tmp_pat
     found = make_groups(forged, tmp_path / "public.txt", config)
     same = make_groups(open_bottom(honest), tmp_path / "public.txt", config)
     assert torch.equal(found.representative_V, same.representative_V)
+
+
+def test_groups_count_no_words_in_cells_without_text(honest, tmp_path):
+    bottom, config = open_bottom(honest), GroupingConfig(wrong_guesses=0.6, rare_size=2.0)
+    rows = [{"text": text} for text in TEXTS * 150]
+    for name, more in (("plain", []), ("gaps", [{"text": None}, {"label": 3}] * 5000)):
+        lines = [json.dumps(row) for row in (*rows, *more)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    plain, gaps = (
+        make_groups(bottom, tmp_path / f"{name}.jsonl", config) for name in ("plain", "gaps")
+    )
+    assert torch.equal(plain.representative_V, gaps.representative_V)
 
 
 def test_groups_pass_by_what_stands_around_a_text(honest, tmp_path):

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from blindtune.attacks.emulator_misuse import HealingConfig
 from blindtune.evaluation.audits.audit import Audit, AuditConfig, Finding, NotRun
-from blindtune.evaluation.inspection import inspect
 from blindtune.evaluation.leakage.misuse import Curve, Misuse, best, judge_misuse
 from blindtune.evaluation.utility.loss import Perplexity
+from blindtune.exchange.packages.package import open_package
 from blindtune.exchange.packages.signing import Trust
 from blindtune.models.loading import load_tokenizer
-from blindtune.offsite.inspected_emulator import InspectedEmulator
+from blindtune.offsite.inspected_emulator import InspectedEmulator, inspect_emulator
 from blindtune.training.text import DataConfig
 from blindtune.training.windows import full_windows
 
@@ -61,8 +61,8 @@ def audit_emulator(
         PackageError, PolicyError, MismatchError, ModelError, DataError: see errors.py.
     """
     config, reading = config or AuditConfig(), reading or DataConfig(max_length=128)
-    about = inspect(emulator, trust=trust)
-    assert isinstance(about, InspectedEmulator), about.kind
+    opened = open_package(emulator, "emulator", trust=trust)
+    about = inspect_emulator(opened, opened.manifest)
     tokenizer = load_tokenizer(model)
     public_NL = full_windows(public, tokenizer, reading)
     test_NL = spread(full_windows(test, tokenizer, reading), config.test_tokens)

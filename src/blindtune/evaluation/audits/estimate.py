@@ -59,6 +59,7 @@ def estimate_audit_emulator(
     *,
     reading: DataConfig | None = None,
     config: AuditConfig | None = None,
+    trust: Trust | None = None,
 ) -> Estimate:
     """Estimate `audit_emulator`; the test text is taken to hold all of `test_tokens`.
 
@@ -67,7 +68,7 @@ def estimate_audit_emulator(
     """
     config, reading = config or AuditConfig(), reading or DataConfig(max_length=128)
     length, full = reading.max_length, sketch(model)
-    decoder, emulated = Decoder(full), Decoder(shape_of(emulator)[1])
+    decoder, emulated = Decoder(full), Decoder(shape_of(emulator, trust)[1])
     rate, cost = matmul_rate(decoder.hidden_size), decoder_cost(decoder, length)
     small = decoder_cost(emulated, length)
     raw = sum(emulated.is_raw(i) for i in range(emulated.layer_count)) / decoder.layer_count
@@ -99,6 +100,7 @@ def estimate_audit_adapter(
     others: str | Path | None = None,
     reading: DataConfig | None = None,
     config: AuditConfig | None = None,
+    trust: Trust | None = None,
 ) -> Estimate:
     """Estimate `audit_adapter` without its canaries; the data is read.
 
@@ -106,9 +108,9 @@ def estimate_audit_adapter(
         DataError, ConfigError, ModelError, PackageError: as for `audit_adapter`.
     """
     config, reading = config or AuditConfig(), reading or DataConfig(max_length=128)
-    stated = open_package(adapter, "adapter").manifest.privacy
+    stated = open_package(adapter, "adapter", trust=trust).manifest.privacy
     reading = reading_of(stated, reading, others)
-    tokenizer, shape = shape_of(model)
+    tokenizer, shape = shape_of(model, trust)
     decoder = Decoder(shape)
     tokens = 0
     for found in both_kinds(tokenizer, data, others, reading):

@@ -228,7 +228,7 @@ class _Making:
         private = PrivateStates(tuple(states), texts.labels, texts.ids, changed)
         statement = state_privacy(
             self.bottom, private, self.privatizer, self.eta, groups=self.groups,
-            classes=self.classes, gradients=self.gradients,
+            classes=self.classes, gradients=self.gradients, shortened=texts.shortened,
         )  # fmt: skip
         ids = tuple(texts.ids[i] for i in some)
         count = f"{len(some):,} texts with {sum(map(len, ids)):,} tokens"
@@ -272,7 +272,7 @@ def _drawn(
     places = tuple(some)
     if not made.privatizer.cti_fraction:
         labels = None if texts.labels is None else texts.labels[some]
-        texts = PrivateTexts(ids=tuple(texts.ids[i] for i in some), labels=labels)
+        texts = replace(texts, ids=tuple(texts.ids[i] for i in some), labels=labels)
         some = list(range(len(some)))
     private = made.draw(texts.ids, texts.labels, predict_sent=predict_sent)
     states = [private.states[i] for i in some]
@@ -325,11 +325,8 @@ def _job(place: Path, bottom: str | Path | None, tokens: int, trust: Trust | Non
     private = job.states()
     if private is None:
         raise DataError(f"{place}: the job has no states yet: audit the bottom package instead")
-    try:
-        privatizer = PrivatizerConfig(**job.record.options["privatizer"])  # type: ignore[arg-type]
-        language_model = job.record.options["reading"]["task"] == "language-model"
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{place / MARK}: options of another version: audit the bottom") from error
+    privatizer = job.config(PrivatizerConfig, "privatizer")
+    language_model = job.config(ReadingConfig, "reading").task == "language-model"
     stated = job.statements().get("tuning")
     made = _Making(
         package, privatizer, job.record.eta, job.groups(), len(job.record.names),

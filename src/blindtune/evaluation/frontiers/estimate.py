@@ -28,8 +28,7 @@ from blindtune.models.costs import (
     weight_bytes,
 )
 from blindtune.models.decoder import Decoder
-from blindtune.models.encoders import load_any
-from blindtune.models.loading import load_tokenizer
+from blindtune.models.loading import load_tokenizer, model_source, open_tokenizer
 from blindtune.offsite.data_owner.tuning_estimate import ADAMW_SECONDS
 from blindtune.offsite.model_owner.study import StudyConfig
 from blindtune.offsite.model_owner.study_estimate import estimate_study
@@ -103,7 +102,7 @@ def estimate_split_frontier(
     """
     config, trial = config or SplitFrontierConfig(), trial or Trial()
     reading, trying, epochs = trial.reading, trial.trying, trial.passes.epochs
-    loaded, tokenizer = load_any(model)
+    loaded, tokenizer = sketch(model), open_tokenizer(model_source(model))
     stack = stack_of(loaded)
     table_VD = stack.embedding.weight
     assert isinstance(table_VD, Tensor)

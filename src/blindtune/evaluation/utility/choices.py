@@ -21,7 +21,7 @@ import torch
 
 from blindtune.errors import DataError
 from blindtune.evaluation.utility.loss import Progress, scoring, target_log_probs
-from blindtune.models.decoder import context_limit
+from blindtune.models.decoder import UNLIMITED_CONTEXT, context_limit
 from blindtune.training.records import Item, open_ended_ids, read_item
 from blindtune.training.rows import json_rows
 
@@ -180,7 +180,8 @@ def _encode(
 
 
 def _context_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    return context_limit(model.config) or min(int(tokenizer.model_max_length), 2048)
+    own = min(int(tokenizer.model_max_length), UNLIMITED_CONTEXT)
+    return context_limit(model.config) or own
 
 
 def _score_batch(

@@ -46,6 +46,7 @@ from blindtune.exchange.packages.signing import (
     read_signature,
 )
 from blindtune.exchange.tensors import (
+    MAX_TENSORS,
     Expected,
     TensorFacts,
     check_expected,
@@ -236,6 +237,11 @@ def _read_headers(
     shards: dict[str, tuple[str, ...]] = {}
     for name in weights:
         found = read_header(path / name)
+        if len(header) + len(found) > MAX_TENSORS:
+            raise PackageError(
+                f"{path / name}: expected at most {MAX_TENSORS} tensors in all shards, got more: "
+                "ask for the package again"
+            )
         twice = next((tensor for tensor in found if tensor in header), None)
         if twice is not None:
             raise PackageError(

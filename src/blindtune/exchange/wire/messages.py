@@ -60,8 +60,7 @@ class _Message(
     """Abstract. A message prints as its kind alone: no content and no token reaches a log."""
 
     def __repr__(self) -> str:
-        number = getattr(self, "sequence", None)
-        return f"<{type(self).__name__}{'' if number is None else f' {number}'}>"
+        return f"<{named(self)}>"
 
 
 class Hello(_Message, frozen=True, kw_only=True):

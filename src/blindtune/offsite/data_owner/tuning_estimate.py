@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 from blindtune.exchange.packages.package import open_package
+from blindtune.exchange.packages.signing import Trust
 from blindtune.models.costs import (
     FLOAT,
     READ_BYTES_PER_SECOND,
@@ -43,6 +44,7 @@ def estimate_tune(
     reading: DataConfig | None = None,
     run: RunConfig | None = None,
     validation: str | Path | None = None,
+    trust: Trust | None = None,
 ) -> Estimate:
     """Estimate `tune`: forward, activations' gradients through every layer, weights' gradients.
 
@@ -59,7 +61,7 @@ def estimate_tune(
     reading, run = reading or DataConfig(max_length=128), run or RunConfig()
     if privacy is not None:
         reading = read_privately(reading, privacy, validation)
-    package = open_package(emulator, "emulator")
+    package = open_package(emulator, "emulator", trust=trust)
     manifest = package.manifest
     model = sketch(package)
     train, held_out = read_examples(tokenizer_of(package, model), data, validation, reading)

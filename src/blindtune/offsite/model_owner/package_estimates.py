@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blindtune.errors import ConfigError
 from blindtune.exchange.packages.manifest import MANIFEST_NAME
 from blindtune.exchange.packages.package import open_package
+from blindtune.exchange.packages.signing import Trust
 from blindtune.models.costs import (
     EIGH_FLOPS,
     FLOAT,
@@ -113,13 +114,19 @@ def estimate_inspect(package: str | Path) -> Estimate:
     return estimated(parts, matmul_rate(), memory=2 * size, written=0)
 
 
-def estimate_plug_in(model: str | Path, adapter: str | Path, *, dtype: str = "float32") -> Estimate:
+def estimate_plug_in(
+    model: str | Path,
+    adapter: str | Path,
+    *,
+    dtype: str = "float32",
+    trust: Trust | None = None,
+) -> Estimate:
     """Estimate `plug_in`: reading, hashing and writing the full model.
 
     Raises:
         PackageError, ModelError: as for `plug_in`.
     """
-    package = open_package(adapter, "adapter")
+    package = open_package(adapter, "adapter", trust=trust)
     full = sketch(model)
     weights, rate = weight_bytes(full), matmul_rate(Decoder(full).hidden_size)
     added = sum(end - begin for _, _, begin, end in package.header.values())
@@ -140,13 +147,14 @@ def estimate_evaluate(
     max_length: int = 128,
     max_tokens: int | None = None,
     batch_size: int = 8,
+    trust: Trust | None = None,
 ) -> Estimate:
     """Estimate scoring a model or an emulator on text and multiple-choice records.
 
     Raises:
         ModelError, PackageError, DataError: as for `evaluate`.
     """
-    tokenizer, shape = shape_of(model)
+    tokenizer, shape = shape_of(model, trust)
     decoder = Decoder(shape)
     tokens = 0
     if data is not None:
@@ -168,7 +176,9 @@ def estimate_evaluate(
     return estimated(parts, rate, memory=memory, written=0, tokens=tokens)
 
 
-def shape_of(model: str | Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def shape_of(
+    model: str | Path, trust: Trust | None = None
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer of a model or an emulator package, and its layers without weights.
 
     Raises:
@@ -176,6 +186,6 @@ def shape_of(model: str | Path) -> tuple[PreTrainedTokenizerBase, PreTrainedMode
     """
     if not (Path(model) / MANIFEST_NAME).is_file():
         return load_tokenizer(model), sketch(model)
-    package = open_package(model, "emulator")
+    package = open_package(model, "emulator", trust=trust)
     shape = emulator_sketch(package)
     return tokenizer_of(package, shape), shape

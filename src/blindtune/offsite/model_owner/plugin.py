@@ -197,15 +197,12 @@ def merge(
     *,
     dtype: torch.dtype | None = None,
     vet: Callable[[Decoder, Updates], None] | None = None,
-) -> dict[int, float]:
+) -> None:
     """Put an opened adapter package into the full model, in place.
 
     Args:
         dtype: in which the new weights must be finite too; None: the model's own.
         vet: looks at the new weights, and raises if they are not to be put in.
-
-    Returns:
-        Relative change of every adapter layer, by index in the full model.
 
     Raises:
         MismatchError, PackageError: as for `plug_in`; the model is unchanged then.
@@ -226,4 +223,4 @@ def merge(
     in_emulator = adapter_indices(ends, manifest.layers)
     in_model = adapter_indices(ends, layer_count)
     slots = dict(zip(in_emulator, in_model, strict=True))
-    return apply_adapter(model, package, slots, dtype=dtype, vet=vet)
+    apply_adapter(model, package, slots, dtype=dtype, vet=vet)

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, TypeVar, final
 
 import msgspec
 from filelock import FileLock, Timeout
@@ -39,6 +39,7 @@ from blindtune.split.customer.private_gradients import GradientConfig
 from blindtune.split.customer.private_states import PrivateStates
 
 MARK = "job.json"
+_Config = TypeVar("_Config")
 State = Literal["begun", "opened", "tuned", "cancelled"]
 
 
@@ -132,6 +133,20 @@ class CustomerJob:
             raise DataError(
                 f"{self.path / 'token'}: cannot be read, and without it the vendor does not give "
                 "the job out: begin another job"
+            ) from error
+
+    def config(self, kind: type[_Config], name: str) -> _Config:
+        """One of the configs that the job was begun with.
+
+        Raises:
+            DataError: it is of another version.
+        """
+        try:
+            return kind(**self.record.options[name])
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.path / MARK}: expected options of this version of blindtune, found "
+                "another's: use the version that began the job"
             ) from error
 
     def mark(self, state: State) -> None:

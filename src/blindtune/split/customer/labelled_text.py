@@ -184,13 +184,13 @@ def _number(label: Any, where: str) -> float:
 
 def _rows(path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     suffix = Path(path).suffix.lower()
-    if suffix == ".parquet" or (not suffix and not Path(path).exists()):
-        yield from read_rows(str(path), DataConfig())
-    elif suffix == ".jsonl":
+    if suffix == ".jsonl":
         yield from json_rows(Path(path))
     elif suffix == ".csv":
         for number, cells in csv_rows(Path(path)):
-            yield f"{path}:{number + 1}", cells
+            yield f"{path}, row {number}", cells
+    elif suffix == ".parquet" or not Path(path).exists():  # or the name of a hub data set
+        yield from read_rows(str(path), DataConfig())
     else:
         raise DataError(
             f"{path}: expected a file ending in .jsonl, .csv or .parquet: convert or rename it"

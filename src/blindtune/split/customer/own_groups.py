@@ -44,9 +44,8 @@ def make_groups(
         DataError: the text cannot be read, or is too short.
     """
     reading = DataConfig()
-    texts = [
-        str(row.get(reading.text_column, "")) for _, row in read_rows(str(public_text), reading)
-    ]
+    cells = [row.get(reading.text_column) for _, row in read_rows(str(public_text), reading)]
+    texts = [cell for cell in cells if isinstance(cell, str)]
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
     with encoding():
         encoded = bottom.tokenizer(lines, add_special_tokens=False)["input_ids"] if lines else []

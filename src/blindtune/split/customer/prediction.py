@@ -27,7 +27,6 @@ from torch.nn.functional import cross_entropy
 
 from blindtune.atomic import atomic_file
 from blindtune.errors import ConfigError, DataError, OutputError
-from blindtune.exchange.wire.messages import Precision
 from blindtune.exchange.wire.resuming import ResumingTransport
 from blindtune.split.bottom import Bottom, open_bottom
 from blindtune.split.customer.access import (
@@ -43,7 +42,7 @@ from blindtune.split.customer.privacy_statement import PrivacyStatement, state_p
 from blindtune.split.customer.private_states import PrivateStates, privatize
 from blindtune.split.customer.private_texts import PrivateTexts, ReadingConfig, read_unseen
 from blindtune.split.customer.privatizer_config import PrivatizerConfig
-from blindtune.split.customer.requests import check_largest, portions
+from blindtune.split.customer.requests import PassConfig, check_largest, portions
 from blindtune.split.customer.requests import predict as predict_two_part
 from blindtune.split.customer.ushape import Top, customers_head, each_u_shape
 from blindtune.split.terms import TuningConfig
@@ -171,7 +170,7 @@ def _write(out: Path, told: list[dict[str, Any]]) -> None:
 
 
 def _reading(job: CustomerJob, asking: AskingConfig) -> ReadingConfig:
-    reading = ReadingConfig(**job.record.options["reading"])  # type: ignore[arg-type]
+    reading = job.config(ReadingConfig, "reading")
     return replace(
         reading,
         text_column=asking.text_column or reading.text_column,
@@ -183,7 +182,7 @@ def _prepare(
     job: CustomerJob, package: Bottom, texts: PrivateTexts
 ) -> tuple[PrivateStates, PrivacyStatement, bool]:
     """States of new texts and what sending them spends: drawn once, found again later."""
-    privatizer = PrivatizerConfig(**job.record.options["privatizer"])  # type: ignore[arg-type]
+    privatizer = job.config(PrivatizerConfig, "privatizer")
     about = texts_hash(texts.ids)
     path, statement = job.asked_path(about), job.statements().get(about)
     drawn = path.exists()
@@ -223,15 +222,14 @@ def _ask(
     on_progress: OnTexts,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Ask about all texts, in an order that tells nothing of the file's."""
-    order, options = private.ordered(), job.record.options
-    batch_size = asking.batch_size
+    order, batch_size = private.ordered(), asking.batch_size
     texts, private = texts.taken(order), private.taken(order)
-    precision: Precision = options["passes"]["precision"]  # type: ignore[assignment]
+    precision = job.config(PassConfig, "passes").precision
     check_largest(
         transport.welcome, private, portions(len(private), batch_size), precision,
         remedy="lower batch_size, or leave out texts that are longer",
     )  # fmt: skip
-    language_model = options["reading"]["task"] == "language-model"
+    language_model = job.config(ReadingConfig, "reading").task == "language-model"
     outputs = 0 if language_model else len(job.record.names) or 1
     if job.record.partition == "two-part":
         outputs_NC = predict_two_part(
@@ -239,7 +237,7 @@ def _ask(
             on_progress=on_progress,
         )  # fmt: skip
         return _labelled(texts, outputs_NC)
-    tuning = TuningConfig(**options["tuning"])  # type: ignore[arg-type]
+    tuning = job.config(TuningConfig, "tuning")
     top = Top(package, customers_head(package, outputs, tuning), directory=job.path)
     if not (kept := top.numbers()):
         raise DataError(

@@ -334,16 +334,15 @@ def _notes(
         )
     again = "in every epoch" if training else "when these texts are predicted again for this job"
     notes.append(f"drawn once, and sent again {again}: that spends nothing more")
-    return (*notes, *_left_out(private, shortened))
+    return (*notes, *_left_out(shortened))
 
 
-def _left_out(private: PrivateStates, shortened: int) -> list[str]:
+def _left_out(shortened: int) -> list[str]:
     if not shortened:
         return []
-    longest = max(map(len, private.ids))
     return [
-        f"{shortened:,} of {len(private):,} texts are longer than {longest:,} tokens: their end is "
-        "left out, neither sent nor learned from (a larger max_length reads more)"
+        f"the file has texts that are longer than what is read of each: {shortened:,} lose their "
+        "end, which is neither sent nor learned from (a larger max_length reads more)"
     ]
 
 

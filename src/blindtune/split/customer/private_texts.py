@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import ConfigError, DataError
-from blindtune.models.decoder import Decoder
+from blindtune.models.decoder import Decoder, context_limit
 from blindtune.split.bottom import Bottom
 from blindtune.split.customer.labelled_text import (
     LabelKind,
@@ -31,7 +31,6 @@ from blindtune.split.customer.labelled_text import (
     read_labelled,
     read_texts,
 )
-from blindtune.split.partition import longest_sequence
 from blindtune.training.records import encoding
 from blindtune.training.text import DataConfig, load_dataset_file
 
@@ -155,7 +154,7 @@ def encode_texts(
 
 def _longest(bottom: Bottom, max_length: int | None) -> int | None:
     """The most tokens of a text: what is asked for, the package's limit, the model's."""
-    limits = (max_length, bottom.max_length, longest_sequence(bottom.stack))
+    limits = (max_length, bottom.max_length, context_limit(bottom.stack.config))
     return min((n for n in limits if n is not None), default=None)
 
 

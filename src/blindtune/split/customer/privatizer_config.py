@@ -75,8 +75,13 @@ class PrivatizerConfig:
                 "that is meant, and only then"
             )
         if self.privatizer == "none":
-            if self.eta is not None or self.changed_share is not None or self.cti_fraction:
-                raise ConfigError("without a privatizer there is no eta, changed_share or CTI")
+            given = (self.eta, self.changed_share, self.clip_norm, self.public_text)
+            if self.cti_fraction or any(value is not None for value in given):
+                raise ConfigError(
+                    "without a privatizer there is no eta, changed_share, clip_norm, public_text "
+                    "or CTI: leave them out"
+                )
+            self.importance()
             return
         self._check_groups()
         if self.eta is not None and self.changed_share is not None:

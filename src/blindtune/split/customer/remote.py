@@ -92,7 +92,7 @@ class RemoteTrunk:
         return self._arrived(reply, rows_TD, lengths)
 
     def forward(self, rows_TD: Tensor, lengths: tuple[int, ...]) -> tuple[int, Tensor]:
-        """Send a forward; its number and the outputs [T, D]."""
+        """Send a forward; its number and the outputs [B, L, D]."""
         number = self.applied + 1
         reply = self._transport.call(
             Forward(sequence=number, precision=self._precision, hidden_TD=rows_TD, lengths=lengths)

@@ -25,6 +25,7 @@ from blindtune.models.costs import (
     matrix_numbers,
     weight_bytes,
 )
+from blindtune.privacy.word_groups import ROUNDS
 from blindtune.split.bottom import Bottom, open_bottom
 from blindtune.split.customer.private_gradients import GradientConfig, check_fit, plan_gradients
 from blindtune.split.customer.private_texts import ReadingConfig, read_training
@@ -36,6 +37,8 @@ HEADER_BYTES = 120
 NOISE_SECONDS = 6e-8
 """For one coordinate of noise (two uniforms, logarithms, an angle), on one thread."""
 SURVEY_SAMPLES = 512
+TOKENS_OF_A_WORD, JOINING_PRODUCTS = 3, 30
+"""Of word groups: a text of one word with its margins; rounds that join frequent words."""
 NETWORK_BYTES_PER_SECOND = 12.5e6
 """100 Mbit/s."""
 
@@ -71,6 +74,7 @@ def estimate_split_tune(
         "open": weight_bytes(package.stack.model) / READ_BYTES_PER_SECOND,
         "bottom": rate.seconds(tokens * cut.cut * layer),
         **_privatizing(privatizer, table_VD, width, tokens, rate),
+        **_grouping(privatizer, table_VD, cut.cut * layer, rate),
     }
     trained = passes.epochs * tokens
     requests = passes.epochs * -(-len(texts.ids) // passes.batch_size)
@@ -107,7 +111,8 @@ def _privatizing(
 ) -> dict[str, float]:
     """Seconds of what a privatizer does, by part."""
     noised = width if privatizer.privatizer == "block-output" else table_VD.shape[1]
-    parts = {} if privatizer.privatizer == "none" else {"noise": NOISE_SECONDS * tokens * noised}
+    noisy = privatizer.privatizer not in ("none", "groups") or privatizer.eta is not None
+    parts = {"noise": NOISE_SECONDS * tokens * noised} if noisy else {}
     if privatizer.privatizer == "exponential":  # the words that occur, in float64; and a survey
         words = min(tokens, len(table_VD)) + SURVEY_SAMPLES
         parts["words to draw from"] = rate.seconds(2 * 2.0 * words * table_VD.numel())
@@ -117,6 +122,20 @@ def _privatizing(
         if privatizer.privatizer == "token":
             parts["nearest word"] = rate.seconds(2.0 * tokens * table_VD.numel())
     return parts
+
+
+def _grouping(
+    privatizer: PrivatizerConfig, table_VD: Tensor, bottom_flops: float, rate: Rate
+) -> dict[str, float]:
+    """Seconds of making word groups: every word through the bottom, joins, and clusters."""
+    if (config := privatizer.grouping()) is None:
+        return {}
+    words, width = table_VD.shape
+    frequent = min(words, config.frequent)
+    rare, read = words - frequent, TOKENS_OF_A_WORD * words * bottom_flops
+    joined = JOINING_PRODUCTS * 2.0 * frequent**2 * width
+    clustered = (ROUNDS + 1) * 2.0 * rare * (rare / config.rare_size) * width
+    return {"word groups": rate.seconds(read + joined + clustered)}
 
 
 def _layer_flops(package: Bottom, length: float) -> float:

@@ -27,7 +27,8 @@ from blindtune.exchange.wire.messages import (
     Predictions,
     Step,
 )
-from blindtune.split.partition import Cut, Stack, longest_sequence
+from blindtune.models.decoder import UNLIMITED_CONTEXT, context_limit
+from blindtune.split.partition import Cut, Stack
 from blindtune.split.terms import VendorLimits, tuning_of
 from blindtune.split.vendor.admission import check_labels, check_open, check_rows
 from blindtune.split.vendor.job import Job
@@ -60,7 +61,7 @@ class SharedModel:
         # One thread works with the model, whoever's turn it is: memory allocators keep for every
         # thread what its largest batch took, and OpenMP keeps workers for every thread.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blindtune-model")
-        most = longest_sequence(stack) or 2**20
+        most = context_limit(stack.config) or UNLIMITED_CONTEXT
         self._longest = min(most, limits.max_sequence_tokens or most)
 
     def turn(self, customer: str) -> AbstractContextManager[float]:

@@ -1,0 +1,53 @@
+"""What a training run needs around it, and what is put back after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from blindtune.errors import ConfigError
+from blindtune.training.config import RunConfig
+
+
+@contextmanager
+def surroundings(model: nn.Module, run: RunConfig) -> Iterator[None]:
+    """Set threads, and activation checkpointing; afterwards all of it is put back.
+
+    The model ends in evaluation mode, whatever happens; verbosity and `use_cache` are put back too.
+
+    Raises:
+        ConfigError: activation checkpointing of a model that has none.
+    """
+    from transformers.utils import logging
+
+    with ExitStack() as after:
+        after.callback(logging.set_verbosity, logging.get_verbosity())
+        after.callback(model.eval)
+        config = getattr(model, "config", None)
+        if config is not None and hasattr(config, "use_cache"):
+            after.callback(setattr, config, "use_cache", config.use_cache)
+        if run.threads is not None:
+            after.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(run.threads)
+        if run.gradient_checkpointing:
+            after.callback(_set_checkpointing(model))
+        yield
+
+
+def _set_checkpointing(model: Any) -> Any:
+    """Turn activation checkpointing on; returns what turns it off."""
+    word = next(
+        (w for w in ("activation", "gradient") if hasattr(model, f"{w}_checkpointing_enable")), None
+    )
+    if word is None:
+        raise ConfigError(
+            "gradient_checkpointing needs a transformers model, got "
+            f"{type(model).__name__}: leave it off"
+        )
+    options = {f"{word}_checkpointing_kwargs": {"use_reentrant": False}}
+    getattr(model, f"{word}_checkpointing_enable")(**options)
+    return getattr(model, f"{word}_checkpointing_disable")
