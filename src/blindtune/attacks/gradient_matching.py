@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from blindtune.attacks.adversary import Guess
 from blindtune.errors import ConfigError, DataError
 from blindtune.models.decoder import Decoder
+from blindtune.models.given_words import placing_ids
 
 NO_GUESS = -1
 """In a guess: the attack says nothing of this token."""
@@ -128,10 +129,9 @@ def _next_tokens(
 def _top(model: Decoder, last: int, hidden_LD: Tensor) -> tuple[Tensor, Tensor]:
     """What enters the head [L, F] and the logits [L, V], from the trunk's output."""
     end = model.layer_count
-    padding = getattr(model.config, "pad_token_id", None)
-    dummy_1L = torch.full((1, len(hidden_LD)), 1 if padding == 0 else 0, device=hidden_LD.device)
+    mask_1L = torch.ones(1, len(hidden_LD), dtype=torch.int64, device=hidden_LD.device)
     with torch.no_grad():
-        calls = model.begin(dummy_1L).calls
+        calls = model.begin(placing_ids(model.config, mask_1L)).calls
     taken: list[Tensor] = []
 
     def take(_module: Any, args: tuple[Tensor, ...]) -> None:

@@ -33,6 +33,8 @@ from blindtune.errors import ConfigError, DataError
 from blindtune.models.decoder import Decoder, context_limit
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
+SHORTER = 2.0
+"""Of trigrams: how many times a shorter context counts as seen."""
 TOGETHER = 8
 """Texts whose beams grow together; fewer where several weights are tried on each."""
 NO_WORD = -1e6
@@ -56,18 +58,14 @@ class NgramPrior:
     Args:
         texts: ids [L] of public texts.
         vocabulary_size: V.
-        strength: how many times a shorter context counts as seen.
 
     Raises:
         DataError: no texts.
     """
 
-    def __init__(
-        self, texts: Sequence[Tensor], vocabulary_size: int, *, strength: float = 2.0
-    ) -> None:
+    def __init__(self, texts: Sequence[Tensor], vocabulary_size: int) -> None:
         if not texts:
             raise DataError("expected at least one public text to count words in, got none")
-        self._strength = strength
         self._single_V = unigram(texts, vocabulary_size).exp()
         self._counts: Counter[tuple[int, ...]] = Counter()
         self._contexts: Counter[tuple[int, ...]] = Counter()
@@ -95,7 +93,7 @@ class NgramPrior:
             return float(self._single_V[word])
         shorter = self._probability(context[1:], word)
         count, of = self._counts[(*context, word)], self._contexts[context]
-        return (count + self._strength * shorter) / (of + self._strength)
+        return (count + SHORTER * shorter) / (of + SHORTER)
 
 
 @final

@@ -189,11 +189,19 @@ class Decoder:
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """Logits [B, L, V] from what leaves the last layer [B, L, D]."""
+        return self.scores(self.features(hidden_BLD))
+
+    def features(self, hidden_BLD: Tensor) -> Tensor:
+        """What enters the head [B, L, F], from what leaves the last layer [B, L, D]."""
         for path in (self.family.final_norm, self.family.after_norm):
             module = None if path is None else _at_path(self.model, path)
             if module is not None:
                 hidden_BLD = module(hidden_BLD)
-        logits_BLV: Tensor = self.head(hidden_BLD)
+        return hidden_BLD
+
+    def scores(self, features_BLF: Tensor) -> Tensor:
+        """Logits [B, L, V] from what enters the head [B, L, F]."""
+        logits_BLV: Tensor = self.head(features_BLF)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits_BLV if cap is None else torch.tanh(logits_BLV / cap) * cap
 

@@ -30,10 +30,14 @@ def begin_with(stack: Decoder | Encoder, embedding_BLW: Tensor, mask_BL: Tensor)
             belong to no word.
         mask_BL: 1 for tokens, 0 for padding at the right.
     """
-    padding = getattr(stack.config, "pad_token_id", None)
-    ids_BL = torch.full_like(mask_BL, 1 if padding == 0 else 0)
     with _in_place_of_words(stack, embedding_BLW):
-        return stack.begin(ids_BL, mask_BL)
+        return stack.begin(placing_ids(stack.config, mask_BL), mask_BL)
+
+
+def placing_ids(config: Any, mask_BL: Tensor) -> Tensor:
+    """One and the same token [B, L] that is no padding, where its place alone matters."""
+    padding = getattr(config, "pad_token_id", None)
+    return torch.full_like(mask_BL, 1 if padding == 0 else 0)
 
 
 @contextmanager

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from blindtune.errors import ConfigError
 from blindtune.exchange.wire.messages import Partition
 from blindtune.models.decoder import Decoder
 from blindtune.models.encoders import Encoder, is_encoder
+from blindtune.models.given_words import placing_ids
 from blindtune.models.layer_inputs import LayerCall, LayerInputs
 
 Stack = Decoder | Encoder
@@ -87,9 +87,7 @@ def vendor_calls(stack: Stack, mask_BL: Tensor) -> tuple[LayerCall, ...]:
     Args:
         mask_BL: 1 for tokens, 0 for padding at the right.
     """
-    padding = getattr(stack.config, "pad_token_id", None)
-    dummy_BL = torch.full_like(mask_BL, 1 if padding == 0 else 0)
-    return stack.begin(dummy_BL, mask_BL).calls
+    return stack.begin(placing_ids(stack.config, mask_BL), mask_BL).calls
 
 
 def run_vendor(stack: Stack, cut: Cut, hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
@@ -124,13 +122,7 @@ def run_top(stack: Stack, cut: Cut, hidden_BLD: Tensor, calls: Sequence[LayerCal
 
 def finish(stack: Stack, hidden_BLD: Tensor) -> Tensor:
     """From the last layer's states to features [B, L, F]: the decoder's final norm, if any."""
-    if isinstance(stack, Decoder):
-        for path in (stack.family.final_norm, stack.family.after_norm):
-            module: Any = path and reduce(
-                lambda at, name: getattr(at, name, None), path.split("."), stack.model
-            )
-            hidden_BLD = hidden_BLD if module is None else module(hidden_BLD)
-    return hidden_BLD
+    return stack.features(hidden_BLD) if isinstance(stack, Decoder) else hidden_BLD
 
 
 def feature_size(stack: Stack) -> int:
@@ -142,9 +134,7 @@ def feature_size(stack: Stack) -> int:
 def lm_logits(stack: Stack, features_BLF: Tensor) -> Tensor:
     """Logits [B, L, V] of a decoder's own head."""
     assert isinstance(stack, Decoder), type(stack)
-    logits_BLV: Tensor = stack.head(features_BLF)
-    cap = getattr(stack.config, "final_logit_softcapping", None)
-    return logits_BLV if cap is None else torch.tanh(logits_BLV / cap) * cap
+    return stack.scores(features_BLF)
 
 
 class PooledHead(nn.Module):

@@ -73,7 +73,7 @@ def full_report():
                 first_layer=1,
             ),
             sections.tuning([(1, 4.0), (2, 3.0), (3, 3.2)], [(0, 4.2), (2, 3.5)]),
-            sections.triplets(PANELS),
+            Section(title="Other triplets", blocks=[plots.grid(PANELS)]),
             sections.costs([Cost(name=NASTY, seconds=1.5, bytes=2**20)]),
             Section(title=NASTY, text=[NASTY], notes=[NASTY], blocks=[nasty_table()]),
         ],

@@ -30,11 +30,6 @@ class Exposure:
         """log2(candidates / rank): 0 where the canary came last."""
         return math.log2(self.candidates / self.rank)
 
-    @property
-    def p_value(self) -> float:
-        """Chance of a rank as good as this if the canary was never trained on."""
-        return self.rank / self.candidates
-
 
 def exposure(scores_K: Tensor, canary: int) -> Exposure:
     """Rank a canary among candidates drawn as it was drawn.

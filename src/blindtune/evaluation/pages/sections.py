@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 from blindtune.evaluation.pages import plots, tables
 from blindtune.evaluation.pages.report import LayerStrip, Plot, Section, Table
@@ -96,40 +95,6 @@ def tuning(
         "that the data owner can see.",
     )
     return Section(title=title, blocks=[drawn])
-
-
-def triplets(
-    panels: Mapping[str, Mapping[tuple[float, float], float]],
-    *,
-    measure: Literal["nats", "accuracy"] = "nats",
-    title: str = "Other triplets from the same study",
-) -> Section:
-    """Heat maps over (alpha, beta), one a panel (see ``plots.grid``), and the same as a table."""
-    unit = "Perplexity" if measure == "nats" else "Accuracy, %"
-    points = sorted({point for values in panels.values() for point in values})
-
-    def show(value: float | None) -> str:
-        if value is None:
-            return ""
-        return f"{as_perplexity(value):,.2f}" if measure == "nats" else f"{100 * value:.1f}"
-
-    rows = [
-        [
-            f"{alpha:g}",
-            f"{beta:g}",
-            *(show(values.get((alpha, beta))) for values in panels.values()),
-        ]
-        for alpha, beta in points
-    ]
-    return Section(
-        title=title,
-        blocks=[
-            plots.grid(
-                panels, measure=measure, caption=f"{unit}; deeper colour is a better model."
-            ),
-            Table(header=["alpha", "beta", *panels], rows=rows, caption=unit),
-        ],
-    )
 
 
 def costs(entries: Sequence[Cost], *, title: str = "Sizes and times") -> Section:

@@ -73,8 +73,7 @@ def estimate_split_tune(
     parts = {
         "open": weight_bytes(package.stack.model) / READ_BYTES_PER_SECOND,
         "bottom": rate.seconds(tokens * cut.cut * layer),
-        **_privatizing(privatizer, table_VD, width, tokens, rate),
-        **_grouping(privatizer, table_VD, cut.cut * layer, rate),
+        **_privatizing(privatizer, package, cut.cut * layer, tokens, rate),
     }
     trained = passes.epochs * tokens
     requests = passes.epochs * -(-len(texts.ids) // passes.batch_size)
@@ -107,10 +106,11 @@ def estimate_split_tune(
 
 
 def _privatizing(
-    privatizer: PrivatizerConfig, table_VD: Tensor, width: int, tokens: int, rate: Rate
+    privatizer: PrivatizerConfig, package: Bottom, bottom_flops: float, tokens: int, rate: Rate
 ) -> dict[str, float]:
     """Seconds of what a privatizer does, by part."""
-    noised = width if privatizer.privatizer == "block-output" else table_VD.shape[1]
+    table_VD, vector = _table(package), privatizer.privatizer != "block-output"
+    noised = table_VD.shape[1] if vector else package.hidden_size
     noisy = privatizer.privatizer not in ("none", "groups") or privatizer.eta is not None
     parts = {"noise": NOISE_SECONDS * tokens * noised} if noisy else {}
     if privatizer.privatizer == "exponential":  # the words that occur, in float64; and a survey
@@ -121,7 +121,7 @@ def _privatizing(
         parts["survey"] = rate.seconds(survey)
         if privatizer.privatizer == "token":
             parts["nearest word"] = rate.seconds(2.0 * tokens * table_VD.numel())
-    return parts
+    return parts | _grouping(privatizer, table_VD, bottom_flops, rate)
 
 
 def _grouping(
