@@ -89,7 +89,7 @@ METHODS = ("ours", "uniform", "GradOT", "CRaSh", "ours, training-free", "uniform
 METHODS += ("ours, short study", "ScaleOT as in the paper", "fixed margin", "GradOT, lossier")
 IN_OFFSITE = ("ours", "uniform")
 HEALED = ("ours", "GradOT", "uniform, distilled", "ScaleOT as in the paper", "uniform", "CRaSh")
-HEALED += ("fixed margin", "GradOT, lossier")
+HEALED += ("fixed margin", "ours, short study", "ours, training-free", "GradOT, lossier")
 
 
 def emulator(bench, name):

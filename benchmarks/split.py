@@ -41,13 +41,13 @@ from blindtune.split.partition import (
     PooledHead,
     finish,
     lm_logits,
-    next_token_loss,
+    mean_token_loss,
     stack_of,
     task_loss,
 )
 from blindtune.split.terms import TuningConfig
 from blindtune.split.vendor.handler import Vendor
-from blindtune.split.vendor.lora import serve
+from blindtune.split.vendor.lora import freeze
 from blindtune.training.optimizers import build_optimizer, build_scheduler
 from rows import parse_options, run_parts
 
@@ -277,7 +277,7 @@ def centralised_row(bench, folder, data, seed):
 
 def add_lora(stack, cut, config):
     """LoRA where a vendor puts it."""
-    served = serve(stack, cut)
+    served = freeze(stack, cut)
     targets = [*served.attention, *served.feed_forward]
     lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)
     inject_adapter_in_model(lora, stack.model, adapter_name="one")
@@ -390,7 +390,7 @@ def nats_per_token(transport, top, unseen):
         begin += len(ids)
         ids_BL, mask_BL = unpack(torch.cat(ids)[:, None], tuple(map(len, ids)))
         tokens = int(mask_BL[:, 1:].sum())
-        total += tokens * float(next_token_loss(logits_BLV, ids_BL[..., 0], mask_BL))
+        total += tokens * float(mean_token_loss(logits_BLV, ids_BL[..., 0], mask_BL))
         count += tokens
     return total / count
 
@@ -419,7 +419,7 @@ def centralised_wiki(cut, learn, test, tokenizer, config, passes):
         inputs = stack.begin(batch["input_ids"], batch["attention_mask"])
         hidden_BLD = stack.run_layers(inputs.hidden_BLD, inputs.calls, 0, stack.layer_count)
         logits_BLV = lm_logits(stack, finish(stack, hidden_BLD))
-        return next_token_loss(logits_BLV, batch["input_ids"], batch["attention_mask"])
+        return mean_token_loss(logits_BLV, batch["input_ids"], batch["attention_mask"])
 
     @torch.no_grad()
     def score():

@@ -14,7 +14,7 @@ SPLIT_ROWS = {
     "centralised": "LoRA in one place",
     "no-noise": "split, no noise",
     "groups-0.6-2": "word groups (`--public-text`)",
-    "coarse": "coarse word groups",
+    "coarse": "coarse word groups (`--wrong-guesses 0.75`)",
     "exponential": "exponential mechanism, eta 15",
     "exponential-equal": "the same, eta 14.7: as hidden from trigrams as eta 80 below",
     "token-100": "d_chi, token mode, eta 100",

@@ -21,8 +21,8 @@ ACTS += [
     "plant",
 ]
 SPLIT = [
-    "bottom", "serve", "admit", "revoke", "Bottom", "BottomConfig", "Service", "CertificateConfig",
-    "ServerConfig", "GuardConfig", "VendorLimits", "WatchConfig",
+    "bottom", "serve", "admit", "revoke", "WrittenBottom", "BottomConfig", "Service",
+    "CertificateConfig", "ServerConfig", "GuardConfig", "VendorLimits", "WatchConfig",
 ]  # fmt: skip
 KEYS = ["Keyring", "Signer", "Trust", "seal", "unseal"]
 CONFIGS = [

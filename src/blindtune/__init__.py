@@ -67,10 +67,10 @@ if TYPE_CHECKING:
     from blindtune.split.terms import TuningConfig, VendorLimits
     from blindtune.split.vendor.door import CertificateConfig, admit, revoke
     from blindtune.split.vendor.service import (
-        Bottom,
         BottomConfig,
         Service,
         WatchConfig,
+        WrittenBottom,
         bottom,
         serve,
     )
@@ -86,7 +86,7 @@ _PLACES = {
     "AskingConfig": "blindtune.split.customer.prediction",
     "Audit": "blindtune.evaluation.audits.audit",
     "AuditConfig": "blindtune.evaluation.audits.audit",
-    "Bottom": "blindtune.split.vendor.service",
+    "WrittenBottom": "blindtune.split.vendor.service",
     "BottomConfig": "blindtune.split.vendor.service",
     "Cancellation": "blindtune.split.customer.cancellation",
     "CanaryConfig": "blindtune.training.canaries",
@@ -164,7 +164,6 @@ __all__ = [
     "Audit",
     "AuditConfig",
     "BlindtuneError",
-    "Bottom",
     "BottomConfig",
     "CanaryConfig",
     "Cancellation",
@@ -218,6 +217,7 @@ __all__ = [
     "VendorLimits",
     "VerificationError",
     "WatchConfig",
+    "WrittenBottom",
     "__version__",
     "admit",
     "audit_adapter",

@@ -30,7 +30,7 @@ from blindtune.models.tokenizers import (
     tokenizer_from_files,
 )
 from blindtune.offsite.data_owner.tuning_estimate import estimate_tune
-from blindtune.offsite.emulator import open_emulator, read_config, sketch, write_emulator
+from blindtune.offsite.emulator import open_emulator, package_sketch, read_config, write_emulator
 from blindtune.offsite.model_owner.package_estimates import shape_of
 from blindtune.offsite.model_owner.plugin import merge, plug_in
 from tiny_models import FAMILY_NAMES, tiny_config, tiny_tokenizer
@@ -177,7 +177,7 @@ def test_fewer_tensors_than_layers_are_refused_before_a_model_is_built(world):
     package = open_package(world.path / "emulator", "emulator")
     few = dict(list(package.header.items())[:7])
     with pytest.raises(PackageError, match="7 tensors"):
-        sketch(dataclasses.replace(package, header=few))
+        package_sketch(dataclasses.replace(package, header=few))
 
 
 def test_one_hostile_value_anywhere_in_a_config_costs_nothing(tmp_path):

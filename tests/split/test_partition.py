@@ -15,7 +15,7 @@ from blindtune.split.partition import (
     feature_size,
     finish,
     lm_logits,
-    next_token_loss,
+    mean_token_loss,
     run_bottom,
     run_top,
     run_vendor,
@@ -130,7 +130,7 @@ def test_split_language_modelling_is_the_unsplit_one(name):
         ours = lm_logits(Decoder(model), features)
         assert torch.equal(ours, model(input_ids=ids, attention_mask=mask).logits)
     if name in ("smollm2", "gemma2", "opt-350m", "bloom"):
-        check(name, lambda s, f, ids, mask: next_token_loss(lm_logits(s, f), ids, mask))
+        check(name, lambda s, f, ids, mask: mean_token_loss(lm_logits(s, f), ids, mask))
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean", "last"])

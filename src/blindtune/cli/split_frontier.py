@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from blindtune.evaluation.frontiers.split import SplitFrontierConfig, Trial
     from blindtune.models.costs import Estimate
 
-HELP = """Try settings (cut, eta, CTI) of split tuning, and draw what each gives and hides.
+HELP = """Try settings (cut, noise, groups) of split tuning, and draw what each gives and hides.
 
 Run before a real run by whoever has the model and texts of the customer's
 kind. Each setting is tuned and predicted as both parties would, in this one
 process; then its training texts are attacked as `audit` does. UA is the
 accuracy on noised test texts, EP the share of tokens that an attack gets wrong.
-With --ep it answers: the largest eta at which every attack is held at that EP.
+With --public-text word groups are tried beside noise. With --ep it answers: the
+mildest setting (largest eta, or least coarse groups, whichever has the better
+UA) that holds every attack at that EP.
 
 Every finished row is kept in the output directory: run the command again, after
 an interruption, with more values, or with another question, and only what is
@@ -40,8 +42,8 @@ Writes:  split-frontier.html, split-frontier.json and rows/ in the directory.
 \b
 Example:
   blindtune split-frontier minilm --data train.csv --test test.csv \\
-      --public public.txt --cut 0,2 --changed-share 0.15,0.4 --ep 0.4 \\
-      --out frontier/
+      --public public.txt --public-text public.txt --cut 0,2 \\
+      --changed-share 0.15,0.4 --ep 0.4 --out frontier/
 """
 
 
@@ -71,7 +73,7 @@ def act(settings: Settings) -> Facts:
 
 def show(facts: Facts, console: Console) -> None:
     """Print the settings and the answer."""
-    from blindtune.evaluation.pages.split_frontier import CUT_SHORT, NOT_LEARNED
+    from blindtune.evaluation.pages.split_frontier import CUT_SHORT, GROUPED, NOT_LEARNED
 
     rows = [
         (
@@ -86,6 +88,8 @@ def show(facts: Facts, console: Console) -> None:
     print_columns(console, names, rows)
     if not all(s["settled"] for s in facts["settings"]):
         console.print(f"*: {CUT_SHORT}")
+    if any(s["wrong_guesses"] is not None for s in facts["settings"]):
+        console.print(GROUPED)
     if facts["public"] is None:
         console.print(NOT_LEARNED)
     if facts["sentence"] is not None:

@@ -179,7 +179,7 @@ def tokenizer_of(
     return read_tokenizer(package.manifest.files, package.read_file, rows=rows)
 
 
-def sketch(package: Package[EmulatorManifest]) -> PreTrainedModel:
+def package_sketch(package: Package[EmulatorManifest]) -> PreTrainedModel:
     """The emulator on the meta device: its names and shapes, proven to be the package's.
 
     Raises:
@@ -204,7 +204,7 @@ def _expected(model: PreTrainedModel) -> Expected:
 
 def _load(package: Package[EmulatorManifest], dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model, built in its dtype: what it computes of the config would be rounded by a cast."""
-    shape, dtype = sketch(package), dtype or DTYPES[package.manifest.dtype]
+    shape, dtype = package_sketch(package), dtype or DTYPES[package.manifest.dtype]
     tensors = package.read_tensors(_expected(shape))
     model = _build(package, partial(empty_model, dtype=dtype))
     check_finite_buffers(model)

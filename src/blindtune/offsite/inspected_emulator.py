@@ -26,7 +26,7 @@ from blindtune.exchange.tensors import TensorFacts, numbers
 from blindtune.models.decoder import Decoder
 from blindtune.models.families import Family
 from blindtune.models.tokenizers import TOKENIZER_NAME, told
-from blindtune.offsite.emulator import sketch, tokenizer_of
+from blindtune.offsite.emulator import package_sketch, tokenizer_of
 from blindtune.offsite.package_facts import (
     LayerFacts,
     of_layer,
@@ -59,7 +59,7 @@ class InspectedEmulator(InspectedPackage):
 
 def inspect_emulator(package: Package[Any], manifest: EmulatorManifest) -> InspectedEmulator:
     """See `inspection.inspect`."""
-    shape = sketch(package)
+    shape = package_sketch(package)
     family = Decoder(shape).family
     own = [of_layer(package.header, f"{family.layers}.{i}.") for i in range(len(manifest.layers))]
     reduced = _reduced_paths(manifest, family)

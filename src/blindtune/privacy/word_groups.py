@@ -29,6 +29,7 @@ Shapes: V vocabulary, D width of a word's vector, W frequent words, G groups, P 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +52,13 @@ PORTION = 4096  # words whose distances to all groups are held at once
 class GroupingConfig:
     """How coarse the vocabulary becomes. Everything here changes privacy."""
 
-    wrong_guesses: float = 0.5
+    wrong_guesses: float = 0.6
     """Share of frequent tokens for which a guess by frequency alone shall be wrong."""
     frequent: int = 6000
     """Words that are joined by cost and gain, the most frequent ones; the others are rare."""
-    rare_size: float = 4.0
-    """Mean size of a group of rare words; 1: they stay alone, and nothing hides them."""
+    rare_size: float | None = None
+    """Mean size of a group of rare words; 1: they stay alone, and nothing hides them. None: as
+    coarse as frequent words, 2 where `wrong_guesses` is 0.6 and 4 at 0.75."""
     pivot: float = 1e-3
     """Frequency (share of all tokens) from which on a word matters little."""
 
@@ -64,11 +66,19 @@ class GroupingConfig:
         """Refuse values out of range."""
         if not 0 < self.wrong_guesses < 1:
             raise ConfigError(f"expected wrong_guesses between 0 and 1, got {self.wrong_guesses}")
-        if self.frequent < 2 or not self.rare_size >= 1 or not 0 < self.pivot <= 1:
+        given = self.rare_size is None or self.rare_size >= 1
+        if self.frequent < 2 or not given or not 0 < self.pivot <= 1:
             raise ConfigError(
                 "expected frequent >= 2, rare_size >= 1 and pivot in (0, 1], got "
                 f"{self.frequent}, {self.rare_size}, {self.pivot}"
             )
+
+    @property
+    def words_of_a_rare_group(self) -> float:
+        """`rare_size`, or what follows from `wrong_guesses`: doubled for each 0.15 above 0.45."""
+        if self.rare_size is not None:
+            return self.rare_size
+        return math.exp2(max(0.0, round((self.wrong_guesses - 0.45) / 0.15, 6)))
 
 
 @final
@@ -242,7 +252,7 @@ def _cheapest(centre_GD: Tensor, weight_G: Tensor, won_G: Tensor) -> tuple[Tenso
 
 def _join_rare(vector_WD: Tensor, share_W: Tensor, config: GroupingConfig) -> Tensor:
     """For each rare word the index of its cluster [W]; the most frequent ones are the seeds."""
-    clusters = max(1, round(len(vector_WD) / config.rare_size))
+    clusters = max(1, round(len(vector_WD) / config.words_of_a_rare_group))
     if clusters == len(vector_WD):
         return torch.arange(clusters)
     centre_GD = vector_WD[share_W.argsort(descending=True, stable=True)[:clusters]].clone()

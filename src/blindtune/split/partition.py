@@ -179,7 +179,7 @@ def task_loss(outputs_BC: Tensor, labels: Tensor, task: Task) -> Tensor:
     return mse_loss(outputs_BC, labels.to(outputs_BC.dtype).view(outputs_BC.shape))
 
 
-def next_token_loss(logits_BLV: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+def mean_token_loss(logits_BLV: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
     """Mean cross-entropy of every token that follows another, padding left out."""
     targets_BL = ids_BL.masked_fill(mask_BL == 0, -100)[:, 1:]
     return cross_entropy(logits_BLV[:, :-1].flatten(0, 1).float(), targets_BL.flatten())

@@ -103,21 +103,56 @@ def test_an_attack_that_was_ended_is_marked(world, tmp_path, monkeypatch, settle
     assert ("ended by --attack-seconds" in page) != settled
 
 
-def setting(eta, ua, ep, cut=0, cti=0.0):
+def setting(eta, ua, ep, cut=0, cti=0.0, wrong=None):
     return SplitSetting(cut=cut, eta=eta, cti_fraction=cti, ua=ua, ep=ep, ep_low=max(0.0, ep - 0.1),
-                        strongest="Bayes", ep_nearest=ep, settled=True)  # fmt: skip
+                        strongest="Bayes", ep_nearest=ep, settled=True,
+                        wrong_guesses=wrong)  # fmt: skip
 
 
-def test_the_largest_eta_is_the_answer():
+def test_groups_are_tried_beside_noise(world, tmp_path, monkeypatch):
+    words = tmp_path / "words.txt"
+    words.write_text("\n".join(TEXTS * 150))
+    config = replace(QUICK, cut=(0,), eta=(2.0,), public_text=str(words), wrong_guesses=(0.7, 0.4))
+    found = swept(world, tmp_path / "f", config)
+    names = ["cut 0, no noise", "cut 0, eta 2", "cut 0, groups 0.4", "cut 0, groups 0.7"]
+    assert [s.name for s in found.settings] == names
+    by_name = {s.name: s for s in found.settings}
+    assert 0 < by_name["cut 0, groups 0.4"].ep <= by_name["cut 0, groups 0.7"].ep
+    assert by_name["cut 0, groups 0.7"].eta is None
+    assert found.best_ua == by_name["cut 0, no noise"].ua
+    write_split_frontier(found, tmp_path / "f")
+    assert "a guess by frequency gets wrong" in (tmp_path / "f" / "split-frontier.html").read_text()
+    words.rename(tmp_path / "moved.txt")
+    moved = replace(config, public_text=str(tmp_path / "moved.txt"))
+    monkeypatch.setattr(module, "split_tune", None)  # nothing is run again
+    assert swept(world, tmp_path / "f", moved).settings == found.settings
+    (tmp_path / "moved.txt").write_text("\n".join(TEXTS * 151))
+    with pytest.raises(TypeError):
+        swept(world, tmp_path / "f", moved)
+
+
+def test_groups_alone():
+    config = SplitFrontierConfig(privatizer="groups", public_text="public.txt")
+    assert [p.privatizer for p in config.privatizers] == ["none", "groups", "groups"]
+    with pytest.raises(ConfigError, match="expected public_text"):
+        SplitFrontierConfig(privatizer="groups")
+
+
+def test_the_mildest_setting_is_the_answer():
     clear, mild, harsh = setting(None, 0.9, 0.0), setting(80.0, 0.8, 0.4), setting(40.0, 0.6, 0.8)
     spared, useless = setting(80.0, 0.85, 0.4, cti=0.01), setting(60.0, 0.5, 0.3)
     found = SplitFrontier(settings=(clear, mild, harsh, spared, useless), public=None)
     assert found.best_ua == 0.9
-    assert found.largest_eta(0.3) == spared
-    assert found.largest_eta(0.5) == harsh
-    assert found.largest_eta(0.0) == clear
-    assert found.largest_eta(0.9) is None
+    assert found.mildest(0.3) == spared
+    assert found.mildest(0.5) == harsh
+    assert found.mildest(0.0) == clear
+    assert found.mildest(0.9) is None
     assert found.efficient() == (clear, spared, harsh)
+    fine, coarse = setting(None, 0.82, 0.4, wrong=0.5), setting(None, 0.7, 0.8, wrong=0.7)
+    both = replace(found, settings=(*found.settings, coarse, fine))
+    assert both.best_ua == 0.9
+    assert (both.mildest(0.3), both.mildest(0.5), both.mildest(0.0)) == (spared, coarse, clear)
+    assert replace(both, settings=(harsh, fine)).mildest(0.3) == fine
     said = answer_sentence(found, harsh, 0.5)
     assert "cut 0, eta 40: EP 0.800 under Bayes (at least 0.700" in said
     assert "30.0 points below" in said
@@ -127,9 +162,9 @@ def test_the_largest_eta_is_the_answer():
 def test_behind_layers_the_nearest_neighbour_answers_nothing(world, tmp_path, capsys):
     clear, deep = setting(None, 0.8, 0.0), setting(None, 0.8, 0.8, cut=5)
     with pytest.raises(ConfigError, match="--public to answer --ep at cut 5"):
-        SplitFrontier(settings=(clear, deep), public=None).largest_eta(0.6)
+        SplitFrontier(settings=(clear, deep), public=None).mildest(0.6)
     learned = SplitFrontier(settings=(clear, deep), public="public.txt")
-    assert learned.largest_eta(0.6) == deep
+    assert learned.mildest(0.6) == deep
     assert "may not hold" not in answer_sentence(learned, deep, 0.6)
     ended = replace(deep, settled=False)
     assert "ended by --attack-seconds" in answer_sentence(learned, ended, 0.6)
@@ -168,7 +203,7 @@ def test_on_the_command_line(world, tmp_path, capsys):
     call = ["split-frontier", str(world / "model"), *files, "--out", str(tmp_path / "f"), *options]
     assert run(call) == 0
     out = capsys.readouterr().out
-    assert "The least noise that holds every attack at an EP of 0.5 is cut 0, eta 2" in out
+    assert "The mildest setting that holds every attack at an EP of 0.5 is cut 0, eta 2" in out
     assert "attacks that learn from text were not run" in out
     facts = json.loads((tmp_path / "f" / "split-frontier.json").read_text())
     assert facts["answer"]["eta"] == 2
@@ -189,6 +224,10 @@ def test_what_it_will_take_is_estimated(world, tmp_path, capsys):
     few, many = parts("--eta", "9"), parts("--eta", "9,8,7", "--public", str(world / "public.txt"))
     assert "training, at most" not in few
     assert many["training, at most"] == 4 * 60
+    words = ["--public-text", str(world / "public.txt"), "--wrong-guesses", "0.5,0.6"]
+    grouped = parts("--privatizer", "groups", *words)
+    assert "word groups" in grouped
+    assert "word groups" not in many
     assert not (tmp_path / "f").exists()
 
 

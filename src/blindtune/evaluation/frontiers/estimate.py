@@ -20,6 +20,7 @@ from blindtune.models.costs import (
     FLOAT,
     READ_BYTES_PER_SECOND,
     Estimate,
+    Rate,
     decoder_cost,
     estimated,
     matmul_rate,
@@ -33,6 +34,7 @@ from blindtune.offsite.data_owner.tuning_estimate import ADAMW_SECONDS
 from blindtune.offsite.model_owner.study import StudyConfig
 from blindtune.offsite.model_owner.study_estimate import estimate_study
 from blindtune.split.customer.labelled_text import read_texts
+from blindtune.split.customer.tuning_estimate import grouping_seconds
 from blindtune.split.partition import stack_of
 from blindtune.training.text import DataConfig, load_dataset_file
 
@@ -136,9 +138,21 @@ def estimate_split_frontier(
         parts["attacks that learn"] = rate.seconds(2 * settings * learned * search)
         deep = sum(cut > 0 for cut in set(config.cut)) * (config.privatizer != "vector") * noised
         parts["training, at most"] = (settings + deep) * trying.attack_seconds
+    if config.public_text is not None:
+        parts["word groups"] = _grouping(config, table_VD, layer, rate)
     states = (trained + asked + 3 * trying.public_tokens) * table_VD.shape[1]
     return estimated(
         parts, rate, memory=2 * weight_bytes(loaded) + FLOAT * (states + 12 * table_VD.numel()),
         written=WRITTEN, scratch=weight_bytes(loaded) + FLOAT * states,
         tokens=int(settings * (epochs * trained + asked)),
     )  # fmt: skip
+
+
+def _grouping(config: SplitFrontierConfig, table_VD: Tensor, layer: float, rate: Rate) -> float:
+    """Seconds of making word groups, anew for every setting."""
+    return sum(
+        grouping_seconds(grouping, table_VD, cut * layer, rate)
+        for privatizer in config.privatizers
+        if (grouping := privatizer.grouping()) is not None
+        for cut in set(config.cut)
+    )

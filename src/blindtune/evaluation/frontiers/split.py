@@ -1,10 +1,11 @@
-"""The privacy-utility frontier of split tuning: cuts and amounts of noise on the same data.
+"""The privacy-utility frontier of split tuning: cuts, amounts of noise, groups on the same data.
 
-Before a real run, whoever has a model and texts of the customer's kind tries settings (cut, eta,
-CTI). A setting is tuned as the two parties would, in one process: texts are privatized once, the
-vendor tunes on the states, the tuned job is asked about noised test texts; that gives the utility
-accuracy (UA). Then the training texts are attacked as `audit_split` does; empirical privacy (EP)
-is the share of tokens that an attack gets wrong, and the strongest attack is what counts.
+Before a real run, whoever has a model and texts of the customer's kind tries settings: cuts with
+noise (eta, CTI) and with word groups. A setting is tuned as the two parties would, in one process:
+texts are privatized once, the vendor tunes on the states, the tuned job is asked about noised test
+texts; that gives the utility accuracy (UA). Then the training texts are attacked as `audit_split`
+does; empirical privacy (EP) is the share of tokens that an attack gets wrong, and the strongest
+attack is what counts.
 
 At every cut the split without noise is a setting too: what noise costs, and what depth alone hides.
 Every finished row is kept in OUT/rows, under a digest of all that decides it.
@@ -12,6 +13,7 @@ Every finished row is kept in OUT/rows, under a digest of all that decides it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -41,7 +43,7 @@ from blindtune.split.vendor.handler import Vendor
 OnRow = Callable[[str, int, int], None]
 EACH = 0.99
 """Confidence of each attack's two-sided interval, so that up to ten lower ends hold at once."""
-NoisedName = Literal["token", "exponential", "vector"]
+NoisedName = Literal["token", "exponential", "vector", "groups"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +53,20 @@ class SplitFrontierConfig:
     cut: tuple[int, ...] = (0,)
     """Layers at the customer."""
     privatizer: NoisedName = "exponential"
-    """What is noised: exponential, token or vector, as in split-tune."""
+    """What is noised: exponential, token or vector, as in split-tune. groups: nothing, word groups
+    alone are tried."""
     eta: tuple[float, ...] = ()
     """Values of eta, per token and unit of distance."""
     changed_share: tuple[float, ...] = (0.15, 0.4, 0.65)
     """Where no eta is given: shares of the tokens that shall change, from which eta follows."""
     cti_fraction: tuple[float, ...] = (0.0,)
     """Shares of the vocabulary that CTI spares for each class; 0: no CTI."""
+    public_text: str | None = None
+    """A file of public text of the kind that the customer's is: word groups made from it are tried
+    beside noise."""
+    wrong_guesses: tuple[float, ...] = (0.6, 0.75)
+    """How coarse these groups are: shares of frequent words' tokens that a guess by frequency shall
+    get wrong."""
 
     def __post_init__(self) -> None:
         """Refuse empty sweeps; what else is out of range, the privatizer's config refuses."""
@@ -66,6 +75,8 @@ class SplitFrontierConfig:
         if self.privatizer not in get_args(NoisedName):
             names = ", ".join(get_args(NoisedName))
             raise ConfigError(f"expected privatizer {names}, got {self.privatizer!r}")
+        if self.privatizer == "groups" and self.public_text is None:
+            raise ConfigError("expected public_text, of which word groups are made, got none")
         _ = self.privatizers
 
     @property
@@ -74,16 +85,20 @@ class SplitFrontierConfig:
         levels: list[tuple[float | None, float | None]]
         levels = [(eta, None) for eta in sorted(set(self.eta))[::-1]]
         levels = levels or [(None, share) for share in sorted(set(self.changed_share))]
-        return (
-            PrivatizerConfig(privatizer="none", unprotected=True),
-            *(
-                PrivatizerConfig(
-                    privatizer=self.privatizer, eta=eta, changed_share=share, cti_fraction=cti
-                )
-                for cti in sorted(set(self.cti_fraction))
-                for eta, share in levels
-            ),
-        )
+        noised = [
+            PrivatizerConfig(
+                privatizer=self.privatizer, eta=eta, changed_share=share, cti_fraction=cti
+            )
+            for cti in sorted(set(self.cti_fraction))
+            for eta, share in levels
+            if self.privatizer != "groups"
+        ]
+        grouped = [
+            PrivatizerConfig(public_text=self.public_text, wrong_guesses=wrong)
+            for wrong in sorted(set(self.wrong_guesses))
+            if self.public_text is not None
+        ]
+        return (PrivatizerConfig(privatizer="none", unprotected=True), *noised, *grouped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,13 +135,22 @@ class SplitSetting:
     """The same of the nearest-neighbour attack."""
     settled: bool
     """Whether the trained attacks ended by themselves, not by `attack_seconds`."""
+    wrong_guesses: float | None = None
+    """How coarse the word groups are; None: there are none."""
 
     @property
     def name(self) -> str:
         """The setting in short."""
+        if self.wrong_guesses is not None:
+            return f"cut {self.cut}, groups {self.wrong_guesses:g}"
         noise = "no noise" if self.eta is None else f"eta {self.eta:.4g}"
         spared = f", CTI {self.cti_fraction:g}" if self.cti_fraction else ""
         return f"cut {self.cut}, {noise}{spared}"
+
+    @property
+    def open(self) -> bool:
+        """Whether nothing hides the words but the layers."""
+        return self.eta is None and self.wrong_guesses is None
 
 
 @final
@@ -142,27 +166,29 @@ class SplitFrontier:
 
     @property
     def best_ua(self) -> float:
-        """The best accuracy without noise."""
-        return max(s.ua for s in self.settings if s.eta is None)
+        """The best accuracy without noise or groups."""
+        return max(s.ua for s in self.settings if s.open)
 
     def efficient(self) -> tuple[SplitSetting, ...]:
         """Settings that no other one beats in UA and EP at once, best UA first."""
         return unbeaten(self.settings, lambda s: (s.ua, s.ep))
 
-    def largest_eta(self, ep: float) -> SplitSetting | None:
-        """The least noise that holds every attack at this EP; of equal ones, the best UA.
+    def mildest(self, ep: float) -> SplitSetting | None:
+        """The setting that hides no more than it must to hold every attack at this EP.
 
-        It holds them with the confidence of `ep_low`, each setting's own. A setting without noise
-        that does counts as the largest eta.
+        Of noise the largest eta that does (none at all counts as the largest), of groups the least
+        coarse ones, of equal ones the best UA; of these two, the better UA. It holds the attacks
+        with the confidence of `ep_low`, each setting's own.
 
         Raises:
             ConfigError: as for `check_answerable`.
         """
         check_answerable((s.cut for s in self.settings), self.public)
         held = [s for s in self.settings if s.ep_low >= ep]
-        return max(
-            held, key=lambda s: (float("inf") if s.eta is None else s.eta, s.ua), default=None
-        )
+        noised = [(s.eta or math.inf, s.ua, s) for s in held if s.wrong_guesses is None]
+        grouped = [(-s.wrong_guesses, s.ua, s) for s in held if s.wrong_guesses is not None]
+        best = [max(some, key=lambda found: found[:2])[2] for some in (noised, grouped) if some]
+        return max(best, key=lambda s: s.ua, default=None)
 
     def facts(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
@@ -254,11 +280,15 @@ class _Sweep:
             Cut(layers=self.layers, cut=cut)  # refuses what cannot be before anything is tuned
         files = [path for path in (data, test, public) if path is not None]
         words = [sha256(content).hexdigest() for content in tokenizer_files(tokenizer).values()]
+        # What word groups are made of decides by its content, and not by its name.
+        self._public_text = config.public_text and _digest(Path(config.public_text))
         self._decides = [fingerprint(loaded), words, *map(_digest, files), asdict(self.trial)]
 
     def setting(self, cut: int, privatizer: PrivatizerConfig) -> SplitSetting:
         """Tune, predict, attack; or what an earlier sweep found."""
-        decides = [*self._decides, cut, asdict(privatizer)]
+        hiding = asdict(privatizer)
+        hiding["public_text"] = hiding["public_text"] and self._public_text
+        decides = [*self._decides, cut, hiding]
         found = self.rows.row(str(cut), decides, lambda: self._measure(cut, privatizer))
         return SplitSetting(**found)
 
@@ -293,6 +323,7 @@ class _Sweep:
         strongest = audit.findings[audit.strongest]
         return {
             "cut": cut, "eta": done.privacy.eta, "cti_fraction": privatizer.cti_fraction,
+            "wrong_guesses": None if privatizer.grouping() is None else privatizer.wrong_guesses,
             "ua": asked.scores["accuracy"], "ep": strongest.value,
             "ep_low": min(f.low for f in eps.values() if f.low is not None),
             "strongest": strongest.attack, "ep_nearest": eps["nearest neighbour"].value,

@@ -14,6 +14,11 @@ from blindtune.evaluation.pages.report import Report, Section, Table
 
 JSON_NAME, PAGE_NAME = "split-frontier.json", "split-frontier.html"
 NOT_LEARNED = "No public text was given: attacks that learn from text were not run."
+GROUPED = (
+    "groups: every word becomes its group's; the number is the share of frequent words' tokens "
+    "that a guess by frequency gets wrong. A language model reads more of groups than these "
+    "attacks do (blindtune audit --prior)."
+)
 CUT_SHORT = "an attack's training was ended by --attack-seconds; a longer one may read more."
 
 
@@ -25,13 +30,13 @@ def write_split_frontier(
     Args:
         found: what was measured.
         out: an existing directory.
-        ep: what the strongest attack must be held at; the largest eta that does is the answer.
+        ep: what the strongest attack must be held at; the mildest setting that does is the answer.
 
     Raises:
         OutputError: a file cannot be written.
         ConfigError: `ep` where no attack was run that could tell (`check_answerable`).
     """
-    answer = None if ep is None else found.largest_eta(ep)
+    answer = None if ep is None else found.mildest(ep)
     facts = found.facts() | {
         "asked": None if ep is None else {"ep": ep},
         "answer": None if answer is None else asdict(answer) | {"name": answer.name},
@@ -61,7 +66,7 @@ def _how(trial: Trial) -> dict[str, dict[str, Any]]:
 
 
 def answer_sentence(found: SplitFrontier, answer: SplitSetting | None, ep: float) -> str:
-    """The answer to "the largest eta with EP >= z under every attack", in words."""
+    """The answer to "the mildest setting with EP >= z under every attack", in words."""
     if answer is None:
         best = max(found.settings, key=lambda s: s.ep_low)
         return (
@@ -70,7 +75,7 @@ def answer_sentence(found: SplitFrontier, answer: SplitSetting | None, ep: float
             "with 95 % confidence."
         )
     return (
-        f"The least noise that holds every attack at an EP of {ep:g} is {answer.name}: "
+        f"The mildest setting that holds every attack at an EP of {ep:g} is {answer.name}: "
         f"EP {answer.ep:.3f} under {answer.strongest} (at least {answer.ep_low:.3f} under each, "
         f"with 95 % confidence), UA {answer.ua:.3f}, "
         f"{100 * (found.best_ua - answer.ua):.1f} points below the best without noise."
@@ -105,6 +110,8 @@ def _table(found: SplitFrontier, answer: SplitSetting | None) -> Section:
         for s in found.settings
     ]  # fmt: skip
     notes = ["One seed and one draw of the noise: small differences mean nothing."]
+    if any(s.wrong_guesses is not None for s in found.settings):
+        notes.append(GROUPED)
     if found.public is None:
         notes.append(NOT_LEARNED)
     if not all(s.settled for s in found.settings):

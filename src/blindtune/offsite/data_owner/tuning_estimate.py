@@ -25,7 +25,7 @@ from blindtune.models.costs import (
 from blindtune.models.decoder import Decoder
 from blindtune.offsite.adapter import AdapterConfig
 from blindtune.offsite.data_owner.tuning import read_examples, read_privately
-from blindtune.offsite.emulator import adapter_indices, sketch, tokenizer_of
+from blindtune.offsite.emulator import adapter_indices, package_sketch, tokenizer_of
 from blindtune.training.config import RunConfig, TrainingConfig
 from blindtune.training.dp_plan import DpConfig
 from blindtune.training.text import DataConfig, TokenDataset
@@ -63,7 +63,7 @@ def estimate_tune(
         reading = read_privately(reading, privacy, validation)
     package = open_package(emulator, "emulator", trust=trust)
     manifest = package.manifest
-    model = sketch(package)
+    model = package_sketch(package)
     train, held_out = read_examples(tokenizer_of(package, model), data, validation, reading)
     decoder = Decoder(model)
     length = max(1, train.tokens // len(train))

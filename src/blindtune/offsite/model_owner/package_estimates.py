@@ -30,8 +30,7 @@ from blindtune.models.costs import (
 from blindtune.models.decoder import Decoder
 from blindtune.models.loading import load_tokenizer
 from blindtune.models.tokenizers import tokenizer_files
-from blindtune.offsite.emulator import DTYPES, tokenizer_of
-from blindtune.offsite.emulator import sketch as emulator_sketch
+from blindtune.offsite.emulator import DTYPES, package_sketch, tokenizer_of
 from blindtune.offsite.model_owner.compression import compressed_rank, saves_space
 from blindtune.offsite.model_owner.emulation import EmulatorConfig, replaced_layers
 from blindtune.offsite.model_owner.study import Study, open_study
@@ -187,5 +186,5 @@ def shape_of(
     if not (Path(model) / MANIFEST_NAME).is_file():
         return load_tokenizer(model), sketch(model)
     package = open_package(model, "emulator", trust=trust)
-    shape = emulator_sketch(package)
+    shape = package_sketch(package)
     return tokenizer_of(package, shape), shape

@@ -25,7 +25,7 @@ from blindtune.models.costs import (
     matrix_numbers,
     weight_bytes,
 )
-from blindtune.privacy.word_groups import ROUNDS
+from blindtune.privacy.word_groups import ROUNDS, GroupingConfig
 from blindtune.split.bottom import Bottom, open_bottom
 from blindtune.split.customer.private_gradients import GradientConfig, check_fit, plan_gradients
 from blindtune.split.customer.private_texts import ReadingConfig, read_training
@@ -121,21 +121,21 @@ def _privatizing(
         parts["survey"] = rate.seconds(survey)
         if privatizer.privatizer == "token":
             parts["nearest word"] = rate.seconds(2.0 * tokens * table_VD.numel())
-    return parts | _grouping(privatizer, table_VD, bottom_flops, rate)
+    if (grouping := privatizer.grouping()) is not None:
+        parts["word groups"] = grouping_seconds(grouping, table_VD, bottom_flops, rate)
+    return parts
 
 
-def _grouping(
-    privatizer: PrivatizerConfig, table_VD: Tensor, bottom_flops: float, rate: Rate
-) -> dict[str, float]:
+def grouping_seconds(
+    config: GroupingConfig, table_VD: Tensor, bottom_flops: float, rate: Rate
+) -> float:
     """Seconds of making word groups: every word through the bottom, joins, and clusters."""
-    if (config := privatizer.grouping()) is None:
-        return {}
     words, width = table_VD.shape
     frequent = min(words, config.frequent)
     rare, read = words - frequent, TOKENS_OF_A_WORD * words * bottom_flops
     joined = JOINING_PRODUCTS * 2.0 * frequent**2 * width
-    clustered = (ROUNDS + 1) * 2.0 * rare * (rare / config.rare_size) * width
-    return {"word groups": rate.seconds(read + joined + clustered)}
+    clustered = (ROUNDS + 1) * 2.0 * rare * (rare / config.words_of_a_rare_group) * width
+    return rate.seconds(read + joined + clustered)
 
 
 def _layer_flops(package: Bottom, length: float) -> float:

@@ -36,7 +36,7 @@ from blindtune.split.partition import (
     default_pooling,
     feature_size,
     lm_logits,
-    next_token_loss,
+    mean_token_loss,
     run_top,
     task_loss,
     vendor_calls,
@@ -95,7 +95,7 @@ class Top:
         outputs = self.outputs(trunk_BLD, mask_BL)
         cover(trunk_BLD if self._head is None else outputs)
         if self._head is None:
-            return next_token_loss(outputs, target, mask_BL)
+            return mean_token_loss(outputs, target, mask_BL)
         return task_loss(
             outputs, target, "regression" if target.is_floating_point() else "classification"
         )

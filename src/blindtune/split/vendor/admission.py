@@ -88,7 +88,7 @@ def check_labels(labels: Tensor, task: str, outputs: int) -> None:
         raise MismatchError(f"expected {outputs} finite float32 targets a sequence")
 
 
-def check_open(
+def check_waiting(
     tokens: int, *, forwards: int, of_job: int, of_customer: int, limits: VendorLimits
 ) -> None:
     """Whether another forward may wait for its gradient; RefusedError if not.

@@ -19,7 +19,7 @@ from blindtune.models.costs import (
 from blindtune.split.numbered_states import KEPT_STATES
 from blindtune.split.partition import Stack, stack_of
 from blindtune.split.terms import TuningConfig, VendorLimits
-from blindtune.split.vendor.lora import serve
+from blindtune.split.vendor.lora import freeze
 from blindtune.split.vendor.service import BottomConfig
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -64,7 +64,7 @@ def estimate_serve(
     stack = stack_of(sketch(model))
     where = config.cut(stack.layer_count, cut)
     whole, written = weight_bytes(stack.model), _package_bytes(stack, cut, config)
-    served, rank = serve(stack, where), TuningConfig().lora_rank
+    served, rank = freeze(stack, where), TuningConfig().lora_rank
     shapes = [
         tuple(stack.model.get_submodule(path).weight.shape)
         for path in (*served.attention, *served.feed_forward)

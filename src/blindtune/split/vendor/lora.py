@@ -55,7 +55,7 @@ class Served:
         return device
 
 
-def serve(stack: Stack, cut: Cut) -> Served:
+def freeze(stack: Stack, cut: Cut) -> Served:
     """Freeze a model, and note where LoRA may go.
 
     Raises:

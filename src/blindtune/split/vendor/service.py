@@ -78,7 +78,7 @@ class WatchConfig:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Bottom:
+class WrittenBottom:
     """A bottom package that was written."""
 
     path: Path
@@ -96,7 +96,7 @@ def bottom(
     *,
     overwrite: bool = False,
     signer: Signer | None = None,
-) -> Bottom:
+) -> WrittenBottom:
     """Write the package that customers of split tuning get: embedding and the first blocks.
 
     Args:
@@ -124,20 +124,20 @@ def _write(
     *,
     overwrite: bool = False,
     signer: Signer | None = None,
-) -> Bottom:
+) -> WrittenBottom:
     where = config.cut(stack_of(model).layer_count, cut)
     identity = write_bottom(
         model, tokenizer, out, where, dtype=config.dtype, max_length=config.max_length,
         overwrite=overwrite, signer=signer,
     )  # fmt: skip
-    return Bottom(path=out, id=identity, cut=where, bytes=_size(out))
+    return WrittenBottom(path=out, id=identity, cut=where, bytes=_size(out))
 
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def _find(model: PreTrainedModel, path: Path, cut: int, config: BottomConfig) -> Bottom:
+def _find(model: PreTrainedModel, path: Path, cut: int, config: BottomConfig) -> WrittenBottom:
     """The package at `path`, if it is this model's at this cut.
 
     Raises:
@@ -162,7 +162,9 @@ def _find(model: PreTrainedModel, path: Path, cut: int, config: BottomConfig) ->
                 f"{path}: expected a bottom package with {name} {value}, it has {found}: serve "
                 "the model as it was cut before, or choose another directory"
             )
-    return Bottom(path=path, id=opened.id.removeprefix("sha256:"), cut=where, bytes=_size(path))
+    return WrittenBottom(
+        path=path, id=opened.id.removeprefix("sha256:"), cut=where, bytes=_size(path)
+    )
 
 
 @final

@@ -30,9 +30,9 @@ from blindtune.exchange.wire.messages import (
 from blindtune.models.decoder import UNLIMITED_CONTEXT, context_limit
 from blindtune.split.partition import Cut, Stack
 from blindtune.split.terms import VendorLimits, tuning_of
-from blindtune.split.vendor.admission import check_labels, check_open, check_rows
+from blindtune.split.vendor.admission import check_labels, check_rows, check_waiting
 from blindtune.split.vendor.job import Job
-from blindtune.split.vendor.lora import JobLora, Served, serve
+from blindtune.split.vendor.lora import JobLora, Served, freeze
 from blindtune.split.vendor.open_forwards import Graphs
 from blindtune.split.vendor.store import JobRecord
 from blindtune.split.vendor.turns import Turns
@@ -53,7 +53,7 @@ class SharedModel:
     """
 
     def __init__(self, stack: Stack, cut: Cut, limits: VendorLimits, tell: Observer) -> None:
-        self.served: Served = serve(stack, cut)
+        self.served: Served = freeze(stack, cut)
         self._limits, self._tell = limits, tell
         self._turns = Turns()
         self._graphs = Graphs(limits.max_message_tokens)
@@ -90,7 +90,7 @@ class SharedModel:
         self._check(job, message)
         with self._work(job, message, tokens):
             if isinstance(message, Forward):  # in the turn: nobody else opens one meanwhile
-                self._check_open(job, tokens)
+                self._check_waiting(job, tokens)
             reply = self._thread.submit(job.work, message).result()
         job.count(message, reply)
         return reply
@@ -142,10 +142,10 @@ class SharedModel:
             longest=self._longest, limits=self._limits,
         )  # fmt: skip
 
-    def _check_open(self, job: Job, tokens: int) -> None:
+    def _check_waiting(self, job: Job, tokens: int) -> None:
         assert job.lora is not None
         own = [lora for owner, lora in self._loras.values() if owner == job.record.owner]
-        check_open(
+        check_waiting(
             tokens, forwards=job.lora.open_forwards, of_job=job.lora.open_tokens,
             of_customer=sum(lora.open_tokens for lora in own), limits=self._limits,
         )  # fmt: skip
