@@ -27,10 +27,11 @@ class PrivatizerConfig:
 
     privatizer: PrivatizerName = "auto"
     """What is noised. groups: every word becomes its group's, a promise of another kind
-    (docs/privacy.md) and the most accuracy where attacks read as much; exponential (a word is
-    drawn, the nearer the likelier), token (word embedding, then the nearest word: the same promise,
-    at a far larger eta), vector (word embedding), block-output (states after the bottom); none:
-    nothing, only with --unprotected. auto: groups where public_text is given, else exponential."""
+    (docs/privacy.md), and no less accuracy than noise where attacks read as much; exponential (a
+    word is drawn, the nearer the likelier), token (word embedding, then the nearest word: the same
+    promise, at a far larger eta), vector (word embedding), block-output (states after the bottom);
+    none: nothing, only with --unprotected. auto: groups where public_text is given, else
+    exponential."""
     eta: float | None = None
     """Privacy per token, per unit of distance between embeddings; smaller is more private."""
     changed_share: float | None = None
@@ -165,7 +166,7 @@ class PrivatizerConfig:
         ):
             raise ConfigError(
                 "expected public_text, eta (--eta) or changed_share: public_text makes word "
-                "groups, which keep the most accuracy; no amount of noise is right for all, and "
+                "groups, which keep no less accuracy; no amount of noise is right for all, and "
                 "changed_share 0.5 finds the eta at which half of your tokens change, a good start"
             )
 
