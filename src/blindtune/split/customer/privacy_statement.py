@@ -227,7 +227,8 @@ def _without_noise(groups: WordGroups | None, changed: float | None) -> str:
         f"{words:,} words in {count:,} groups: which word of its group a token was is hidden "
         "perfectly, whatever the vendor computes; which group it is of is not hidden at all\n"
         f"{changed or 0:.1%} of your tokens leave as other words; a guess by frequency alone gets "
-        "the others right, and one by context more"
+        "the others right, and a language model, which reads sentences, may get half of these too "
+        "(blindtune audit --prior MODEL tries one)"
     )
 
 
