@@ -6,13 +6,14 @@ Part arc: the adapter of the default emulator is tuned on 900 ARC-Easy questions
 answers, one record each, with canaries planted among them. Scored are the loss on test texts
 (emulator and plug-in), membership inference against 300 questions that were left out, on the
 emulator (the data owner's audit) and on the full model (its owner's own attack), and the exposure
-of the canaries. Rows are kept and resumed as in `offsite.py` (`rows.py`); results go to
-benchmarks/results/leakage-PART.json. `--smoke` does the same on little of everything.
+of the canaries. A seed draws the questions that are trained on and those that are left out, the
+canaries, and the order of training. Rows are kept and resumed as in `offsite.py` (`rows.py`);
+results go to benchmarks/results/leakage-PART.json. `--smoke` does the same on little of everything.
 """
 
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -31,7 +32,7 @@ from blindtune.training.canaries import CanaryConfig, plant, read_canaries
 from blindtune.training.config import TrainingConfig
 from blindtune.training.dp_plan import DpConfig
 from blindtune.training.text import DataConfig, load_dataset_file
-from offsite import ADAPTER_RATE, DEFAULT, MODEL, QUIET, Bench, claimed, facts_of
+from offsite import ADAPTER_RATE, DEFAULT, MODEL, QUIET, SEEDS, Bench, claimed, facts_of
 from rows import parse_options, run_parts
 
 PARTS = ("arc",)
@@ -63,12 +64,10 @@ class Leakage(Bench):
                 emulate(self.study(), target, DEFAULT)
         return target
 
-    def texts(self):
+    def texts(self, folder, seed=0):
         """Files of the planted members, the canaries, and datasets of others and test texts."""
-        folder = self.work / "leakage"
-        folder.mkdir(exist_ok=True)
         texts = questions(self.data / "arc_easy_train.jsonl")
-        random.Random(0).shuffle(texts)
+        random.Random(seed).shuffle(texts)
         members = self.amount(MEMBERS)
         kinds = {
             "members": texts[:members],
@@ -79,7 +78,8 @@ class Leakage(Bench):
             lines = (json.dumps({"text": text}) + "\n" for text in kept)
             (folder / f"{name}.jsonl").write_text("".join(lines))
         config = CanaryConfig(repeats=(0, 1), each=1, candidates=8) if self.smoke else CANARIES
-        planted = plant(folder / "members.jsonl", folder / "planted", config, overwrite=True)
+        config = replace(config, seed=seed)
+        planted = plant(folder / "members.jsonl", folder / "planted", config)
         tokenizer = load_tokenizer(MODEL)
         read = {name: load_dataset_file(folder / f"{name}.jsonl", tokenizer, READING)
                 for name in kinds}  # fmt: skip
@@ -109,9 +109,9 @@ def membership(tuned, untuned, read):
     return asdict(membership_leakage(*scores))
 
 
-def untuned_row(bench, _folder):
+def untuned_row(bench, folder):
     """The loss before any tuning."""
-    _, read = bench.texts()
+    _, read = bench.texts(folder)
     emulator = open_emulator(bench.emulator(), dtype=torch.float32).model
     return {
         "Emulator": loss(emulator, read["test"]),
@@ -119,10 +119,10 @@ def untuned_row(bench, _folder):
     }
 
 
-def tuned_row(bench, folder, name):
+def tuned_row(bench, folder, name, seed):
     """One tuning, its utility, and what it leaks."""
     rank, epsilon, passes, rate = TUNED[name]
-    planted, read = bench.texts()
+    planted, read = bench.texts(folder, seed)
     private = epsilon is not None
     training = TrainingConfig(
         num_train_epochs=passes,
@@ -130,7 +130,7 @@ def tuned_row(bench, folder, name):
         learning_rate=rate,
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=1 if bench.smoke or not private else DP_BATCH // BATCH,
-        seed=0,
+        seed=seed,
     )
     done = tune(
         bench.emulator(), planted.data, folder / "adapter", AdapterConfig(lora_rank=rank),
@@ -162,7 +162,11 @@ def plan(bench, part):
     assert part == "arc", part
     return [
         ("untuned", lambda folder: untuned_row(bench, folder)),
-        *((name, lambda folder, name=name: tuned_row(bench, folder, name)) for name in TUNED),
+        *(
+            (f"{name}-{seed}", lambda folder, row=(name, seed): tuned_row(bench, folder, *row))
+            for seed in SEEDS
+            for name in TUNED
+        ),
     ]
 
 

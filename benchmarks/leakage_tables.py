@@ -1,36 +1,34 @@
 """The table of what adapters leak, from what `leakage.py` wrote."""
 
+import statistics
+
+from figures import SEEDS, spread
+
 REPEATS = ("0", "1", "4", "16")
+ON_EMULATOR, ON_MODEL = "membership, emulator", "membership, full model"
 
 
 def leakage_table(arc):
-    """Utility, membership and exposure of every tuning."""
+    """Utility, membership and exposure of every tuning: means over its seeds."""
     lines = [
         "| tuned | emulator | plug-in | AUC, on the emulator | AUC, on the full model "
-        "| TPR at 1 % FPR | exposure, bits: never / 1 / 4 / 16 times |",
-        "|---|---:|---:|---|---|---:|---|",
+        "| TPR at 1 % FPR | exposure, bits: never / 1 / 4 / 16 times | seeds |",
+        "|---|---:|---:|---:|---:|---:|---|---:|",
     ]
     rows = arc["rows"]
     if "untuned" in rows:
         cells = (f"{rows['untuned'][key]:.3f}" for key in ("Emulator", "Plug-in"))
-        lines.append("| untuned | " + " | ".join(cells) + " | | | | |")
-    for name, row in rows.items():
-        if name == "untuned":
-            continue
-        inside, full = row["membership, emulator"], row["membership, full model"]
-        bits = " / ".join(f"{row['canaries'][r]['bits']:.1f}" for r in REPEATS)
-        most = row["canaries"]["0"]["most_bits"]
+        lines.append("| untuned | " + " | ".join(cells) + " | | | | | |")
+    for name in dict.fromkeys(name.rpartition("-")[0] for name in rows if name != "untuned"):
+        seeds = [rows[f"{name}-{seed}"] for seed in SEEDS if f"{name}-{seed}" in rows]
+        bits = (statistics.mean(row["canaries"][r]["bits"] for row in seeds) for r in REPEATS)
         cells = (
-            f"{row['Emulator']:.3f}",
-            f"{row['Plug-in']:.3f}",
-            _area(inside),
-            _area(full),
-            f"{inside['found']:.3f}",
-            f"{bits} of {most:.0f}",
+            *(spread([row[key] for row in seeds], 3) for key in ("Emulator", "Plug-in")),
+            *(spread([row[key]["auc"] for row in seeds], 3) for key in (ON_EMULATOR, ON_MODEL)),
+            spread([row[ON_EMULATOR]["found"] for row in seeds], 3),
+            " / ".join(f"{b:.1f}" for b in bits)
+            + f" of {seeds[0]['canaries']['0']['most_bits']:.0f}",
+            str(len(seeds)),
         )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
-
-
-def _area(found):
-    return f"{found['auc']:.3f} [{found['auc_low']:.3f}, {found['auc_high']:.3f}]"
