@@ -61,7 +61,8 @@ def test_records_that_were_never_seen_are_not_told_apart(models) -> None:
 def test_a_memorised_canary_comes_first_and_an_unseen_one_anywhere(models) -> None:
     planted = exposure(scores(models, (records(40, 1)[0], *records(255, 4))), 0)
     unseen = [
-        exposure(scores(models, (canary, *records(255, 4))), 0).rank / 256 for canary in records(8, 5)
+        exposure(scores(models, (canary, *records(255, 4))), 0).rank / 256
+        for canary in records(8, 5)
     ]
     assert planted.rank <= 3
     assert 0.15 < sum(unseen) / 8 < 0.85
