@@ -46,8 +46,8 @@ def run_rows(program, part, rows, *, work, facts, only="", fresh=False, smoke=Fa
         data: whether the program reads data sets.
     """
     (work / "rows").mkdir(parents=True, exist_ok=True)
-    if not (fresh or smoke):
-        take_over(RESULTS / f"{program}-{part}.json", part, rows, work)
+    kept = [] if smoke else [name for name, _ in rows if not (fresh and only in name)]
+    take_over(RESULTS / f"{program}-{part}.json", part, kept, work)
     for name, function in rows:
         if only in name:
             run_row(f"{part}/{name}", function, work)
@@ -114,10 +114,10 @@ def row_path(work, name):
     return work / "rows" / f"{slug}.json"
 
 
-def take_over(results, part, rows, work):
+def take_over(results, part, names, work):
     """Rows that earlier runs committed count as done."""
     committed = json.loads(results.read_text())["rows"] if results.exists() else {}
-    for name, _ in rows:
+    for name in names:
         path = row_path(work, f"{part}/{name}")
         if name in committed and not path.exists():
             path.write_text(json.dumps(committed[name], indent=1))
