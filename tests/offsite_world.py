@@ -40,7 +40,7 @@ def study_tiny(directory, dynamic=None, **changes):
     return study(*place, replace(STUDY, **changes), dynamic)
 
 
-def tune_tiny(directory, out="adapter", lora_rank=0, steps=3, **changes):
+def tune_tiny(directory, out="adapter", lora_rank=0, steps=3, run=SILENT, **changes):
     return tune(
         directory / "emulator",
         directory / "private.txt",
@@ -48,7 +48,7 @@ def tune_tiny(directory, out="adapter", lora_rank=0, steps=3, **changes):
         AdapterConfig(lora_rank=lora_rank),
         TrainingConfig(max_steps=steps, learning_rate=1e-3, **changes),
         reading=READING,
-        run=SILENT,
+        run=run,
     )
 
 

@@ -31,6 +31,7 @@ from blindtune.offsite.model_owner.plugin import plug_in
 from blindtune.offsite.model_owner.study import open_study
 from offsite_world import (
     READING,
+    SILENT,
     TRIPLET,
     owners_world,
     save_text,
@@ -54,6 +55,9 @@ def test_every_family_from_study_to_plug_in(name, tmp_path):
         last = made.study.layer_count - 1
         assert set(result.relative_change) == {0, last}
         assert all(0 < change < 0.5 for change in result.relative_change.values())
+    half = tune_tiny(tmp_path, "half", run=replace(SILENT, precision="bfloat16"))
+    losses = [[loss for _, loss in run.training.train_loss] for run in (half, made.full)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
     opened = open_emulator(tmp_path / "emulator")
     start = torch.arange(6)[None] + 3
     cached = opened.model.generate(start, max_new_tokens=6, do_sample=False, use_cache=True)

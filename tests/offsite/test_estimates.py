@@ -7,6 +7,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from blindtune.errors import ConfigError, MismatchError
+from blindtune.models import costs
 from blindtune.offsite.adapter import AdapterConfig
 from blindtune.offsite.data_owner.tuning import tune
 from blindtune.offsite.data_owner.tuning_estimate import estimate_tune
@@ -22,6 +23,7 @@ from blindtune.offsite.model_owner.study import StudyConfig
 from blindtune.offsite.model_owner.study_estimate import estimate_study
 from blindtune.offsite.model_owner.studying import study
 from blindtune.training.config import RunConfig, TrainingConfig
+from blindtune.training.dp_plan import DpConfig
 from blindtune.training.text import DataConfig
 from tiny_models import tiny_tokenizer
 
@@ -116,6 +118,20 @@ def test_tuning_takes_what_is_asked_for(world):
     assert saving.memory_bytes <= plain.memory_bytes + (8 << 20)
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_bfloat16_halves_what_is_not_trained(world, rank, monkeypatch):
+    monkeypatch.setattr(costs, "_resident_bytes", lambda: 0)
+    adapter = AdapterConfig(lora_rank=rank)
+    runs = (RunConfig(precision=precision) for precision in ("float32", "bfloat16"))
+    whole, half = (estimated(world, adapter=adapter, run=run).memory_bytes for run in runs)
+    made = world.lora if rank else world.full
+    numbers = sum(p.numel() for p in made.emulator.model.parameters())
+    frozen = numbers - (0 if rank else world.full.trained_parameters)
+    if rank:
+        frozen -= world.lora.trained_parameters  # PEFT put them into the model
+    assert whole - half == 2 * frozen
+
+
 def estimated_without_validation(world):
     return estimate_tune(
         world.path / "emulator",
@@ -132,6 +148,13 @@ def test_what_an_act_refuses_its_estimate_refuses(world):
         estimate_plug_in(world.path / "model", world.path / "emulator")
     with pytest.raises(ConfigError, match="expected a package's directory"):
         estimate_inspect(world.path / "none")
+    with pytest.raises(ConfigError, match="without gradient_checkpointing"):
+        estimate_tune(
+            world.path / "emulator",
+            world.path / "private.txt",
+            privacy=DpConfig(epsilon=8.0),
+            run=RunConfig(gradient_checkpointing=True),
+        )
 
 
 def test_a_study_costs_more_with_more_in_it(world):

@@ -100,6 +100,34 @@ def test_only_what_requires_a_gradient_changes(tmp_path):
     assert result.tokens_per_second > 0
 
 
+def test_bfloat16_multiplies_in_it_and_trains_float32(tmp_path):
+    """What is trained is float32 all along; what is not is rounded once, and half as large."""
+    model, before, seen = tuned(llama()), copy_of(llama()), set()
+    layers = model.model.layers
+
+    def note(layer, _, output):
+        seen.add((layer.weight.requires_grad, layer.weight.dtype, output.dtype))
+
+    hooks = [layers[i].mlp.up_proj.register_forward_hook(note) for i in (0, 1)]
+    found = train(model, tmp_path / "half", run=replace(RUN, precision="bfloat16"))
+    assert seen == {
+        (True, torch.float32, torch.bfloat16),
+        (False, torch.bfloat16, torch.bfloat16),
+    }
+    for hook in hooks:
+        hook.remove()
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, before[name].bfloat16().float())
+    whole = train(tuned(llama()), tmp_path / "whole")
+    losses, expected = ([loss for _, loss in run.validation_loss] for run in (found, whole))
+    assert losses == pytest.approx(expected, rel=0.01)
+    assert losses != expected
+    with pytest.raises(ConfigError, match="precision"):
+        train(tuned(llama()), tmp_path / "half")
+
+
 def test_checkpoints_hold_only_the_trained_parameters(tmp_path):
     model = tuned(llama())
     train(model, tmp_path)

@@ -261,6 +261,22 @@ def test_a_killed_run_goes_on_and_takes_as_many_steps(tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"gradient_checkpointing": True}, "gradient_checkpointing"),
+        ({"tensorboard": True}, "tensorboard"),
+        ({"precision": "bfloat16"}, "precision float32"),
+    ],
+)
+def test_runs_that_cannot_be_private_are_refused(tmp_path, option, says):
+    with pytest.raises(ConfigError, match=says):
+        fit_private(
+            llama(), dataset(21, seed=1), CONFIG, plan_of(), tmp_path, uniforms=everything,
+            run=replace(RUN, **option),
+        )  # fmt: skip
+
+
 def test_layers_that_mix_records_are_refused(tmp_path):
     model = freeze_all_but(FAMILIES["opt"](), "fc1")
     with pytest.raises(ConfigError, match="gradient of every record"):

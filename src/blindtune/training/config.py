@@ -65,8 +65,11 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What changes speed, memory and bookkeeping; `eval_steps` alone has a part in the result."""
+    """What changes speed, memory and bookkeeping; the result, by eval_steps and precision alone."""
 
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16, for GPUs (CPUs are slower with it): matrix products in it, by autocast, and what is
+    not trained is rounded to it, in half the memory. Trained weights are float32 either way."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     per_device_eval_batch_size: int = 8
@@ -97,6 +100,8 @@ class RunConfig:
             "threads": self.threads,
         }
         _check_numbers(positive, {})
+        if self.precision not in ("float32", "bfloat16"):
+            raise ConfigError(f"precision must be float32 or bfloat16, got {self.precision!r}")
         if self.resume not in ("auto", "never"):
             raise ConfigError(f"resume must be auto or never, got {self.resume!r}")
 

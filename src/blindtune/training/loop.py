@@ -97,7 +97,7 @@ def _run(
 
     args = _arguments(config, run, out_dir, len(train), validation is not None)
     trainer = _make_trainer(model, train, validation, config, run, args)
-    whole = _identity(model, train, validation, config, args)
+    whole = _identity(model, train, validation, config, args) | {"precision": run.precision}
     assert not whole.keys() & identity.keys(), "fit names these itself"
     start = _prepare_folder({**whole, **identity}, run, args)
     state = TrainerState()
@@ -159,6 +159,7 @@ def _make_trainer(
         patience=config.early_stopping_patience,
         keep_best=config.load_best_model_at_end,
         eval_batch_size=run.per_device_eval_batch_size,
+        precision=run.precision,
     )
 
 

@@ -84,10 +84,11 @@ def fit_private(
 
     Raises:
         ConfigError: no per-record gradients of this model; activation checkpointing; several
-            processes; tensorboard; checkpoints of another run. TrainingError: gradients not finite.
+            processes; tensorboard; bfloat16; checkpoints of another run. TrainingError: gradients
+            not finite.
     """
     run = run or RunConfig()
-    _check_alone(run)
+    check_private(run)
     folder = Path(out_dir) / "checkpoints"
     optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
     schedule = config.lr_scheduler_type
@@ -116,7 +117,8 @@ def fit_private(
     return _result(plan, state, state["tokens"] - before, watch.seconds, done)
 
 
-def _check_alone(run: RunConfig) -> None:
+def check_private(run: RunConfig) -> None:
+    """Raise ConfigError for what a run cannot have under differential privacy."""
     if run.gradient_checkpointing or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "expected one process without gradient_checkpointing for differential privacy: "
@@ -126,6 +128,11 @@ def _check_alone(run: RunConfig) -> None:
         raise ConfigError(
             "expected no tensorboard with differential privacy, whose steps it is not told of: "
             "leave it, progress is on standard error"
+        )
+    if run.precision != "float32":
+        raise ConfigError(
+            f"expected precision float32 with differential privacy, got {run.precision}: norms of "
+            "rounded gradients bound less than is accounted for"
         )
 
 

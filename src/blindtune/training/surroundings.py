@@ -15,9 +15,10 @@ from blindtune.training.config import RunConfig
 
 @contextmanager
 def surroundings(model: nn.Module, run: RunConfig) -> Iterator[None]:
-    """Set threads, and activation checkpointing; afterwards all of it is put back.
+    """Set threads, precision, and activation checkpointing; afterwards all of it is put back.
 
     The model ends in evaluation mode, whatever happens; verbosity and `use_cache` are put back too.
+    Under bfloat16 what is not trained was rounded, and stays so.
 
     Raises:
         ConfigError: activation checkpointing of a model that has none.
@@ -35,7 +36,26 @@ def surroundings(model: nn.Module, run: RunConfig) -> Iterator[None]:
             torch.set_num_threads(run.threads)
         if run.gradient_checkpointing:
             after.callback(_set_checkpointing(model))
+        if run.precision == "bfloat16":
+            after.callback(_cast, _cast(_frozen(model), torch.bfloat16), torch.float32)
         yield
+
+
+def products_in(precision: str, device: torch.device) -> torch.autocast:
+    """Around forward passes: in which type matrices are multiplied."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def _frozen(model: nn.Module) -> list[nn.Parameter]:
+    """What is not trained, in float32."""
+    parameters = model.parameters()
+    return [p for p in parameters if not p.requires_grad and p.dtype == torch.float32]
+
+
+def _cast(parameters: list[nn.Parameter], dtype: torch.dtype) -> list[nn.Parameter]:
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)
+    return parameters
 
 
 def _set_checkpointing(model: Any) -> Any:

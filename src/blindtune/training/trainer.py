@@ -28,6 +28,7 @@ from blindtune.training.batches import BatchOrder, collate, padding_id
 from blindtune.training.dataset import TokenDataset
 from blindtune.training.loss import accepts_logits_to_keep, count_targets, next_token_loss
 from blindtune.training.progress import OnProgress, StepReport, Stopwatch
+from blindtune.training.surroundings import products_in
 
 History = list[tuple[int, float]]
 """(optimizer step, loss) in nats a token."""
@@ -69,6 +70,7 @@ class TokenTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         patience: int | None,
         keep_best: bool,
         eval_batch_size: int,
+        precision: str,
     ) -> None:
         """Make the Trainer; all that is configured comes in `args`, as numbers or as objects."""
         super().__init__(
@@ -89,6 +91,7 @@ class TokenTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._patience = patience
         self._keep_best = keep_best
         self._eval_batch_size = eval_batch_size
+        self._precision = precision
         self._logits_to_keep = accepts_logits_to_keep(model)
         self._pad_token_id = padding_id(model)
 
@@ -134,10 +137,14 @@ class TokenTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         Gradients are averaged over processes, so each process's part counts that many times.
         """
         assert num_items_in_batch is not None, "get_batch_samples counts the targets"
-        total = next_token_loss(model, inputs, logits_to_keep=self._logits_to_keep)
+        total = self._loss(model, inputs)
         loss: Tensor = total * (self.accelerator.num_processes / num_items_in_batch)
         self._require_finite("training loss", float(loss.detach()))
         return loss
+
+    def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        with products_in(self._precision, self.args.device):
+            return next_token_loss(model, batch, logits_to_keep=self._logits_to_keep)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """A loss can be finite while a gradient is not: stop before it reaches the weights."""
@@ -177,7 +184,7 @@ class TokenTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         for first in range(0, len(mine), self._eval_batch_size):
             rows = [self.eval_dataset[i] for i in mine[first : first + self._eval_batch_size]]
             batch = self._prepare_inputs(collate(rows, self._pad_token_id))
-            loss = next_token_loss(self.model, batch, logits_to_keep=self._logits_to_keep)
+            loss = self._loss(self.model, batch)
             sums += torch.tensor([float(loss), count_targets(batch["labels"])])
         if processes > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum")

@@ -31,7 +31,7 @@ from blindtune.privacy.entropy import system_uniforms
 from blindtune.training import checkpoint
 from blindtune.training.dp_plan import DpConfig, DpPlan, plan_noise
 from blindtune.training.loop import RunConfig, TrainingConfig, TrainingResult, fit
-from blindtune.training.private_sgd import fit_private
+from blindtune.training.private_sgd import check_private, fit_private
 from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file, show_sample
 
 
@@ -93,6 +93,8 @@ def tune(
     adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
     privacy, out = privacy or DpConfig(), Path(out)
     reading = read_privately(reading or DataConfig(max_length=128), privacy, validation)
+    if privacy.epsilon is not None:
+        check_private(run or RunConfig())
     check_free(out, overwrite=overwrite, mark=MANIFEST_NAME)
     opened = _opened(emulator, reading, trust)
     train, held_out = read_examples(opened.tokenizer, data, validation, reading)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from torch import nn
+
 from blindtune.exchange.packages.package import open_package
 from blindtune.exchange.packages.signing import Trust
 from blindtune.models.costs import (
@@ -28,6 +30,7 @@ from blindtune.offsite.data_owner.tuning import read_examples, read_privately
 from blindtune.offsite.emulator import adapter_indices, package_sketch, tokenizer_of
 from blindtune.training.config import RunConfig, TrainingConfig
 from blindtune.training.dp_plan import DpConfig
+from blindtune.training.private_sgd import check_private
 from blindtune.training.text import DataConfig, TokenDataset
 
 ADAMW_SECONDS = 5e-9
@@ -49,7 +52,8 @@ def estimate_tune(
     """Estimate `tune`: forward, activations' gradients through every layer, weights' gradients.
 
     With differential privacy the noise to be added, which takes no time to speak of, is not
-    counted; the gradients of single records, which take memory, are.
+    counted; the gradients of single records, which take memory, are. Times are those of float32,
+    and so is the memory of activations.
 
     The package is checked as always, but of its weights only the header is used.
 
@@ -57,13 +61,12 @@ def estimate_tune(
         PackageError, DataError, ConfigError: as for `tune`.
     """
     adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
-    private = privacy is not None and privacy.epsilon is not None
-    reading, run = reading or DataConfig(max_length=128), run or RunConfig()
-    if privacy is not None:
-        reading = read_privately(reading, privacy, validation)
+    privacy, run = privacy or DpConfig(), run or RunConfig()
+    reading = read_privately(reading or DataConfig(max_length=128), privacy, validation)
+    if private := privacy.epsilon is not None:
+        check_private(run)
     package = open_package(emulator, "emulator", trust=trust)
-    manifest = package.manifest
-    model = package_sketch(package)
+    model, manifest = package_sketch(package), package.manifest
     train, held_out = read_examples(tokenizer_of(package, model), data, validation, reading)
     decoder = Decoder(model)
     length = max(1, train.tokens // len(train))
@@ -82,17 +85,24 @@ def estimate_tune(
     }
     if held_out is not None:
         parts["validate"] = _validation_seconds(cost, held_out, steps, run, rate)
-    copies = training.per_device_train_batch_size if private else 0
+    copies = 3 + (training.per_device_train_batch_size if private else 0)
     micro = training.per_device_train_batch_size * length
     activations = _activation_bytes(decoder, micro, run.gradient_checkpointing, share)
+    memory = _weight_bytes(model, 0 if adapter.lora_rank else trained, run) + activations
     return estimated(
         parts,
         rate,
-        memory=weight_bytes(model) + (3 + copies) * FLOAT * trained + activations,
+        memory=max(memory + copies * FLOAT * trained, weight_bytes(model)),
         written=FLOAT * trained,
         scratch=5 * FLOAT * trained,  # weights, two moments, the best weights, one in the making
         tokens=tokens,
     )
+
+
+def _weight_bytes(model: nn.Module, trained: int, run: RunConfig) -> int:
+    """Of the model, in which that many numbers are trained, once it is loaded (in float32)."""
+    whole = weight_bytes(model)
+    return whole - (whole - FLOAT * trained) // 2 if run.precision == "bfloat16" else whole
 
 
 def _training_flops(
