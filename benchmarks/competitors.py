@@ -135,10 +135,7 @@ def make(bench, name, target):
 
 
 def flops_of(bench, config):
-    """Of making an emulator by another method; of many alike steps, two are counted.
-
-    torch's counter keeps tensors of every step: 400 steps of distillation would take 30 GB.
-    """
+    """Of making an emulator by another method, made again to count; of many alike steps, two."""
 
     def counted(some):
         with TemporaryDirectory(dir=bench.work) as folder, counter() as count:

@@ -24,7 +24,7 @@ def leakage_table(arc):
         bits = (statistics.mean(row["canaries"][r]["bits"] for row in seeds) for r in REPEATS)
         cells = (
             *(spread([row[key] for row in seeds], 3) for key in ("Emulator", "Plug-in")),
-            *(spread([row[key]["auc"] for row in seeds], 3) for key in (ON_EMULATOR, ON_MODEL)),
+            *(_area([row[key] for row in seeds]) for key in (ON_EMULATOR, ON_MODEL)),
             spread([row[ON_EMULATOR]["found"] for row in seeds], 3),
             " / ".join(f"{b:.1f}" for b in bits)
             + f" of {seeds[0]['canaries']['0']['most_bits']:.0f}",
@@ -32,3 +32,13 @@ def leakage_table(arc):
         )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _area(found):
+    """With the interval of the one seed, or the deviation of several."""
+    mean = spread([one["auc"] for one in found], 3)
+    return (
+        mean
+        if len(found) > 1
+        else f"{mean} [{found[0]['auc_low']:.3f}, {found[0]['auc_high']:.3f}]"
+    )

@@ -24,7 +24,7 @@ READ = {
     "d_chi": "d_chi, token mode, eta 80",
     "exponential-equal": "exponential mechanism, eta {:.1f}",
     "groups": "word groups",
-    "groups-equal": "word groups, {:.0%} of guesses wrong",
+    "groups-equal": "word groups, {:.0%} of guesses wrong, rare words in twos",
     "coarse": "coarse word groups",
 }
 OF_SPLIT = {"d_chi": "token-80", "d_chi-CTI": "CTI-80"}

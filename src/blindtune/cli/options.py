@@ -92,9 +92,11 @@ def option_name(name: str) -> str:
 def as_typed(text: str, options: Mapping[str, Field]) -> str:
     """A text of the library as the command line's user knows it: fields by their option's name.
 
-    Names of one word are taken for options only in backquotes: "rank" may be the English word.
+    Names of one word are taken for options only in backquotes: "rank" may be the English word. A
+    field's name that several options have stays, unless one of them is called so.
     """
-    typed = {f.name: option_name(option) for option, f in options.items()}
+    fields = [f.name for f in options.values()]
+    typed = {f.name: option_name(o) for o, f in options.items() if fields.count(f.name) == 1}
     typed |= {option: option_name(option) for option in options}
     text = re.sub(r"`(\w+)`", lambda found: typed.get(found[1], found[0]), text)
     typed = {name: option for name, option in typed.items() if "_" in name}
@@ -106,7 +108,9 @@ def as_typed(text: str, options: Mapping[str, Field]) -> str:
 
 def _help_of(f: Field, options: Mapping[str, Field], default: Any) -> str:
     """A field's docstring for people who cannot type None: it is the default or out of reach."""
-    said = f.help if default is None else f.help.partition(" None: ")[0]
+    said = f.help
+    if default is not None:
+        said = re.sub(r"[.;] None: .*?\.(?= |$)", ".", said)
     said = said.replace("None: ", "default: ").replace(" is None", " is not given")
     return as_typed(said, options)
 

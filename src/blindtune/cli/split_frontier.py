@@ -117,7 +117,8 @@ def _sweep(settings: Settings) -> SplitFrontierConfig:
 
     config = settings.of(SplitFrontierConfig)
     if settings["ep"] is not None:
-        check_answerable(config.cut, settings["public"])
+        grouped = config.public_text is not None
+        check_answerable(config.cut, settings["public"], grouped=grouped)
     return config
 
 

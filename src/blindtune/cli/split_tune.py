@@ -24,9 +24,9 @@ HELP = """Tune a vendor's model on private texts that it never sees.
 Run by the customer of split tuning. Texts are privatized here, once, and go through the model's
 bottom; their states go to the vendor, which tunes the rest of the model. Before anything is sent it
 prints how strong the noise is, how many words change, and what is spent. Give --public-text,
-and every word becomes its group's, which keeps the most accuracy; or --eta, or --changed-share 0.5
-to have it chosen, for noise with a promise per token. Either protects words; labels have
---label-epsilon, and with a u-shape package --dp-epsilon.
+and every word becomes its group's, which keeps no less accuracy where attacks read as much; or
+--eta, or --changed-share 0.5 to have it chosen, for noise with a promise per token. Either protects
+words; labels have --label-epsilon, and with a u-shape package --dp-epsilon.
 
 Interrupted or cut off, the same command goes on (exit code 5: the network).
 

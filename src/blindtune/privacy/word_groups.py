@@ -58,7 +58,7 @@ class GroupingConfig:
     """Words that are joined by cost and gain, the most frequent ones; the others are rare."""
     rare_size: float | None = None
     """Mean size of a group of rare words; 1: they stay alone, and nothing hides them. None: as
-    coarse as frequent words, 2 where `wrong_guesses` is 0.6 and 4 at 0.75."""
+    coarse as frequent words, 4 where `wrong_guesses` is 0.75; never under 2, which it is at 0.6."""
     pivot: float = 1e-3
     """Frequency (share of all tokens) from which on a word matters little."""
 
@@ -75,10 +75,10 @@ class GroupingConfig:
 
     @property
     def words_of_a_rare_group(self) -> float:
-        """`rare_size`, or what follows from `wrong_guesses`: doubled for each 0.15 above 0.45."""
+        """`rare_size`, or what follows from `wrong_guesses`: 2, doubled for each 0.15 above 0.6."""
         if self.rare_size is not None:
             return self.rare_size
-        return math.exp2(max(0.0, round((self.wrong_guesses - 0.45) / 0.15, 6)))
+        return math.exp2(max(1.0, round((self.wrong_guesses - 0.45) / 0.15, 6)))
 
 
 @final
@@ -110,6 +110,12 @@ class WordGroups:
         """int64 [G]: the words that stand for groups, ascending."""
         words_G: Tensor = self.representative_V.unique()
         return words_G
+
+    def alone(self, ids: Tensor) -> Tensor:
+        """bool, same shape: whether a token's word is its group's only one, which hides nothing."""
+        size_V = torch.bincount(self.representative_V, minlength=len(self.representative_V))
+        found: Tensor = size_V[self.apply(ids)] == 1
+        return found
 
     def apply(self, ids: Tensor, kept: Tensor | None = None) -> Tensor:
         """The representatives of tokens, same shape; DataError for ids of another vocabulary.

@@ -138,4 +138,4 @@ def _check_numbers(
         for name, value in numbers.items():
             fits = value is None or (value > 0 if lowest == 0 else value >= 0)
             if not fits or value == math.inf:
-                raise ConfigError(f"{name} must be {words}, got {value}")
+                raise ConfigError(f"{name} must be {words} and finite, got {value}")

@@ -76,9 +76,9 @@ def record_shape(columns: Iterable[str], text_column: str, where: str) -> Record
     if text_column in found:
         return "text"
     raise DataError(
-        f"{where}: expected the columns `{text_column}`, `prompt` + `completion`, `messages` or "
-        f"`question` + `choices` + `label`, found "
-        f"{', '.join(f'`{name}`' for name in sorted(found)) or 'none'}: rename them, or give a "
+        f"{where}: expected the columns {text_column!r}, 'prompt' + 'completion', 'messages' or "
+        "'question' + 'choices' + 'label', found "
+        f"{', '.join(map(repr, sorted(found))) or 'none'}: rename them, or give a "
         "text_column"
     )
 

@@ -43,6 +43,8 @@ __all__ = [
 ]
 
 _EXTENSIONS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+_OTHER_FILES = (".tsv", ".xls", ".xlsx", ".doc", ".docx", ".pdf", ".md", ".xml", ".html", ".arrow",
+                ".zip", ".gz", ".zst")  # fmt: skip
 Row = tuple[str, Record]
 """Where a record stands ("file:line"), and the record."""
 
@@ -244,7 +246,7 @@ def read_rows(source: str, config: DataConfig) -> Iterator[Row]:
     if path.is_dir():
         raise DataError(f"{source}: expected a file, got a directory: name one file in it")
     if not path.exists():
-        if extension in _EXTENSIONS or source.count("/") > 1 or source.startswith((".", "~")):
+        if _is_a_path(source):
             raise DataError(f"{source}: expected a data file, there is none: check the path")
         return _hub_rows(source, config)
     if extension not in _EXTENSIONS:
@@ -259,6 +261,14 @@ def read_rows(source: str, config: DataConfig) -> Iterator[Row]:
     if extension in (".jsonl", ".json"):
         return json_rows(path)
     return _table_rows(path)
+
+
+def _is_a_path(source: str) -> bool:
+    """Whether a name that is no file's was meant as one: a mistyped name must not go to the hub."""
+    path = Path(source)
+    ending = path.suffix.lower() in (*_EXTENSIONS, *_OTHER_FILES)
+    begun = source.count("/") == 1 and path.parent.is_dir()
+    return ending or begun or source.count("/") > 1 or source.startswith((".", "~"))
 
 
 def _table_rows(path: Path) -> Iterator[Row]:

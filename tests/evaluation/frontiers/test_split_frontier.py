@@ -134,8 +134,32 @@ def test_groups_are_tried_beside_noise(world, tmp_path, monkeypatch):
 def test_groups_alone():
     config = SplitFrontierConfig(privatizer="groups", public_text="public.txt")
     assert [p.privatizer for p in config.privatizers] == ["none", "groups", "groups"]
-    with pytest.raises(ConfigError, match="expected public_text"):
-        SplitFrontierConfig(privatizer="groups")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"privatizer": "groups"}, "expected public_text"),
+        ({"wrong_guesses": (0.5,)}, "expected public_text"),
+        ({"public_text": "public.txt", "wrong_guesses": ()}, "expected wrong_guesses"),
+        ({"privatizer": "groups", "public_text": "p.txt", "eta": (15.0,)}, "leave eta"),
+        ({"privatizer": "groups", "public_text": "p.txt", "cti_fraction": (0.01,)}, "leave eta"),
+    ],
+)
+def test_what_a_sweep_would_ignore_is_refused(options, says):
+    with pytest.raises(ConfigError, match=says):
+        SplitFrontierConfig(**options)
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_bad_public_text_is_refused_before_anything_is_tuned(world, tmp_path, capsys, dry):
+    files = ["--data", str(world / "train.csv"), "--test", str(world / "test.csv")]
+    call = ["split-frontier", str(world / "model"), *files, "--out", str(tmp_path / "f")]
+    (tmp_path / "short.txt").write_text("too few words")
+    for name, says in (("short.txt", "at least 10,000 tokens"), ("org/set", "expected a file")):
+        text = str(tmp_path / name) if name == "short.txt" else name
+        assert run([*call, "--public-text", text, *["--dry-run"] * dry]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_the_mildest_setting_is_the_answer():
@@ -149,11 +173,15 @@ def test_the_mildest_setting_is_the_answer():
     assert found.mildest(0.9) is None
     assert found.efficient() == (clear, spared, harsh)
     fine, coarse = setting(None, 0.82, 0.4, wrong=0.5), setting(None, 0.7, 0.8, wrong=0.7)
-    both = replace(found, settings=(*found.settings, coarse, fine))
+    both = replace(found, settings=(*found.settings, coarse, fine), public="public.txt")
     assert both.best_ua == 0.9
     assert (both.mildest(0.3), both.mildest(0.5), both.mildest(0.0)) == (spared, coarse, clear)
     assert replace(both, settings=(harsh, fine)).mildest(0.3) == fine
+    with pytest.raises(ConfigError, match="no attack looks into a group"):
+        replace(both, public=None).mildest(0.3)
+    assert "A language model" in answer_sentence(both, coarse, 0.5)
     said = answer_sentence(found, harsh, 0.5)
+    assert "A language model" not in said
     assert "cut 0, eta 40: EP 0.800 under Bayes (at least 0.700" in said
     assert "30.0 points below" in said
     assert "the most private is cut 0, eta 40" in answer_sentence(found, None, 0.9)
@@ -224,7 +252,8 @@ def test_what_it_will_take_is_estimated(world, tmp_path, capsys):
     few, many = parts("--eta", "9"), parts("--eta", "9,8,7", "--public", str(world / "public.txt"))
     assert "training, at most" not in few
     assert many["training, at most"] == 4 * 60
-    words = ["--public-text", str(world / "public.txt"), "--wrong-guesses", "0.5,0.6"]
+    (tmp_path / "words.txt").write_text("\n".join(TEXTS * 150))
+    words = ["--public-text", str(tmp_path / "words.txt"), "--wrong-guesses", "0.5,0.6"]
     grouped = parts("--privatizer", "groups", *words)
     assert "word groups" in grouped
     assert "word groups" not in many

@@ -40,7 +40,7 @@ from blindtune.split.customer.private_states import PrivateStates, privatize
 from blindtune.split.customer.private_texts import (
     PrivateTexts,
     ReadingConfig,
-    encode_texts,
+    cut_texts,
     read_unseen,
 )
 from blindtune.split.customer.privatizer_config import PrivatizerConfig
@@ -167,7 +167,8 @@ def read_audited(bottom: Bottom, path: str | Path, reading: ReadingConfig) -> Pr
     if reading.task != "language-model" and Path(path).suffix.lower() == ".txt":
         rows = [str(row["text"]) for _, row in read_rows(str(path), DataConfig())]
         lines = [line for text in rows for line in text.splitlines() if line.strip()]
-        return PrivateTexts(ids=encode_texts(bottom, lines, reading.max_length), labels=None)
+        ids, shortened = cut_texts(bottom, lines, reading)
+        return PrivateTexts(ids=ids, labels=None, shortened=shortened)
     return read_unseen(bottom, path, reading)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from blindtune.evaluation.audits.estimate import CHANNEL_WORDS, WRITTEN
 from blindtune.evaluation.frontiers.offsite import FrontierConfig
-from blindtune.evaluation.frontiers.split import SplitFrontierConfig, Trial
+from blindtune.evaluation.frontiers.split import SplitFrontierConfig, Trial, check_files
 from blindtune.models.costs import (
     FLOAT,
     READ_BYTES_PER_SECOND,
@@ -34,6 +34,7 @@ from blindtune.offsite.data_owner.tuning_estimate import ADAMW_SECONDS
 from blindtune.offsite.model_owner.study import StudyConfig
 from blindtune.offsite.model_owner.study_estimate import estimate_study
 from blindtune.split.customer.labelled_text import read_texts
+from blindtune.split.customer.own_groups import public_words
 from blindtune.split.customer.tuning_estimate import grouping_seconds
 from blindtune.split.partition import stack_of
 from blindtune.training.text import DataConfig, load_dataset_file
@@ -104,6 +105,7 @@ def estimate_split_frontier(
     """
     config, trial = config or SplitFrontierConfig(), trial or Trial()
     reading, trying, epochs = trial.reading, trial.trying, trial.passes.epochs
+    check_files(data, test, public, config.public_text)
     loaded, tokenizer = sketch(model), open_tokenizer(model_source(model))
     stack = stack_of(loaded)
     table_VD = stack.embedding.weight
@@ -119,7 +121,11 @@ def estimate_split_frontier(
     layers = [layer for layer in stack.layers if isinstance(layer, nn.Module)]
     layer = 2.0 * sum(map(matrix_numbers, layers)) / stack.layer_count
     rate, search = matmul_rate(table_VD.shape[1]), 2.0 * table_VD.numel()
-    rows, noised = len(config.privatizers), len(config.privatizers) - 1
+    if config.public_text is not None:
+        public_words(tokenizer, config.public_text)
+    rows = len(config.privatizers)
+    grouped = sum(privatizer.privatizer == "groups" for privatizer in config.privatizers)
+    noised = rows - 1 - grouped
     tuned = privatized = 0.0
     for cut in sorted(set(config.cut)):
         above = stack.layer_count - cut
@@ -136,7 +142,8 @@ def estimate_split_frontier(
     if public is not None:
         learned = CHANNEL_WORDS + trying.public_tokens
         parts["attacks that learn"] = rate.seconds(2 * settings * learned * search)
-        deep = sum(cut > 0 for cut in set(config.cut)) * (config.privatizer != "vector") * noised
+        twice = grouped + noised * (config.privatizer != "vector")
+        deep = twice * sum(cut > 0 for cut in set(config.cut))
         parts["training, at most"] = (settings + deep) * trying.attack_seconds
     if config.public_text is not None:
         parts["word groups"] = _grouping(config, table_VD, layer, rate)

@@ -21,7 +21,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
-from blindtune.errors import ConfigError
+from blindtune.errors import ConfigError, DataError
 from blindtune.evaluation.audits.audit import AuditConfig
 from blindtune.evaluation.audits.split import audit_split
 from blindtune.evaluation.audits.split_attacks import LEARNED
@@ -31,6 +31,7 @@ from blindtune.models.encoders import load_any
 from blindtune.models.fingerprint import fingerprint
 from blindtune.models.tokenizers import tokenizer_files
 from blindtune.split.bottom import write_bottom
+from blindtune.split.customer.own_groups import public_words
 from blindtune.split.customer.prediction import predict
 from blindtune.split.customer.private_texts import ReadingConfig
 from blindtune.split.customer.privatizer_config import PrivatizerConfig
@@ -75,9 +76,20 @@ class SplitFrontierConfig:
         if self.privatizer not in get_args(NoisedName):
             names = ", ".join(get_args(NoisedName))
             raise ConfigError(f"expected privatizer {names}, got {self.privatizer!r}")
-        if self.privatizer == "groups" and self.public_text is None:
-            raise ConfigError("expected public_text, of which word groups are made, got none")
+        self._check_groups()
         _ = self.privatizers
+
+    def _check_groups(self) -> None:
+        alone, text = self.privatizer == "groups", self.public_text
+        if text is None and (alone or self.wrong_guesses != type(self).wrong_guesses):
+            raise ConfigError("expected public_text, of which word groups are made, got none")
+        if text is not None and not self.wrong_guesses:
+            raise ConfigError("expected wrong_guesses with public_text: how coarse groups are")
+        if alone and (self.eta or any(self.cti_fraction)):
+            raise ConfigError(
+                "groups alone have no noise to choose and spare no token: leave eta and "
+                "cti_fraction, or name the privatizer that is tried beside them"
+            )
 
     @property
     def privatizers(self) -> tuple[PrivatizerConfig, ...]:
@@ -183,11 +195,12 @@ class SplitFrontier:
         Raises:
             ConfigError: as for `check_answerable`.
         """
-        check_answerable((s.cut for s in self.settings), self.public)
+        grouped = any(s.wrong_guesses is not None for s in self.settings)
+        check_answerable((s.cut for s in self.settings), self.public, grouped=grouped)
         held = [s for s in self.settings if s.ep_low >= ep]
         noised = [(s.eta or math.inf, s.ua, s) for s in held if s.wrong_guesses is None]
-        grouped = [(-s.wrong_guesses, s.ua, s) for s in held if s.wrong_guesses is not None]
-        best = [max(some, key=lambda found: found[:2])[2] for some in (noised, grouped) if some]
+        coarse = [(-s.wrong_guesses, s.ua, s) for s in held if s.wrong_guesses is not None]
+        best = [max(some, key=lambda found: found[:2])[2] for some in (noised, coarse) if some]
         return max(best, key=lambda s: s.ua, default=None)
 
     def facts(self) -> dict[str, Any]:
@@ -197,15 +210,21 @@ class SplitFrontier:
         return {"best_ua": self.best_ua, "public": self.public, "settings": rows}
 
 
-def check_answerable(cuts: Iterable[int], public: object) -> None:
+def check_answerable(cuts: Iterable[int], public: object, *, grouped: bool) -> None:
     """Refuse the question of what holds every attack where no attack was run that could tell.
 
     Behind layers the nearest neighbour reads little whatever there is to read: a trained network
-    reads nine tokens of ten where it misses four of five (docs/split-results.md).
+    reads nine tokens of ten where it misses four of five (docs/split-results.md). Of groups it
+    misses all words that stand for no group, which a guess by frequency need not.
 
     Raises:
-        ConfigError: a cut above 0, without public text to learn from.
+        ConfigError: a cut above 0, or groups, without public text to learn from.
     """
+    if public is None and grouped:
+        raise ConfigError(
+            "expected --public to answer --ep with word groups, got none: without text to learn "
+            "from no attack looks into a group; give --public, or leave --ep"
+        )
     deepest = max(cuts, default=0)
     if public is None and deepest > 0:
         raise ConfigError(
@@ -271,6 +290,7 @@ class _Sweep:
         config: SplitFrontierConfig,
         trial: Trial,
     ) -> None:
+        check_files(data, test, public, config.public_text)
         self.model, self.data, self.test, self.public = model, data, test, public
         trying = replace(trial.trying, confidence=EACH, fresh_draws=1)
         self.rows, self.trial = KeptRows(out), replace(trial, trying=trying)
@@ -278,6 +298,8 @@ class _Sweep:
         self.layers = stack_of(loaded).layer_count
         for cut in config.cut:
             Cut(layers=self.layers, cut=cut)  # refuses what cannot be before anything is tuned
+        if config.public_text is not None:
+            public_words(tokenizer, config.public_text)  # refuses what no groups are made of
         files = [path for path in (data, test, public) if path is not None]
         words = [sha256(content).hexdigest() for content in tokenizer_files(tokenizer).values()]
         # What word groups are made of decides by its content, and not by its name.
@@ -329,6 +351,16 @@ class _Sweep:
             "strongest": strongest.attack, "ep_nearest": eps["nearest neighbour"].value,
             "settled": audit.settled,
         }  # fmt: skip
+
+
+def check_files(*paths: str | Path | None) -> None:
+    """Raise DataError for what is no file: rows are kept by what files hold, not by names."""
+    for path in paths:
+        if path is not None and not Path(path).is_file():
+            raise DataError(
+                f"{path}: expected a file, there is none: a sweep reads no data set of the hub, "
+                "check the path or save it first"
+            )
 
 
 def _digest(path: Path) -> str:

@@ -8,16 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from blindtune.atomic import atomic_file
-from blindtune.evaluation.frontiers.split import SplitFrontier, SplitSetting, Trial
+from blindtune.evaluation.frontiers.split import (
+    SplitFrontier,
+    SplitFrontierConfig,
+    SplitSetting,
+    Trial,
+)
 from blindtune.evaluation.pages import plots, report
 from blindtune.evaluation.pages.report import Report, Section, Table
 
 JSON_NAME, PAGE_NAME = "split-frontier.json", "split-frontier.html"
 NOT_LEARNED = "No public text was given: attacks that learn from text were not run."
+READ_MORE = (
+    "A language model, which a sweep does not try, reads more of groups than these attacks do: try "
+    "one on the chosen setting (blindtune audit --prior)."
+)
 GROUPED = (
     "groups: every word becomes its group's; the number is the share of frequent words' tokens "
-    "that a guess by frequency gets wrong. A language model reads more of groups than these "
-    "attacks do (blindtune audit --prior)."
+    f"that a guess by frequency gets wrong. {READ_MORE}"
 )
 CUT_SHORT = "an attack's training was ended by --attack-seconds; a longer one may read more."
 
@@ -48,14 +56,20 @@ def write_split_frontier(
         partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     page = Report(
         title="Privacy-utility frontier of split tuning",
-        subtitle=f"{len(found.settings)} settings, privatizer {found.config.privatizer}",
+        subtitle=f"{len(found.settings)} settings: {_tried(found.config)}",
         summary=[] if facts["sentence"] is None else [facts["sentence"]],
-        numbers=[(f"{found.best_ua:.3f}", "best accuracy without noise")],
+        numbers=[(f"{found.best_ua:.3f}", "best accuracy of words as they are")],
         sections=[_drawn(found, answer, ep), _table(found, answer)],
         facts={"Sweep": asdict(found.config), **_how(found.trial)},
     )
     report.write(page, Path(out) / PAGE_NAME)
     return facts
+
+
+def _tried(config: SplitFrontierConfig) -> str:
+    noise = [] if config.privatizer == "groups" else [f"privatizer {config.privatizer}"]
+    groups = [] if config.public_text is None else ["word groups"]
+    return " and ".join(["no noise", *noise, *groups])
 
 
 def _how(trial: Trial) -> dict[str, dict[str, Any]]:
@@ -78,8 +92,9 @@ def answer_sentence(found: SplitFrontier, answer: SplitSetting | None, ep: float
         f"The mildest setting that holds every attack at an EP of {ep:g} is {answer.name}: "
         f"EP {answer.ep:.3f} under {answer.strongest} (at least {answer.ep_low:.3f} under each, "
         f"with 95 % confidence), UA {answer.ua:.3f}, "
-        f"{100 * (found.best_ua - answer.ua):.1f} points below the best without noise."
+        f"{100 * (found.best_ua - answer.ua):.1f} points below the best of words as they are."
         + ("" if answer.settled else f" It may not hold them: {CUT_SHORT}")
+        + ("" if answer.wrong_guesses is None else f" {READ_MORE}")
     )
 
 
@@ -92,8 +107,8 @@ def _drawn(found: SplitFrontier, answer: SplitSetting | None, ep: float | None) 
         bound=found.best_ua,
         xlabel="utility accuracy (UA)",
         ylabel="empirical privacy (EP), strongest attack",
-        caption="Joined are those that no other setting beats in both. Dashed: the best without "
-        "noise.",
+        caption="Joined are those that no other setting beats in both. Dashed: the best of words "
+        "as they are.",
     )
     text = [
         "To the right the tuned model answers better; upwards the vendor reads fewer of the "

@@ -143,7 +143,7 @@ class CustomerJob:
         """
         try:
             return kind(**self.record.options[name])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ConfigError) as error:
             raise DataError(
                 f"{self.path / MARK}: expected options of this version of blindtune, found "
                 "another's: use the version that began the job"

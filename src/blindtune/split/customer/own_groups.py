@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from blindtune.errors import DataError
 from blindtune.privacy.word_groups import GroupingConfig, WordGroups, group_words
@@ -23,6 +25,27 @@ from blindtune.training.text import DataConfig, read_rows
 OnPart = Callable[[str, int, int], None]
 FEWEST_TOKENS = 10_000
 """Of public text; fewer say nothing about how frequent words are."""
+
+
+def public_words(tokenizer: PreTrainedTokenizerBase, public_text: str | Path) -> Tensor:
+    """The tokens [T] of public text in which words are counted; arguments as for `make_groups`.
+
+    Raises:
+        DataError: the text cannot be read, or is too short.
+    """
+    reading = DataConfig()
+    cells = [row.get(reading.text_column) for _, row in read_rows(str(public_text), reading)]
+    texts = [cell for cell in cells if isinstance(cell, str)]
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    with encoding():
+        encoded = tokenizer(lines, add_special_tokens=False)["input_ids"] if lines else []
+    words_T = torch.tensor([i for ids in encoded for i in ids], dtype=torch.int64)
+    if len(words_T) < FEWEST_TOKENS:
+        raise DataError(
+            f"{public_text}: expected at least {FEWEST_TOKENS:,} tokens of public text to count "
+            f"words in, got {len(words_T):,}: give more, of the kind that yours is"
+        )
+    return words_T
 
 
 def make_groups(
@@ -43,18 +66,7 @@ def make_groups(
     Raises:
         DataError: the text cannot be read, or is too short.
     """
-    reading = DataConfig()
-    cells = [row.get(reading.text_column) for _, row in read_rows(str(public_text), reading)]
-    texts = [cell for cell in cells if isinstance(cell, str)]
-    lines = [line for text in texts for line in text.splitlines() if line.strip()]
-    with encoding():
-        encoded = bottom.tokenizer(lines, add_special_tokens=False)["input_ids"] if lines else []
-    words_T = torch.tensor([i for ids in encoded for i in ids], dtype=torch.int64)
-    if len(words_T) < FEWEST_TOKENS:
-        raise DataError(
-            f"{public_text}: expected at least {FEWEST_TOKENS:,} tokens of public text to count "
-            f"words in, got {len(words_T):,}: give more, of the kind that yours is"
-        )
+    words_T = public_words(bottom.tokenizer, public_text)
     vector_VD = word_vectors(
         bottom.stack, bottom.tokenizer, layers=bottom.cut.cut,
         on_progress=partial(on_part, "meanings of words"),

@@ -145,7 +145,7 @@ def state_privacy(
         return PrivacyStatement(
             privatizer=config.privatizer, eta=None, noise_norm=None, typical_norm=None,
             expected_change=None, changed=private.changed, spending=None,
-            account=_without_noise(groups, private.changed), notes=notes, gradients=gradients,
+            account=_without_noise(bottom, private, groups), notes=notes, gradients=gradients,
         )  # fmt: skip
     factors = _factors(bottom, private, config, classes)
     norm, typical, change, warnings = _noise(bottom, private, config, mechanism, factors, groups)
@@ -219,16 +219,18 @@ def _factors(
     return list(noise_factors(contributing, bottom.margins, private.ids, labels))
 
 
-def _without_noise(groups: WordGroups | None, changed: float | None) -> str:
+def _without_noise(bottom: Bottom, private: PrivateStates, groups: WordGroups | None) -> str:
     if groups is None:
         return "no noise: no promise; states are read back by a small trained network"
     words, count = len(groups.representative_V), len(groups.representatives)
+    alone = groups.alone(_words(bottom, private.ids)).double().mean().item()
     return (
         f"{words:,} words in {count:,} groups: which word of its group a token was is hidden "
         "perfectly, whatever the vendor computes; which group it is of is not hidden at all\n"
-        f"{changed or 0:.1%} of your tokens leave as other words; a guess by frequency alone gets "
-        "the others right, and a language model, which reads sentences, may get half of these too "
-        "(blindtune audit --prior MODEL tries one)"
+        f"{private.changed or 0:.1%} of your tokens leave as other words, {alone:.1%} are of words "
+        "that no group hides; a guess by frequency alone gets what did not change right, and a "
+        "language model, which reads sentences, may get two thirds of the others too (blindtune "
+        "audit --prior MODEL tries one)"
     )
 
 

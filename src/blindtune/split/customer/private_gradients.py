@@ -70,9 +70,9 @@ class GradientConfig:
         for name in ("epsilon", "delta", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"expected {name} above 0 and finite, got {value}")
+                raise ConfigError(f"expected dp_{name} above 0 and finite, got {value}")
         if self.delta is not None and self.delta >= 1:
-            raise ConfigError(f"expected delta below 1, got {self.delta}")
+            raise ConfigError(f"expected dp_delta below 1, got {self.delta}")
         if self.unit not in get_args(Unit):
             raise ConfigError(f"expected unit record or window, got {self.unit!r}")
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import ConfigError, DataError
-from blindtune.models.decoder import Decoder, context_limit
+from blindtune.models.decoder import UNLIMITED_CONTEXT, Decoder, context_limit
 from blindtune.split.bottom import Bottom
 from blindtune.split.customer.labelled_text import (
     LabelKind,
@@ -122,7 +122,7 @@ def read_unseen(
     if found.labelled:
         read = labelled(found, names=names, kind=_kind(reading))
         return _encoded(bottom, read, reading)
-    ids, shortened = _cut(bottom, found.texts, reading)
+    ids, shortened = cut_texts(bottom, found.texts, reading)
     return PrivateTexts(ids=ids, labels=None, names=names, rows=found.rows, shortened=shortened)
 
 
@@ -143,7 +143,7 @@ def encode_texts(
     longest = _longest(bottom, max_length)
     with encoding():
         encoded = bottom.tokenizer(
-            list(texts), truncation=longest is not None, max_length=longest, add_special_tokens=True
+            list(texts), truncation=True, max_length=longest, add_special_tokens=True
         )["input_ids"]
     ids = tuple(torch.tensor(text, dtype=torch.int64) for text in encoded)
     empty = next((i for i, text in enumerate(ids) if not len(text)), None)
@@ -152,27 +152,27 @@ def encode_texts(
     return ids
 
 
-def _longest(bottom: Bottom, max_length: int | None) -> int | None:
+def _longest(bottom: Bottom, max_length: int | None) -> int:
     """The most tokens of a text: what is asked for, the package's limit, the model's."""
     limits = (max_length, bottom.max_length, context_limit(bottom.stack.config))
-    return min((n for n in limits if n is not None), default=None)
+    return min((n for n in limits if n is not None), default=UNLIMITED_CONTEXT)
 
 
 def _encoded(bottom: Bottom, found: LabelledTexts, reading: ReadingConfig) -> PrivateTexts:
-    ids, shortened = _cut(bottom, found.texts, reading)
+    ids, shortened = cut_texts(bottom, found.texts, reading)
     return PrivateTexts(
         ids=ids, labels=found.labels_N, names=found.names, rows=found.rows, shortened=shortened
     )
 
 
-def _cut(
+def cut_texts(
     bottom: Bottom, texts: Sequence[str], reading: ReadingConfig
 ) -> tuple[tuple[Tensor, ...], int]:
-    """Ids of every text, and how many texts lost their end."""
+    """Ids of every text, and how many texts lost their end; errors as of `encode_texts`."""
     ids = encode_texts(bottom, texts, reading.max_length)
     longest = _longest(bottom, reading.max_length)
     full = [text for text, ids_L in zip(texts, ids, strict=True) if len(ids_L) == longest]
-    if longest is None or not full:
+    if not full:
         return ids, 0
     with encoding():
         whole = bottom.tokenizer(full, add_special_tokens=True, verbose=False)["input_ids"]
@@ -189,7 +189,6 @@ def _windows(bottom: Bottom, path: str | Path, reading: ReadingConfig) -> Privat
     if not isinstance(bottom.stack, Decoder):
         raise ConfigError("expected a decoder for a language model, got an encoder's package")
     length = _longest(bottom, reading.max_length or WINDOW_TOKENS)
-    assert length is not None
     data = load_dataset_file(
         path, bottom.tokenizer, DataConfig(text_column=reading.text_column, max_length=length)
     )

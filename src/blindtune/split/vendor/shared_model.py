@@ -61,8 +61,9 @@ class SharedModel:
         # One thread works with the model, whoever's turn it is: memory allocators keep for every
         # thread what its largest batch took, and OpenMP keeps workers for every thread.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blindtune-model")
-        most = context_limit(stack.config) or UNLIMITED_CONTEXT
-        self._longest = min(most, limits.max_sequence_tokens or most)
+        most, asked = context_limit(stack.config), limits.max_sequence_tokens
+        known = [limit for limit in (most, asked) if limit is not None]
+        self._longest = min(known, default=UNLIMITED_CONTEXT)
 
     def turn(self, customer: str) -> AbstractContextManager[float]:
         """A turn at the model, as `attach` and `detach` need it."""
