@@ -13,7 +13,7 @@ import pytest
 
 from blindtune.cli.configfile import options_path, read_config, write_config
 from blindtune.cli.main import VERBS
-from blindtune.cli.options import Field, read_fields
+from blindtune.cli.options import Field, _help_of, as_typed, read_fields
 from blindtune.errors import ConfigError
 
 VERB_OBJECTS = {
@@ -79,6 +79,29 @@ def test_help_says_what_can_be_typed(group):
         assert not fields & set(re.findall(r"`(\w+)`", option.help)), option.help
         if option.default is not None:
             assert "default: " not in option.help, "the default is another here"
+
+
+def test_names_that_several_options_have_are_left_or_are_the_option_of_that_name():
+    def named(*names):
+        return Field(name=names[0], kind=int, default=1, help="")
+
+    options = {"seed": named("seed"), "split_seed": named("seed"), "dp_unit": named("unit")}
+    assert as_typed("`seed` and `unit`", options) == "--seed and --dp-unit"
+    del options["seed"]
+    options["order_seed"] = named("seed")
+    assert as_typed("`seed` or split_seed", options) == "`seed` or --split-seed"
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ("Most tokens; None: 2048. Longer ones 0.5 cut.", "Most tokens. Longer ones 0.5 cut."),
+        ("Share. None: 0.75 of all.", "Share."),
+    ],
+)
+def test_help_of_an_option_with_a_default_leaves_none_out(told, said):
+    shown = Field(name="most", kind=int, default=None, help=told, optional=True)
+    assert _help_of(shown, {"most": shown}, 7) == said
 
 
 def test_tune_reads_windows_as_the_function_does():

@@ -78,6 +78,18 @@ def test_rare_words_are_grouped_among_themselves_and_special_ones_stay_alone():
     assert torch.equal(alone.representative_V[50:], torch.arange(50, 200))
 
 
+@pytest.mark.parametrize(("wrong", "size"), [(0.3, 2.0), (0.6, 2.0), (0.75, 4.0), (0.9, 8.0)])
+def test_however_fine_rare_words_are_not_alone(wrong, size):
+    config = GroupingConfig(frequent=50, wrong_guesses=wrong)
+    assert config.words_of_a_rare_group == size
+    vector_VD, count_V, _ = clustered()
+    groups = group_words(vector_VD, count_V, config=config)
+    assert groups.alone(torch.arange(50, 200)).double().mean() < 0.4
+    found = groups.representative_V
+    expected = [int((found == found[word]).sum()) == 1 for word in range(200)]
+    assert groups.alone(torch.arange(200)).tolist() == expected
+
+
 def test_representatives_are_the_most_frequent_and_lowest():
     vector_VD, count_V, _ = clustered()
     groups = group_words(vector_VD, count_V, config=GroupingConfig(wrong_guesses=0.7, frequent=200))

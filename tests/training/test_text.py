@@ -248,6 +248,17 @@ def test_a_hub_name_goes_to_the_library(monkeypatch, tokenizer):
     assert asked == [(("owner/name",), {"name": None, "split": "test"})]
 
 
+@pytest.mark.parametrize("name", ["train.tsv", "patients/merger", "patients/merger.xlsx", "a.CSV"])
+def test_a_mistyped_file_stays_at_home(tmp_path, monkeypatch, tokenizer, name):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "patients").mkdir()
+    with pytest.raises(DataError, match="expected a data file, there is none"):
+        load_dataset_file(name, tokenizer, DataConfig())
+
+
 BAD = {
     "missing.jsonl": (None, "missing.jsonl: expected a data file, there is none"),
     "dir/missing.xyz/a": (None, "expected a data file, there is none"),
@@ -263,8 +274,8 @@ BAD = {
     ),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "latin.jsonl:2: expected UTF-8.*byte 11"),
     "latin.txt": (b"caf\xe9", "latin.txt: expected UTF-8 text, byte 4"),
-    "columns.jsonl": (b'{"body": "a", "id": 1}\n', "columns.jsonl:1: .*`text`.*found `body`, `id`"),
-    "number.jsonl": (b'{"text": 5}\n', "number.jsonl:1: expected a string in `text`, got int"),
+    "columns.jsonl": (b'{"body": "a", "id": 1}\n', "columns.jsonl:1: .*'text'.*found 'body', 'id'"),
+    "number.jsonl": (b'{"text": 5}\n', "number.jsonl:1: expected a string in 'text', got int"),
     "other.jsonl": (
         b'{"prompt": "a", "completion": "b"}\n{"text": "a"}\n',
         "other.jsonl:2: .*columns of the first",
@@ -285,7 +296,7 @@ BAD = {
     "short.txt": (b"the cat", r"short.txt: one window needs 512 tokens, the text has \d"),
     "records.json": (b'[{"text": "a"}, 3]', "records.json, record 2: expected an object, got int"),
     "broken.parquet": (b"PAR1 no", "broken.parquet: expected a data file"),
-    "rows.csv": (b"text,id\nthe cat,1\n,2\n", "rows.csv, row 2: expected a string in `text`"),
+    "rows.csv": (b"text,id\nthe cat,1\n,2\n", "rows.csv, row 2: expected a string in 'text'"),
 }
 
 

@@ -99,7 +99,7 @@ def text_of(record: Record, column: str, where: str) -> str:
     value = record.get(column)
     if not isinstance(value, str):
         found = kind_of_value(value)
-        raise DataError(f"{where}: expected a string in `{column}`, got {found}")
+        raise DataError(f"{where}: expected a string in {column!r}, got {found}")
     return value
 
 

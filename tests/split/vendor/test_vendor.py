@@ -30,7 +30,9 @@ from blindtune.split.partition import Cut, stack_of
 from blindtune.split.terms import TuningConfig, VendorLimits, tuning_of
 from blindtune.split.vendor.handler import Vendor
 from blindtune.split.vendor.housekeeping import Housekeeping
+from blindtune.split.vendor.shared_model import SharedModel
 from blindtune.split.vendor.store import JobStore
+from tiny_models import tiny_model
 
 PLAN = PassConfig(epochs=2, batch_size=3, precision="float32", checkpoint_steps=3)
 LIMITS = VendorLimits(
@@ -155,6 +157,17 @@ def test_hostile_requests_are_refused_while_another_job_goes_on(tmp_path):
     state = bad.ask(Status())
     assert (state.applied, state.steps, state.tokens) == (0, 0, 0)
     assert bad.ask(batch()).loss > 0  # what was refused left the job usable
+
+
+@pytest.mark.parametrize(("name", "asked", "longest"), [
+    ("bloom", None, 2048), ("bloom", 8192, 8192), ("smollm2", None, 128), ("smollm2", 8192, 128),
+    ("smollm2", 20, 20),
+])  # fmt: skip
+def test_a_sequence_is_as_long_as_the_model_and_the_vendor_allow(name, asked, longest):
+    stack = stack_of(tiny_model(name))
+    limits = VendorLimits(max_sequence_tokens=asked)
+    shared = SharedModel(stack, Cut(layers=stack.layer_count, cut=1), limits, lambda *_: None)
+    assert shared._longest == longest
 
 
 def test_limits_of_a_job(world):
