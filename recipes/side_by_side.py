@@ -15,6 +15,7 @@ def common_options(about) -> argparse.ArgumentParser:
     parser.add_argument("--model", default="minilm", help="directory or hub name")
     parser.add_argument("--train", type=Path, help=".jsonl or .csv with text and label")
     parser.add_argument("--test", type=Path, help="the same, held out")
+    parser.add_argument("--public", type=Path, help="public text like them, for word groups")
     parser.add_argument("--cut", type=int, default=0, help="layers at the customer")
     parser.add_argument("--max-length", type=int, default=64, help="tokens of a text")
     parser.add_argument("--attacked", type=int, default=40, help="texts that are attacked")
@@ -26,7 +27,7 @@ def labelled_texts(options) -> tuple[LabelledTexts, LabelledTexts]:
     """Training and test texts, of the user or of this Python; the options then name their files."""
     options.out.mkdir(parents=True, exist_ok=True)
     if not (options.train and options.test):
-        options.train, options.test = write_sentences(options.out, 240, 160)
+        options.train, options.test, options.public = write_sentences(options.out, 240, 160)
     learn = read_labelled(options.train)
     return learn, read_labelled(options.test, names=learn.names)
 

@@ -3,11 +3,12 @@
 The vendor's side is the command line alone (`blindtune serve`, `blindtune admit`); the customer's
 is this program, by the functions that `blindtune split-tune` and `blindtune predict` call. It ends
 with a table: utility accuracy (UA) and empirical privacy (EP: the share of words that the
-nearest-neighbour attack gets wrong) without noise and at three strengths, with contributing tokens
-spared (CTI) and without, beside tuning the whole model in one place.
+nearest-neighbour attack gets wrong) without noise, with word groups, and at three strengths of
+noise, with contributing tokens spared (CTI) and without, beside tuning the whole model in one
+place.
 
     python recipes/split.py --out demo-split
-    python recipes/split.py --train mine.csv --test held-out.csv --changed 0.1 0.3
+    python recipes/split.py --train mine.csv --test held-out.csv --public like-them.txt
 """
 
 import argparse
@@ -45,7 +46,7 @@ def main() -> None:
     say("[bold]Vendor[/], a process of its own, cuts the model and serves the top.")
     with serving(options) as facts:
         say(f"  {facts['addresses'][0]}, certificate {facts['fingerprint'][:16]}...", style="dim")
-        for name, privatizer in runs(options.changed):
+        for name, privatizer in runs(options):
             say(f"[bold]Customer[/] privatizes once and tunes: {name}.")
             rows.append({"run": name} | one_job(options, facts, name, privatizer))
     (out / "split.json").write_text(json.dumps(rows, indent=2))
@@ -53,10 +54,12 @@ def main() -> None:
     say(f"{time.perf_counter() - begin:,.0f} s in all.")
 
 
-def runs(changed) -> Iterator[tuple[str, blindtune.PrivatizerConfig]]:
-    """Names and privatizers of all jobs: no noise, then each strength without and with CTI."""
+def runs(options) -> Iterator[tuple[str, blindtune.PrivatizerConfig]]:
+    """Names and privatizers of all jobs: no noise, groups, each strength without and with CTI."""
     yield "no noise", NO_NOISE
-    for share in changed:
+    if options.public:
+        yield "word groups", blindtune.PrivatizerConfig(public_text=str(options.public))
+    for share in options.changed:
         for cti in (0.0, 0.01):
             name = f"{share:.0%} of tokens changed" + (", CTI" if cti else "")
             yield (

@@ -52,29 +52,37 @@ def test_split_on_a_tiny_model(tiny, tmp_path):
 
 def test_vendor_and_customer_as_two_processes(tiny, tmp_path):
     out = tmp_path / "out"
-    said, found = played("split.py", out, *tiny, "--changed", 0.8)
+    (tmp_path / "public.txt").write_text("good film 1. bad film 2. " * 1000)
+    public = ["--public", tmp_path / "public.txt"]
+    said, found = played("split.py", out, *tiny, *public, "--changed", 0.8)
     assert [row["run"] for row in found] == [
         "whole model, no split",
         "no noise",
+        "word groups",
         "80% of tokens changed",
         "80% of tokens changed, CTI",
     ]
-    assert found[1]["EP"] == 0 < 0.5 < found[2]["EP"]
+    assert found[1]["EP"] == 0 < found[2]["EP"]
+    assert found[3]["EP"] > 0.5
     assert all(0 <= row["UA"] <= 1 for row in found)
     assert "80% of tokens changed" in said
     # The first line may tell that a signing key was made.
     lines = (out / "vendor.log").read_text().splitlines()
     log = [json.loads(line) for line in lines if line.startswith("{")]
     assert log[-1]["event"] == "service-ends"
-    assert log[-1]["jobs"] == 3
+    assert log[-1]["jobs"] == 4
 
 
 def test_sample_sentences(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPES))
     sentences = importlib.import_module("sample_sentences")
     seen = set()
-    for path, size in zip(sentences.write_sentences(tmp_path, 40, 20), (40, 20), strict=True):
+    *files, public = sentences.write_sentences(tmp_path, 40, 20)
+    for path, size in zip(files, (40, 20), strict=True):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert Counter(row["label"] for row in rows) == {0: size // 2, 1: size // 2}
         assert not seen & {row["text"] for row in rows}
         seen |= {row["text"] for row in rows}
+    rest = public.read_text()
+    assert len(rest) > 1_000_000
+    assert not any(sentence in rest for sentence in seen)
