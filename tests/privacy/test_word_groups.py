@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from blindtune.errors import ConfigError, DataError
+from blindtune.privacy import word_groups
 from blindtune.privacy.word_groups import GroupingConfig, WordGroups, group_words
 
 
@@ -88,6 +89,52 @@ def test_however_fine_rare_words_are_not_alone(wrong, size):
     found = groups.representative_V
     expected = [int((found == found[word]).sum()) == 1 for word in range(200)]
     assert groups.alone(torch.arange(200)).tolist() == expected
+
+
+def test_clusters_are_those_of_plain_k_means():
+    """Slow oracle: every word against every centre, in every round."""
+    torch.manual_seed(0)
+    vector_WD, share_W = torch.randn(300, 6), torch.rand(300)
+    centre_GD = vector_WD[share_W.argsort(descending=True)[:100]].clone()
+    for _ in range(word_groups.ROUNDS):
+        group_W = torch.cdist(vector_WD, centre_GD).argmin(1)
+        for g in group_W.unique():
+            centre_GD[g] = vector_WD[group_W == g].mean(0)
+    expected = torch.cdist(vector_WD, centre_GD).argmin(1)
+    found = word_groups._join_rare(vector_WD, share_W, GroupingConfig(rare_size=3))
+    assert torch.equal(found, expected)
+
+
+def test_joinings_are_those_of_prices_computed_anew():
+    """Slow oracle: every pair of groups in every round."""
+    vector_WD, count_W, _ = clustered()
+    share_W, config = count_W / count_W.sum(), GroupingConfig(wrong_guesses=0.7)
+    centre = dict(enumerate(vector_WD.double()))
+    weight = (
+        share_W.double() * (config.pivot / (config.pivot + share_W)).square() + 1e-12
+    ).tolist()
+    won, groups = dict(enumerate(share_W.tolist())), {i: [i] for i in range(200)}
+    while 1 - sum(won.values()) < config.wrong_guesses:
+        best = {}
+        for i in groups:
+            best[i] = min(
+                (float((centre[i] - centre[j]).square().sum()) * weight[i] * weight[j]
+                 / (weight[i] + weight[j]) / min(won[i], won[j]), j)
+                for j in groups if j != i
+            )  # fmt: skip
+        pairs = [(best[i][0], i, best[i][1]) for i in groups if best[best[i][1]][1] == i]
+        pairs = sorted(pair for pair in pairs if pair[1] < pair[2])
+        for _, i, j in pairs[: max(1, int(word_groups.MERGED_SHARE * len(groups)))]:
+            if 1 - sum(won.values()) >= config.wrong_guesses:
+                break
+            part = weight[j] / (weight[i] + weight[j])
+            centre[i] = centre[i].lerp(centre[j], part)
+            weight[i], won[i] = weight[i] + weight[j], max(won[i], won.pop(j))
+            groups[i] += groups.pop(j)
+    found = word_groups._join_frequent(vector_WD, share_W, config)
+    expected = {frozenset(members) for members in groups.values()}
+    assert {frozenset((found == g).nonzero()[:, 0].tolist()) for g in found.unique()} == expected
+    assert 10 < len(expected) < 150
 
 
 def test_representatives_are_the_most_frequent_and_lowest():

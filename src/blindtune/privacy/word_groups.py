@@ -213,69 +213,130 @@ def _most_frequent(group_V: Tensor, count_V: Tensor) -> Tensor:
 
 
 def _join_frequent(vector_WD: Tensor, share_W: Tensor, config: GroupingConfig) -> Tensor:
-    """For each frequent word an index that its group shares [W]; see the module's docstring."""
+    """For each frequent word an index that its group shares [W]; see the module's docstring.
+
+    A group goes by the index of one of its words; one that was joined to another keeps its row, at
+    an infinite price. Only prices of groups that grew are computed anew.
+    """
     group_W = torch.arange(len(vector_WD))
-    name_G = torch.arange(len(vector_WD))
-    centre_GD = vector_WD.clone()
-    weight_G = share_W * (config.pivot / (config.pivot + share_W)).square() + 1e-12
-    won_G = share_W / share_W.sum()
-    while len(name_G) > 1 and 1 - float(won_G.sum()) < config.wrong_guesses:
-        keeps, goes = _cheapest(centre_GD, weight_G, won_G)
-        wrong_P = 1 - won_G.sum() + torch.minimum(won_G[keeps], won_G[goes]).cumsum(0)
+    groups = _Joinable(
+        centre_WD=vector_WD.clone(),
+        weight_W=share_W * (config.pivot / (config.pivot + share_W)).square() + 1e-12,
+        won_W=share_W / share_W.sum(),
+        left_W=torch.ones(len(vector_WD), dtype=torch.bool),
+    )
+    price_WW = groups.prices(group_W)
+    while (left := int(groups.left_W.sum())) > 1 and groups.wrong < config.wrong_guesses:
+        keeps, goes = _cheapest(price_WW, max(1, int(MERGED_SHARE * left)))
+        won_W = groups.won_W
+        wrong_P = groups.wrong + torch.minimum(won_W[keeps], won_W[goes]).cumsum(0)
         enough = int((wrong_P < config.wrong_guesses).sum()) + 1
         keeps, goes = keeps[:enough], goes[:enough]
-        sum_P = weight_G[keeps] + weight_G[goes]
-        part_P1 = (weight_G[goes] / sum_P)[:, None]
-        centre_GD[keeps] = centre_GD[keeps].lerp(centre_GD[goes], part_P1)
-        weight_G[keeps] = sum_P
-        won_G[keeps] = torch.maximum(won_G[keeps], won_G[goes])
+        groups.join(keeps, goes)
         joined_W = torch.arange(len(group_W))
-        joined_W[name_G[goes]] = name_G[keeps]
+        joined_W[goes] = keeps
         group_W = joined_W[group_W]
-        stays = torch.ones(len(name_G), dtype=torch.bool)
-        stays[goes] = False
-        name_G, centre_GD = name_G[stays], centre_GD[stays]
-        weight_G, won_G = weight_G[stays], won_G[stays]
+        price_WW[goes], price_WW[:, goes] = torch.inf, torch.inf
+        price_WW[keeps] = grown_PW = groups.prices(keeps)
+        price_WW[:, keeps] = grown_PW.T
     return group_W
 
 
-def _cheapest(centre_GD: Tensor, weight_G: Tensor, won_G: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, eq=False)
+class _Joinable:
+    """Groups of frequent words, each under the index of one of its words."""
+
+    centre_WD: Tensor
+    weight_W: Tensor
+    won_W: Tensor
+    """Share of all tokens that a guess by frequency gets right in the group."""
+    left_W: Tensor
+    """Whether the group is there still, and not part of another."""
+
+    @property
+    def wrong(self) -> float:
+        """Share of tokens that a guess by frequency gets wrong."""
+        return 1 - float(self.won_W.sum())
+
+    def join(self, keeps: Tensor, goes: Tensor) -> None:
+        """Join pairs of groups [P]; each takes part once."""
+        sum_P = self.weight_W[keeps] + self.weight_W[goes]
+        part_P1 = (self.weight_W[goes] / sum_P)[:, None]
+        self.centre_WD[keeps] = self.centre_WD[keeps].lerp(self.centre_WD[goes], part_P1)
+        self.weight_W[keeps] = sum_P
+        self.won_W[keeps] = torch.maximum(self.won_W[keeps], self.won_W[goes])
+        self.won_W[goes], self.left_W[goes] = 0.0, False
+
+    def prices(self, some_P: Tensor) -> Tensor:
+        """[P, W]: what joining each of these with each group costs for what it gains."""
+        centre_PD, weight_P1 = self.centre_WD[some_P], self.weight_W[some_P][:, None]
+        squared_P1 = centre_PD.square().sum(1, keepdim=True)
+        price_PW = torch.addmm(
+            squared_P1 + self.centre_WD.square().sum(1), centre_PD, self.centre_WD.T, alpha=-2
+        )
+        price_PW.clamp_min_(1e-6).mul_(weight_P1).mul_(self.weight_W)
+        price_PW.div_(weight_P1 + self.weight_W)
+        price_PW.div_(torch.minimum(self.won_W[some_P][:, None], self.won_W).clamp_min_(1e-12))
+        price_PW[:, ~self.left_W] = torch.inf
+        price_PW[torch.arange(len(some_P)), some_P] = torch.inf
+        return price_PW
+
+
+def _cheapest(price_WW: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Pairs of groups [P] that are each other's best joining, the cheapest for its gain first."""
-    squared_G = centre_GD.square().sum(1)
-    price_GG = torch.addmm(squared_G[:, None] + squared_G, centre_GD, centre_GD.T, alpha=-2)
-    price_GG.clamp_min_(1e-6).mul_(weight_G[:, None]).mul_(weight_G)
-    price_GG.div_(weight_G[:, None] + weight_G)
-    price_GG.div_(torch.minimum(won_G[:, None], won_G).clamp_min_(1e-12))
-    price_GG.fill_diagonal_(torch.inf)
-    best_G, other_G = price_GG.min(1)
-    index_G = torch.arange(len(centre_GD))
-    pairs = ((other_G[other_G] == index_G) & (index_G < other_G)).nonzero().squeeze(1)
+    best_W, other_W = price_WW.min(1)
+    index_W = torch.arange(len(price_WW))
+    mutual_W = (other_W[other_W] == index_W) & (index_W < other_W) & best_W.isfinite()
+    pairs = mutual_W.nonzero().squeeze(1)
     if not len(pairs):  # a ring of equal prices
-        pairs = best_G.argmin()[None]
-    pairs = pairs[best_G[pairs].argsort()][: max(1, int(MERGED_SHARE * len(index_G)))]
-    return pairs, other_G[pairs]
+        pairs = best_W.argmin()[None]
+    pairs = pairs[best_W[pairs].argsort()][:most]
+    return pairs, other_W[pairs]
 
 
 def _join_rare(vector_WD: Tensor, share_W: Tensor, config: GroupingConfig) -> Tensor:
-    """For each rare word the index of its cluster [W]; the most frequent ones are the seeds."""
+    """For each rare word the index of its cluster [W]; the most frequent ones are the seeds.
+
+    Few centres move after the first round of k-means, and only those are looked at again.
+    """
     clusters = max(1, round(len(vector_WD) / config.words_of_a_rare_group))
     if clusters == len(vector_WD):
         return torch.arange(clusters)
     centre_GD = vector_WD[share_W.argsort(descending=True, stable=True)[:clusters]].clone()
+    _, group_W = _nearest(vector_WD, centre_GD)
     for _ in range(ROUNDS):
-        group_W = _nearest(vector_WD, centre_GD)
         size_G = torch.bincount(group_W, minlength=clusters)
         sum_GD = torch.zeros_like(centre_GD).index_add_(0, group_W, vector_WD)
-        full = size_G > 0
-        centre_GD[full] = sum_GD[full] / size_G[full, None]
-    return _nearest(vector_WD, centre_GD)
+        mean_GD = torch.where(size_G[:, None] > 0, sum_GD / size_G[:, None], centre_GD)
+        moved_G = (mean_GD != centre_GD).any(1)
+        if not moved_G.any():
+            break
+        centre_GD = mean_GD
+        group_W = _look_again(vector_WD, centre_GD, group_W, moved_G)
+    return group_W
 
 
-def _nearest(vector_WD: Tensor, centre_GD: Tensor) -> Tensor:
+def _look_again(vector_WD: Tensor, centre_GD: Tensor, group_W: Tensor, moved_G: Tensor) -> Tensor:
+    """The nearest centre of each word [W], where some centres moved since `group_W` was found.
+
+    A word whose own centre stayed can only have come nearer to one that moved.
+    """
+    found_W, stale_W = group_W.clone(), moved_G[group_W]
+    found_W[stale_W] = _nearest(vector_WD[stale_W], centre_GD)[1]
+    rest_R, moved_M = (~stale_W).nonzero().squeeze(1), moved_G.nonzero().squeeze(1)
+    own_RD = centre_GD[group_W[rest_R]]
+    own_R = own_RD.square().sum(1) - 2 * (vector_WD[rest_R] * own_RD).sum(1)
+    other_R, place_R = _nearest(vector_WD[rest_R], centre_GD[moved_M])
+    nearer_R = other_R < own_R
+    found_W[rest_R[nearer_R]] = moved_M[place_R[nearer_R]]
+    return found_W
+
+
+def _nearest(vector_WD: Tensor, centre_GD: Tensor) -> tuple[Tensor, Tensor]:
+    """(squared distance less the word's own square, index) of each word's nearest centre [W]."""
     squared_G = centre_GD.square().sum(1)
-    return torch.cat(
-        [
-            torch.addmm(squared_G, part_CD, centre_GD.T, alpha=-2).argmin(1)
-            for part_CD in vector_WD.split(PORTION)
-        ]
-    )
+    parts = [
+        torch.addmm(squared_G, part_CD, centre_GD.T, alpha=-2).min(1)
+        for part_CD in vector_WD.split(PORTION)
+    ]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])

@@ -25,7 +25,7 @@ from blindtune.models.costs import (
     matrix_numbers,
     weight_bytes,
 )
-from blindtune.privacy.word_groups import ROUNDS, GroupingConfig
+from blindtune.privacy.word_groups import GroupingConfig
 from blindtune.split.bottom import Bottom, open_bottom
 from blindtune.split.customer.private_gradients import GradientConfig, check_fit, plan_gradients
 from blindtune.split.customer.private_texts import ReadingConfig, read_training
@@ -37,8 +37,9 @@ HEADER_BYTES = 120
 NOISE_SECONDS = 6e-8
 """For one coordinate of noise (two uniforms, logarithms, an angle), on one thread."""
 SURVEY_SAMPLES = 512
-TOKENS_OF_A_WORD, JOINING_PRODUCTS = 3, 30
-"""Of word groups: a text of one word with its margins; rounds that join frequent words."""
+TOKENS_OF_A_WORD, JOINING_PRODUCTS, CLUSTER_PRODUCTS = 3, 3, 3
+"""Of word groups: a text of one word with its margins; products of all frequent words by all, and
+of all rare words by all their centres: only what changed is multiplied again."""
 NETWORK_BYTES_PER_SECOND = 12.5e6
 """100 Mbit/s."""
 
@@ -134,7 +135,7 @@ def grouping_seconds(
     frequent = min(words, config.frequent)
     rare, read = words - frequent, TOKENS_OF_A_WORD * words * bottom_flops
     joined = JOINING_PRODUCTS * 2.0 * frequent**2 * width
-    clustered = (ROUNDS + 1) * 2.0 * rare * (rare / config.words_of_a_rare_group) * width
+    clustered = CLUSTER_PRODUCTS * 2.0 * rare * (rare / config.words_of_a_rare_group) * width
     return rate.seconds(read + joined + clustered)
 
 
