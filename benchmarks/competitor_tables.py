@@ -38,13 +38,16 @@ def best_healing(method):
 def healed(method, task):
     """Scores of a healed emulator on a task, of every seed.
 
-    The first seed's nats on WikiText-2 are those of `healing`, to the digit.
+    The first seed's nats on WikiText-2 are those of `healing`, to the digit. Rows that were healed
+    at a rate that is no longer the best are not shown.
     """
-    rows = part("competitors-healed")["rows"]
-    found = [rows[f"{method}-{s}"][task] for s in SEEDS if f"{method}-{s}" in rows]
-    if not found and task == "wiki" and (best := best_healing(method)):
-        return [best_stop(best)[1]]
-    return found
+    best, rows = best_healing(method), part("competitors-healed")["rows"]
+    if best is None:
+        return []
+    mine = [rows[f"{method}-{s}"] for s in SEEDS if f"{method}-{s}" in rows]
+    rate = best["config"]["learning_rate"]
+    found = [row[task] for row in mine if row["config"]["learning_rate"] == rate]
+    return found or [best_stop(best)[1]] * (task == "wiki")
 
 
 def methods_of(rows):
