@@ -61,7 +61,8 @@ def make_groups(
         bottom: its blocks, or its embedding at cut 0, say which words mean the same.
         public_text: .txt, or .jsonl, .csv, .parquet with `text`.
         config: how coarse.
-        on_part: is told what is done, and how much of it (some ten seconds on one core for 30,000 words).
+        on_part: is told what is done, and how much of it (some ten seconds on one core for 30,000
+            words).
 
     Raises:
         DataError: the text cannot be read, or is too short.
