@@ -46,13 +46,21 @@ def run_rows(program, part, rows, *, work, facts, only="", fresh=False, smoke=Fa
         data: whether the program reads data sets.
     """
     (work / "rows").mkdir(parents=True, exist_ok=True)
-    kept = [] if smoke else [name for name, _ in rows if not (fresh and only in name)]
-    take_over(RESULTS / f"{program}-{part}.json", part, kept, work)
+    results = RESULTS / f"{program}-{part}.json"
+
+    def committed():
+        """Rows that count as done, of earlier runs."""
+        found = json.loads(results.read_text())["rows"] if results.exists() and not smoke else {}
+        return {name: row for name, row in found.items() if not (fresh and only in name)}
+
     for name, function in rows:
-        if only in name:
+        if only in name and name not in committed():
             run_row(f"{part}/{name}", function, work)
-    done = {name: row_path(work, f"{part}/{name}") for name, _ in rows}
-    done = {name: json.loads(path.read_text()) for name, path in done.items() if path.exists()}
+    done = {name: row for name, row in committed().items() if name in dict(rows)}
+    for name, _ in rows:
+        if (path := row_path(work, f"{part}/{name}")).exists():
+            done[name] = json.loads(path.read_text())
+    done = {name: done[name] for name, _ in rows if name in done}
     import transformers
 
     report = {
@@ -112,12 +120,3 @@ def row_path(work, name):
     """Where a done row lies."""
     slug = name.replace("/", "--").replace(" ", "-").replace(",", "")
     return work / "rows" / f"{slug}.json"
-
-
-def take_over(results, part, names, work):
-    """Rows that earlier runs committed count as done."""
-    committed = json.loads(results.read_text())["rows"] if results.exists() else {}
-    for name in names:
-        path = row_path(work, f"{part}/{name}")
-        if name in committed and not path.exists():
-            path.write_text(json.dumps(committed[name], indent=1))

@@ -8,21 +8,27 @@ from pathlib import Path
 
 from sample_text import docstrings
 
+SENTENCE = re.compile(r"(?<!\S)[A-Z][a-z]+ [a-z][a-z ,']{30,120}\.(?!\S)")
+
 
 def write_sentences(folder: Path, train: int, test: int) -> tuple[Path, Path, Path]:
     """Write train.jsonl and test.jsonl, half of each class, and public.txt with all that is left.
 
     No sentence is in two of them.
     """
-    reference = "\n\n".join(pydoc_data.topics.topics.values())
-    library = "\n\n".join(docstrings(600_000))
+    library, reference = (
+        paragraphs(docstrings(600_000)),
+        paragraphs(pydoc_data.topics.topics.values()),
+    )
+    found = [set(SENTENCE.findall("\n".join(source))) for source in (library, reference)]
     rows = []
-    for label, text in enumerate((library, reference)):
-        sentences = sorted(set(re.findall(r"[A-Z][a-z]+ [a-z][a-z ,']{30,120}\.", text)))
-        random.Random(label).shuffle(sentences)
-        rows.append([{"text": s, "label": label} for s in sentences])
+    for label, sentences in enumerate(found):
+        own = sorted(sentences - found[1 - label])
+        assert len(own) >= (train + test) // 2, f"this Python has {len(own)} sentences of {label}"
+        random.Random(label).shuffle(own)
+        rows.append([{"text": sentence, "label": label} for sentence in own])
     paths = folder / "train.jsonl", folder / "test.jsonl", folder / "public.txt"
-    rest = f"{library}\n\n{reference}"
+    rest = "\n".join((*library, *reference))
     for path, begin, size in zip(paths[:2], (0, train // 2), (train // 2, test // 2), strict=True):
         chosen = [row for kind in rows for row in kind[begin : begin + size]]
         path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
@@ -30,3 +36,8 @@ def write_sentences(folder: Path, train: int, test: int) -> tuple[Path, Path, Pa
             rest = rest.replace(row["text"], "")
     paths[2].write_text(rest, encoding="utf-8")
     return paths
+
+
+def paragraphs(texts) -> list[str]:
+    """Each in one line."""
+    return [" ".join(part.split()) for text in texts for part in text.split("\n\n")]

@@ -15,10 +15,10 @@ def common_options(about) -> argparse.ArgumentParser:
     parser.add_argument("--model", default="minilm", help="directory or hub name")
     parser.add_argument("--train", type=Path, help=".jsonl or .csv with text and label")
     parser.add_argument("--test", type=Path, help="the same, held out")
-    parser.add_argument("--public", type=Path, help="public text like them, for word groups")
     parser.add_argument("--cut", type=int, default=0, help="layers at the customer")
     parser.add_argument("--max-length", type=int, default=64, help="tokens of a text")
     parser.add_argument("--attacked", type=int, default=40, help="texts that are attacked")
+    parser.set_defaults(public=None)
     parser.add_argument("--out", type=Path, default=Path("demo-split"))
     return parser
 
@@ -27,7 +27,8 @@ def labelled_texts(options) -> tuple[LabelledTexts, LabelledTexts]:
     """Training and test texts, of the user or of this Python; the options then name their files."""
     options.out.mkdir(parents=True, exist_ok=True)
     if not (options.train and options.test):
-        options.train, options.test, options.public = write_sentences(options.out, 240, 160)
+        options.train, options.test, public = write_sentences(options.out, 240, 160)
+        options.public = options.public or public
     learn = read_labelled(options.train)
     return learn, read_labelled(options.test, names=learn.names)
 

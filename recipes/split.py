@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 
@@ -121,6 +122,7 @@ def one_job(options, facts, name, privatizer) -> dict:
 def parse_options() -> argparse.Namespace:
     """Those of both recipes, and of this one."""
     parser = common_options(__doc__)
+    parser.add_argument("--public", type=Path, help="public text like them, for word groups")
     parser.add_argument("--changed", type=float, nargs="*", default=[0.1, 0.5, 0.9],
                         help="shares of tokens that shall come out as others")  # fmt: skip
     return parser.parse_args()

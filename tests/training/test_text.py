@@ -244,11 +244,23 @@ def test_a_hub_name_goes_to_the_library(monkeypatch, tokenizer):
         return [{"text": WORDS}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    load_dataset_file("owner/name", tokenizer, DataConfig(max_length=8, split="test"))
-    assert asked == [(("owner/name",), {"name": None, "split": "test"})]
+    for name in ("owner/name", "squad_v1.1"):
+        load_dataset_file(name, tokenizer, DataConfig(max_length=8, split="test"))
+        assert asked.pop() == ((name,), {"name": None, "split": "test"})
 
 
-@pytest.mark.parametrize("name", ["train.tsv", "patients/merger", "patients/merger.xlsx", "a.CSV"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train.tsv",
+        "patients/merger",
+        "patients/merger.xlsx",
+        "a.CSV",
+        "train.jsnol",
+        "a.jsonl.xz",
+        "C:\\me\\patients",
+    ],
+)
 def test_a_mistyped_file_stays_at_home(tmp_path, monkeypatch, tokenizer, name):
     import datasets
 

@@ -97,7 +97,9 @@ def _run(
 
     args = _arguments(config, run, out_dir, len(train), validation is not None)
     trainer = _make_trainer(model, train, validation, config, run, args)
-    whole = _identity(model, train, validation, config, args) | {"precision": run.precision}
+    whole = _identity(model, train, validation, config, args)
+    if run.precision != "float32":
+        whole["precision"] = run.precision
     assert not whole.keys() & identity.keys(), "fit names these itself"
     start = _prepare_folder({**whole, **identity}, run, args)
     state = TrainerState()

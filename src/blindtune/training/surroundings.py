@@ -18,7 +18,8 @@ def surroundings(model: nn.Module, run: RunConfig) -> Iterator[None]:
     """Set threads, precision, and activation checkpointing; afterwards all of it is put back.
 
     The model ends in evaluation mode, whatever happens; verbosity and `use_cache` are put back too.
-    Under bfloat16 what is not trained was rounded, and stays so.
+    Under bfloat16 what is not trained was rounded, and stays so; the model ends on the CPU, for a
+    GPU that held it may not hold it in float32.
 
     Raises:
         ConfigError: activation checkpointing of a model that has none.
@@ -38,6 +39,7 @@ def surroundings(model: nn.Module, run: RunConfig) -> Iterator[None]:
             after.callback(_set_checkpointing(model))
         if run.precision == "bfloat16":
             after.callback(_cast, _cast(_frozen(model), torch.bfloat16), torch.float32)
+            after.callback(model.cpu)
         yield
 
 

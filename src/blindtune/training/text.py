@@ -7,6 +7,7 @@ number, and private text stays where its owner put it; only data sets of the hub
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -43,8 +44,8 @@ __all__ = [
 ]
 
 _EXTENSIONS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-_OTHER_FILES = (".tsv", ".xls", ".xlsx", ".doc", ".docx", ".pdf", ".md", ".xml", ".html", ".arrow",
-                ".zip", ".gz", ".zst")  # fmt: skip
+_ENDING = re.compile(r"\.[A-Za-z]\w{0,7}$")
+"""Of a file: what names of data sets have behind a dot is a number, as in squad_v1.1."""
 Row = tuple[str, Record]
 """Where a record stands ("file:line"), and the record."""
 
@@ -247,7 +248,10 @@ def read_rows(source: str, config: DataConfig) -> Iterator[Row]:
         raise DataError(f"{source}: expected a file, got a directory: name one file in it")
     if not path.exists():
         if _is_a_path(source):
-            raise DataError(f"{source}: expected a data file, there is none: check the path")
+            raise DataError(
+                f"{source}: expected a data file, there is none: check the path (a name with an "
+                "ending, or in a folder that is there, is not looked for on the hub)"
+            )
         return _hub_rows(source, config)
     if extension not in _EXTENSIONS:
         raise DataError(
@@ -264,11 +268,10 @@ def read_rows(source: str, config: DataConfig) -> Iterator[Row]:
 
 
 def _is_a_path(source: str) -> bool:
-    """Whether a name that is no file's was meant as one: a mistyped name must not go to the hub."""
-    path = Path(source)
-    ending = path.suffix.lower() in (*_EXTENSIONS, *_OTHER_FILES)
-    begun = source.count("/") == 1 and path.parent.is_dir()
-    return ending or begun or source.count("/") > 1 or source.startswith((".", "~"))
+    """Whether a name that is no file's looks like one: mistyped names should not go to the hub."""
+    begun = source.count("/") == 1 and Path(source).parent.is_dir()
+    spelt = bool(_ENDING.search(source)) or "\\" in source
+    return spelt or begun or source.count("/") > 1 or source.startswith((".", "~"))
 
 
 def _table_rows(path: Path) -> Iterator[Row]:

@@ -141,6 +141,7 @@ def test_groups_alone():
     [
         ({"privatizer": "groups"}, "expected public_text"),
         ({"wrong_guesses": (0.5,)}, "expected public_text"),
+        ({"eta": (9.0,), "changed_share": (0.3,)}, "got both"),
         ({"public_text": "public.txt", "wrong_guesses": ()}, "expected wrong_guesses"),
         ({"privatizer": "groups", "public_text": "p.txt", "eta": (15.0,)}, "leave eta"),
         ({"privatizer": "groups", "public_text": "p.txt", "cti_fraction": (0.01,)}, "leave eta"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from blindtune.evaluation.audits.estimate import CHANNEL_WORDS, WRITTEN
 from blindtune.evaluation.frontiers.offsite import FrontierConfig
@@ -35,6 +36,7 @@ from blindtune.offsite.model_owner.study import StudyConfig
 from blindtune.offsite.model_owner.study_estimate import estimate_study
 from blindtune.split.customer.labelled_text import read_texts
 from blindtune.split.customer.own_groups import public_words
+from blindtune.split.customer.private_texts import ReadingConfig
 from blindtune.split.customer.tuning_estimate import grouping_seconds
 from blindtune.split.partition import stack_of
 from blindtune.training.text import DataConfig, load_dataset_file
@@ -107,25 +109,16 @@ def estimate_split_frontier(
     reading, trying, epochs = trial.reading, trial.trying, trial.passes.epochs
     check_files(data, test, public, config.public_text)
     loaded, tokenizer = sketch(model), open_tokenizer(model_source(model))
+    if config.public_text is not None:
+        public_words(tokenizer, config.public_text)  # refuses what no groups are made of
     stack = stack_of(loaded)
     table_VD = stack.embedding.weight
     assert isinstance(table_VD, Tensor)
-    longest = reading.max_length or tokenizer.model_max_length
-    trained, asked = (
-        sum(min(len(ids), longest) for ids in tokenizer(list(found.texts))["input_ids"])
-        for found in (
-            read_texts(path, text_column=reading.text_column, label_column=reading.label_column)
-            for path in (data, test)
-        )
-    )
+    trained, asked = (_tokens(path, tokenizer, reading) for path in (data, test))
     layers = [layer for layer in stack.layers if isinstance(layer, nn.Module)]
     layer = 2.0 * sum(map(matrix_numbers, layers)) / stack.layer_count
     rate, search = matmul_rate(table_VD.shape[1]), 2.0 * table_VD.numel()
-    if config.public_text is not None:
-        public_words(tokenizer, config.public_text)
-    rows = len(config.privatizers)
-    grouped = sum(privatizer.privatizer == "groups" for privatizer in config.privatizers)
-    noised = rows - 1 - grouped
+    rows, noised, grouped = _rows_of_a_cut(config)
     tuned = privatized = 0.0
     for cut in sorted(set(config.cut)):
         above = stack.layer_count - cut
@@ -153,6 +146,20 @@ def estimate_split_frontier(
         written=WRITTEN, scratch=weight_bytes(loaded) + FLOAT * states,
         tokens=int(settings * (epochs * trained + asked)),
     )  # fmt: skip
+
+
+def _tokens(path: str | Path, tokenizer: PreTrainedTokenizerBase, reading: ReadingConfig) -> int:
+    """Of the texts of a file, as they are read."""
+    longest = reading.max_length or tokenizer.model_max_length
+    found = read_texts(path, text_column=reading.text_column, label_column=reading.label_column)
+    return sum(min(len(ids), longest) for ids in tokenizer(list(found.texts))["input_ids"])
+
+
+def _rows_of_a_cut(config: SplitFrontierConfig) -> tuple[int, int, int]:
+    """How many there are: all, with noise, with word groups."""
+    kinds = [privatizer.privatizer for privatizer in config.privatizers]
+    grouped = kinds.count("groups")
+    return len(kinds), len(kinds) - 1 - grouped, grouped
 
 
 def _grouping(config: SplitFrontierConfig, table_VD: Tensor, layer: float, rate: Rate) -> float:

@@ -81,15 +81,21 @@ class SplitFrontierConfig:
 
     def _check_groups(self) -> None:
         alone, text = self.privatizer == "groups", self.public_text
-        if text is None and (alone or self.wrong_guesses != type(self).wrong_guesses):
-            raise ConfigError("expected public_text, of which word groups are made, got none")
+        if text is None and (alone or set(self.wrong_guesses) != set(type(self).wrong_guesses)):
+            raise ConfigError(
+                "expected public_text with wrong_guesses or privatizer groups, got none: word "
+                "groups are made of it"
+            )
         if text is not None and not self.wrong_guesses:
             raise ConfigError("expected wrong_guesses with public_text: how coarse groups are")
-        if alone and (self.eta or any(self.cti_fraction)):
+        shares = set(self.changed_share) != set(type(self).changed_share)
+        if alone and (self.eta or shares or any(self.cti_fraction)):
             raise ConfigError(
-                "groups alone have no noise to choose and spare no token: leave eta and "
-                "cti_fraction, or name the privatizer that is tried beside them"
+                "groups alone have no noise to choose and spare no token: leave eta, changed_share "
+                "and cti_fraction, or name the privatizer that is tried beside them"
             )
+        if self.eta and shares:
+            raise ConfigError("expected eta or changed_share, which chooses eta, got both")
 
     @property
     def privatizers(self) -> tuple[PrivatizerConfig, ...]:

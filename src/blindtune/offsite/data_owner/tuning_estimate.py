@@ -100,9 +100,12 @@ def estimate_tune(
 
 
 def _weight_bytes(model: nn.Module, trained: int, run: RunConfig) -> int:
-    """Of the model, in which that many numbers are trained, once it is loaded (in float32)."""
+    """Of the model, in which that many numbers are trained, once it is loaded (in float32).
+
+    In bfloat16 what is trained is there twice: autocast keeps its copies for the backward pass.
+    """
     whole = weight_bytes(model)
-    return whole - (whole - FLOAT * trained) // 2 if run.precision == "bfloat16" else whole
+    return whole // 2 + FLOAT * trained if run.precision == "bfloat16" else whole
 
 
 def _training_flops(

@@ -47,7 +47,7 @@ class PrivatizerConfig:
     """A file of public text of the kind that yours is, for groups: words are counted in it."""
     wrong_guesses: float = 0.6
     """Groups only, how coarse: share of frequent words' tokens that a guess by frequency shall get
-    wrong; rare words are in twos up to 0.6, in fours at 0.75."""
+    wrong; rare words are in twos on average up to 0.6, in fours at 0.75."""
     special: SpecialPolicy = "keep"
     """Tokens that the tokenizer puts around every text: keep (not noised, their places are public)
     or noise (as any other)."""
