@@ -117,7 +117,7 @@ def test_read_items_in_every_shape(tmp_path):
         ("{", "jsonl:2: expected JSON"),
         ("[1]", "jsonl:2: .*object, got list"),
         ('{"question": "\\udc00", "choices": ["a", "b"], "label": 0}', "jsonl:2: .*surrogate"),
-        ('{"choices": ["a", "b"], "label": 0}', "jsonl:2: .*`question`"),
+        ('{"choices": ["a", "b"], "label": 0}', "jsonl:2: .*'question'"),
         ('{"question": "q", "choices": ["a"], "label": 0}', "jsonl:2: .*two or more"),
         ('{"question": "q", "choices": ["a", ""], "label": 0}', "jsonl:2: .*not empty"),
         ('{"question": "q", "choices": ["a", 3], "label": 0}', "jsonl:2: .*not empty"),
