@@ -47,20 +47,15 @@ def run_rows(program, part, rows, *, work, facts, only="", fresh=False, smoke=Fa
     """
     (work / "rows").mkdir(parents=True, exist_ok=True)
     results = RESULTS / f"{program}-{part}.json"
-
-    def committed():
-        """Rows that count as done, of earlier runs."""
-        found = json.loads(results.read_text())["rows"] if results.exists() and not smoke else {}
-        return {name: row for name, row in found.items() if not (fresh and only in name)}
-
+    earlier = json.loads(results.read_text())["rows"] if results.exists() and not smoke else {}
+    committed = {name: row for name, row in earlier.items() if not (fresh and only in name)}
     for name, function in rows:
-        if only in name and name not in committed():
+        if only in name and name not in committed:
             run_row(f"{part}/{name}", function, work)
-    done = {name: row for name, row in committed().items() if name in dict(rows)}
-    for name, _ in rows:
-        if (path := row_path(work, f"{part}/{name}")).exists():
-            done[name] = json.loads(path.read_text())
-    done = {name: done[name] for name, _ in rows if name in done}
+    paths = {name: row_path(work, f"{part}/{name}") for name, _ in rows}
+    ran = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    known = committed | ran
+    done = {name: known[name] for name, _ in rows if name in known}
     import transformers
 
     report = {

@@ -82,8 +82,8 @@ def test_help_says_what_can_be_typed(group):
 
 
 def test_names_that_several_options_have_are_left_or_are_the_option_of_that_name():
-    def named(*names):
-        return Field(name=names[0], kind=int, default=1, help="")
+    def named(name):
+        return Field(name=name, kind=int, default=1, help="")
 
     options = {"seed": named("seed"), "split_seed": named("seed"), "dp_unit": named("unit")}
     assert as_typed("`seed` and `unit`", options) == "--seed and --dp-unit"

@@ -76,10 +76,11 @@ class SplitFrontierConfig:
         if self.privatizer not in get_args(NoisedName):
             names = ", ".join(get_args(NoisedName))
             raise ConfigError(f"expected privatizer {names}, got {self.privatizer!r}")
-        self._check_groups()
+        self._check_unused()
         _ = self.privatizers
 
-    def _check_groups(self) -> None:
+    def _check_unused(self) -> None:
+        """Refuse options that no setting would have."""
         alone, text = self.privatizer == "groups", self.public_text
         if text is None and (alone or set(self.wrong_guesses) != set(type(self).wrong_guesses)):
             raise ConfigError(
