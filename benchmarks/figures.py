@@ -16,6 +16,10 @@ def part(name):
     return json.loads(path_of(name).read_text())
 
 
+def seeds_of(rows, name):
+    return [rows[f"{name}-{s}"] for s in SEEDS if f"{name}-{s}" in rows]
+
+
 def spread(values, digits):
     """Mean and sample deviation, or the one value; nothing of nothing."""
     if not values:

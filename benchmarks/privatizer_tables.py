@@ -1,6 +1,8 @@
 """The table of privatizers side by side, from what `privatizers.py` and `split.py` wrote."""
 
-from figures import SEEDS, part, spread
+import statistics
+
+from figures import part, seeds_of, spread
 
 ROWS = {
     "d_chi": "d_chi, token mode",
@@ -15,8 +17,7 @@ ROWS = {
     "gaussian": "Gaussian of equal norm (control; no promise)",
     "shifted": "shifted and scaled noise, as PrivTune's (no promise)",
     "groups": "word groups (another promise)",
-    "groups-equal": "word groups, at d_chi's EP under these attacks",
-    "coarse": "coarse word groups",
+    "fine": "finer word groups (`--wrong-guesses 0.6`)",
 }
 ATTACKS = ("nearest neighbour", "Bayes", "Bayes, trigrams")
 MODEL = "Bayes, language model"
@@ -24,22 +25,22 @@ READ = {
     "d_chi": "d_chi, token mode, eta 80",
     "exponential-equal": "exponential mechanism, eta {:.1f}",
     "groups": "word groups",
-    "groups-equal": "word groups, {:.0%} of guesses wrong, rare words in twos",
-    "coarse": "coarse word groups",
+    "fine": "finer word groups (`--wrong-guesses 0.6`)",
 }
 OF_SPLIT = {"d_chi": "token-80", "d_chi-CTI": "CTI-80"}
 TASKS = {"sst2": ("SST-2", "leaks"), "fpb": ("Financial PhraseBank", "leaks-fpb")}
 
 
-def strongest_ep(leak, of="EP"):
-    """The least that an attack here leaves, of all tokens or of "rare" ones."""
-    return min(leak[attack][of] for attack in ATTACKS)
+def strongest_ep(leaks, of="EP"):
+    """What the attack leaves that leaves the least, of all tokens or of "rare" ones; all seeds."""
+    attacks = [attack for attack in (*ATTACKS, MODEL) if all(attack in leak for leak in leaks)]
+    found = ([leak[attack][of] for leak in leaks] for attack in attacks)
+    return min(found, key=statistics.mean) if leaks else []
 
 
 def tuned(name, own, plain):
     """The rows of a privatizer's jobs, of every seed; d_chi's are those of `split.py`."""
-    of, called = (plain, OF_SPLIT[name]) if name in OF_SPLIT else (own, name)
-    return [of[f"{called}-{s}"] for s in SEEDS if f"{called}-{s}" in of]
+    return seeds_of(*((plain, OF_SPLIT[name]) if name in OF_SPLIT else (own, name)))
 
 
 def privatizer_table(found, task):
@@ -57,21 +58,21 @@ def privatizer_table(found, task):
     ]
     for name, shown in ROWS.items():
         rows = [row for row in tuned(name, found["rows"], plain) if row["UA"] is not None]
-        leak = leaks.get(name.removesuffix("-denoised"))
-        if not rows and name not in leaks:
+        read = seeds_of(leaks, name.removesuffix("-denoised"))
+        if not rows and not seeds_of(leaks, name):
             continue
-        cost = costs.get(name)
+        cost, speeds = costs.get(name), [leak["tokens a second"] for leak in read]
         etas = [r.get("strength") or r["setting"]["mechanism"]["eta"] for r in rows]
-        etas = etas or [leak["strength"]]
+        etas = etas or [leak["strength"] for leak in read]
         promised = name.startswith(("d_chi", "exponential"))
         cells = [
             shown,
             f"{sum(etas) / len(etas):.3g}" if promised else "",
             spread([r["changed in test"] for r in rows], 2),
-            f"{strongest_ep(leak):.2f}" if leak else "",
-            f"{strongest_ep(leak, 'rare'):.2f}" if leak else "",
+            spread(strongest_ep(read), 2),
+            spread(strongest_ep(read, "rare"), 2),
             spread([r["UA"] for r in rows], 3),
-            f"{leak['tokens a second']:,.0f}" if leak and "tokens a second" in leak else "",
+            f"{max(speeds):,.0f}" if speeds else "",
             f"{cost['flops'] / cost['tokens'] / 1e6:.0f}" if cost else "",
             str(len(rows)),
         ]
@@ -83,21 +84,19 @@ def language_table(found, task):
     """The same texts read by a language model too; UA of the whole test set."""
     lines = [
         f"| {TASKS[task][0]}, MiniLM, cut 0, 40 texts | EP, nearest neighbour | Bayes, trigrams "
-        "| Bayes, language model | least, of rare words | UA |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| Bayes, language model | least, of rare words | UA | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     plain, others = part(f"split-{task}")["rows"], part(f"privatizers-{task}")["rows"]
     for name, shown in READ.items():
-        leak = found["rows"].get(name)
-        if leak is None:
+        read = seeds_of(found["rows"], name)
+        if not read:
             continue
         rows = tuned(name, others, plain)
-        attacks = ("nearest neighbour", "Bayes, trigrams", MODEL)
-        cells = [
-            shown.format(leak["strength"]),
-            *(f"{leak[attack]['EP']:.2f}" for attack in attacks),
-        ]
-        cells += [f"{min(leak[a]['rare'] for a in (*ATTACKS, MODEL)):.2f}"]
-        cells += [spread([r["UA"] for r in rows], 3)]
+        cells = [shown.format(statistics.mean(leak["strength"] for leak in read))]
+        for attack in ("nearest neighbour", "Bayes, trigrams", MODEL):
+            cells += [spread([leak[attack]["EP"] for leak in read], 2)]
+        cells += [spread(strongest_ep(read, "rare"), 2)]
+        cells += [spread([r["UA"] for r in rows], 3), str(len(read))]
         lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -8,11 +8,12 @@ changed as of d_chi at eta 80: the EP of the nearest neighbour is equal. The acc
 itself, with and without CTI, is in split-sst2.json and split-fpb.json.
 
 sst2, fpb: accuracy (UA) of each.
-leaks, leaks-fpb: what attackers read of 300 test texts, and how fast they are replaced. Bayes' rule
-    knows the mechanism and how frequent words are in other texts of the task; with trigrams it
-    chooses among its likeliest words by the trigrams of these texts, as far as a rehearsal on some
-    of them says that this helps. "rare" are tokens outside the 200 commonest words of public text:
-    a privatizer that changes nothing but function words has an EP too.
+leaks, leaks-fpb: what attackers read of 300 test texts (other ones with every seed), and how fast
+    they are replaced. Bayes' rule knows the mechanism and how frequent words are in other texts of
+    the task; with trigrams it chooses among its likeliest words by the trigrams of these texts, as
+    far as a rehearsal on some of them says that this helps. "rare" are tokens outside the 200
+    commonest words of public text: a privatizer that changes nothing but function words has an EP
+    too.
 language, language-fpb: the same of 40 texts and with a language model (SmolLM2-135M, which spells
     MiniLM's words in its own) beside trigrams.
 
@@ -27,9 +28,8 @@ exponential-equal: the same at a smaller eta: the strongest attack reads as much
 context: the exponential mechanism on other vectors: a word's contextual vector
     (`split.customer.word_vectors`) of length 1.
 meaning: the same, each vector times the square root of the word's importance.
-groups: word groups of the strength that `split-tune` has without being told; no noise.
-groups-equal: a little coarser: the strongest attack of "leaks" reads as much as of d_chi.
-coarse: much coarser; to be read by a language model.
+groups: word groups as coarse as `split-tune` makes them without being told; no noise.
+fine: finer ones: on reviews, the strongest attack of "leaks" reads as much as of d_chi.
 CTI: contributing tokens spared in training texts, at equal EP in training.
 denoised: what is sent is the posterior mean of the embedding, given the word that was drawn, with
     word frequencies of public text (WikiText, speeches).
@@ -79,15 +79,12 @@ ETA, SHARE = 80.0, {"sst2": 0.397, "fpb": 0.372}  # of d_chi; tokens it changes 
 # of its words as of d_chi's: its words lie nearer, and tell more where they are others.
 EQUAL = {"sst2": 0.455, "fpb": 0.44}
 DRAWN = ("exponential", "context", "meaning")
-GROUPED = ("groups", "coarse")
+GROUPED = ("groups", "fine")
 KINDS = ("d_chi", *DRAWN, "gaussian", "shifted", *GROUPED)
 # Read by a language model too: (kind, whether at d_chi's EP under the attacks of "leaks").
-READ = (("groups", False), ("d_chi", False), ("coarse", False), ("exponential", True))
-READ = {"sst2": READ, "fpb": (*READ, ("groups", True))}
+READ = ("groups", "fine", "d_chi", "exponential-equal")
 MODEL, READ_TEXTS, READ_SECONDS = "smollm2-135m", 40, 700.0
-# Of groups: wrong guesses by frequency, and words in a group of rare ones.
-WRONG, RARE_SIZE = {"groups": 0.6, "coarse": 0.75}, {"groups": 2.0, "coarse": 4.0}
-WRONG_EQUAL = {"sst2": 0.61, "fpb": 0.69}  # at which the strongest attack here reads as of d_chi
+WRONG = {"groups": GroupingConfig.wrong_guesses, "fine": 0.6}  # guesses by frequency
 LIKELY, DRAWS = 1000, 8  # words that Bayes' rule considers, and draws for each to denoise
 ATTACKERS_DRAWS = 32  # the attacker's draws for each
 ATTACKED, FREQUENT = 300, 200  # test texts; words that are not rare
@@ -110,7 +107,7 @@ class Vocabulary:
         share_V = self.public_V / self.public_V.sum()
         self.importance_V = (PIVOT / (PIVOT + share_V)).square()
         self.shift_path = bench.work / "shift.pt"
-        self.groups = cache(lambda kind, wrong: bench.groups(grouping(kind, wrong)))
+        self.groups = cache(lambda wrong: bench.groups(GroupingConfig(wrong_guesses=wrong)))
 
     def vectors(self, kind):
         """Between what the exponential mechanism takes its distances."""
@@ -125,7 +122,7 @@ class Vocabulary:
         Of groups the share of wrong guesses.
         """
         if kind in GROUPED:
-            return self.groups(kind, strength).apply(ids_N)
+            return self.groups(strength).apply(ids_N)
         if kind in DRAWN:
             return WordSampler(self.vectors(kind)).draw(ids_N, strength, system_uniforms)
         word_ND = self.table_VD[ids_N].double()
@@ -166,7 +163,7 @@ class Vocabulary:
     def channel(self, kind, strength, word_K, sent_U, draws):
         """log P(y | x) [U, K]: computed for what is drawn, counted for noise."""
         if kind in GROUPED:
-            mine_UK = self.groups(kind, strength).apply(word_K) == sent_U[:, None]
+            mine_UK = self.groups(strength).apply(word_K) == sent_U[:, None]
             return torch.where(mine_UK, 0.0, -torch.inf)
         if kind in DRAWN:
             sampler = WordSampler(self.vectors(kind))
@@ -206,17 +203,11 @@ class Vocabulary:
         return sent_N.split([len(text) for text in ids])
 
 
-def grouping(kind, wrong):
-    """How coarse groups are."""
-    return GroupingConfig(wrong_guesses=wrong, rare_size=RARE_SIZE[kind])
-
-
 class Task:
     """Texts of a seed as ids, and how many of their tokens shall come out changed."""
 
     def __init__(self, bench, words, name, seed, *, equal=False):
         self.name, self.share = name, (EQUAL if equal else SHARE)[name]
-        self.wrong = WRONG | ({"groups": WRONG_EQUAL[name]} if equal else {})
         read = {"sst2": bench.reviews, "fpb": bench.news}[name]
         (texts, self.labels), (tested, self.test_labels) = read(seed)
         self.classes = int(self.labels.max()) + 1
@@ -249,7 +240,7 @@ def changed_strength(words, kind, ids_N, share):
 def strength_of(words, task, kind, spared=None):
     """What a row is run at; None: too many tokens are spared for the share that shall change."""
     if kind in GROUPED:
-        return task.wrong[kind]
+        return WRONG[kind]
     if kind in ("d_chi", "gaussian"):
         return ETA
     if spared is None:
@@ -343,14 +334,20 @@ def row(bench, words, folder, name, seed, kind, cti=False, denoise=False, equal=
     }
 
 
-def leak_row(bench, words, name, kind, equal=False, folder=None):
+def attacked_texts(tests, count, seed):
+    """Other ones with every seed, as far as there are as many."""
+    return some_of(tests, min(count, len(tests)) * len(SEEDS))[seed :: len(SEEDS)]
+
+
+def leak_row(bench, words, name, called, seed, folder=None):
     """EP of three attackers, of all tokens and of rare words, and how fast words are replaced.
 
     With a folder a language model reads too, of fewer texts.
     """
-    task = Task(bench, words, name, 0, equal=equal)
+    kind = called.removesuffix("-equal")
+    task = Task(bench, words, name, seed, equal=called != kind)
     strength = strength_of(words, task, kind)
-    truth = some_of(task.test, min(READ_TEXTS if folder else ATTACKED, len(task.test)))
+    truth = attacked_texts(task.test, READ_TEXTS if folder else ATTACKED, seed)
     words.replaced(kind, strength, truth[:1])  # whatever is made once
     start = time.perf_counter()
     sent = words.replaced(kind, strength, truth)
@@ -387,9 +384,8 @@ def leak_row(bench, words, name, kind, equal=False, folder=None):
 
 def cost_row(bench, words, kind):
     """FLOPs of replacing the words of the attacked texts, but for what is made once."""
-    test = Task(bench, words, "sst2", 0).test
-    texts = some_of(test, min(ATTACKED, len(test)))
-    strength = part_of("privatizers-leaks")["rows"][kind]["strength"]
+    texts = attacked_texts(Task(bench, words, "sst2", 0).test, ATTACKED, 0)
+    strength = part_of("privatizers-leaks")["rows"][f"{kind}-0"]["strength"]
     words.replaced(kind, strength, texts[:1])
     with counter() as count:
         words.replaced(kind, strength, texts)
@@ -402,23 +398,18 @@ def plan(bench, part):
     if part == "cost":
         return [(kind, lambda _, kind=kind: cost_row(bench, words, kind)) for kind in KINDS]
     task = part.partition("-")[2] or "sst2"
-    if part.startswith("language"):
+    if part.startswith(("leaks", "language")):
+        reads = part.startswith("language")
         return [
             (
-                kind + "-equal" * equal,
-                lambda folder, kind=kind, equal=equal: leak_row(
-                    bench, words, task, kind, equal, folder
+                f"{called}-{seed}",
+                lambda folder, called=called, seed=seed: leak_row(
+                    bench, words, task, called, seed, folder if reads else None
                 ),
             )
-            for kind, equal in READ[task]
+            for seed in SEEDS
+            for called in (READ if reads else (*KINDS, "exponential-equal"))
         ]
-    if part.startswith("leaks"):
-        rows = [(kind, lambda _, kind=kind: leak_row(bench, words, task, kind)) for kind in KINDS]
-        again = [
-            (f"{kind}-equal", lambda _, kind=kind: leak_row(bench, words, task, kind, True))
-            for kind in ("exponential", "groups")
-        ]
-        return [*rows, *again]
     rows = []
 
     def add(name, *args, **options):
@@ -430,8 +421,7 @@ def plan(bench, part):
         for kind in ("exponential", "d_chi"):
             add(f"{kind}-denoised-{seed}", seed, kind, denoise=True)
         add(f"exponential-CTI-{seed}", seed, "exponential", cti=True)
-        for kind in ("exponential", "groups"):
-            add(f"{kind}-equal-{seed}", seed, kind, equal=True)
+        add(f"exponential-equal-{seed}", seed, "exponential", equal=True)
     return rows
 
 

@@ -30,7 +30,7 @@ from blindtune.models.encoders import load_any
 from blindtune.privacy.metric_dp import Mechanism
 from blindtune.privacy.noise_level import NoiseSurvey
 from blindtune.privacy.token_importance import ImportanceConfig
-from blindtune.privacy.word_groups import GroupingConfig, WordGroups, group_words
+from blindtune.privacy.word_groups import WordGroups, group_words
 from blindtune.split.bottom import open_bottom, write_bottom
 from blindtune.split.customer.private_states import privatize
 from blindtune.split.customer.requests import PassConfig, new_token, open_job, predict, train
@@ -56,7 +56,6 @@ ETAS = (100.0, 80.0, 65.0)
 CUTS = (2, 4, 5)
 BATCH, EPOCHS, RATE, LENGTH = 16, 2, 1e-3, 64
 CTI = ImportanceConfig()
-GROUPINGS = [GroupingConfig(wrong_guesses=0.6, rare_size=size) for size in (2.0, 4.0)]
 
 
 class Bench:
@@ -104,7 +103,10 @@ class Bench:
 
     def groups(self, config):
         """MiniLM's word groups, made from WikiText and speeches; kept in the work directory."""
-        path = self.work / f"groups-{config.wrong_guesses}-{config.rare_size:g}.safetensors"
+        path = (
+            self.work
+            / f"groups-{config.wrong_guesses}-{config.words_of_a_rare_group:g}.safetensors"
+        )
         if not path.exists():
             vector_VD, count_V, special = self.words()
             group_words(vector_VD, count_V, special, config).save(path)
@@ -181,16 +183,13 @@ def accuracy(logits_NC, labels_N):
     return float((logits_NC.argmax(1) == labels_N).float().mean())
 
 
-def two_part_row(bench, folder, data, seed, mechanism=None, importance=None, cut=0, grouping=None):
-    """UA of one job, and the share of tokens that left as other tokens (token mode, groups)."""
+def two_part_row(bench, folder, data, seed, mechanism=None, importance=None, cut=0):
+    """UA of one job, and the share of tokens that left as other tokens (token mode)."""
     learn, test = data
     classes = int(learn[1].max()) + 1
     vendor, bottom = bench.party(folder, cut=cut)
-    groups = grouping and bench.groups(grouping)
-    private = privatize(
-        bottom, *learn, mechanism=mechanism, importance=importance, groups=groups, classes=classes
-    )
-    unseen = privatize(bottom, test[0], mechanism=mechanism, groups=groups)
+    private = privatize(bottom, *learn, mechanism=mechanism, importance=importance, classes=classes)
+    unseen = privatize(bottom, test[0], mechanism=mechanism)
     config, passes = tuning(len(learn[0]), seed)
     with job(vendor, bottom, config, task="classification", outputs=classes) as transport:
         losses = train(transport, private, passes)
@@ -204,27 +203,9 @@ def two_part_row(bench, folder, data, seed, mechanism=None, importance=None, cut
             "cut": cut,
             "mechanism": mechanism and asdict(mechanism),
             "CTI": importance and asdict(importance),
-            "groups": grouping and asdict(grouping),
             "training texts": len(learn[0]),
             "test texts": len(test[0]),
         },
-    }
-
-
-def groups_row(bench, folder, data, seed, config):
-    """UA with word groups alone, and EP of the best guesses that use no context."""
-    row = two_part_row(bench, folder, data, seed, grouping=config)
-    _, bottom = bench.party(folder / "attack")
-    groups, (texts, _) = bench.groups(config), data[1]
-    truth = privatize(bottom, texts, mechanism=None).ids
-    size = len(bottom.stack.embedding.weight)
-    counts = bench.other_counts("sst2", bottom.tokenizer, [*texts, *data[0][0]], size)
-    guess = groups.best_guesses(counts)
-    found = empirical_privacy([guess[ids] for ids in truth], truth, margins=bottom.margins).content
-    return row | {
-        "EP best guess by frequency": found.value,
-        "interval": {"low": found.low, "high": found.high},
-        "groups": len(groups.representatives),
     }
 
 
@@ -471,9 +452,6 @@ def plan_reviews(bench, add, seed):
     add(f"no-noise-{seed}", two_part_row, data, seed)
     for eta in ETAS:
         add(f"token-{eta:g}-{seed}", two_part_row, data, seed, Mechanism(eta=eta))
-    for config in GROUPINGS:
-        name = f"groups-{config.wrong_guesses}-{config.rare_size:g}-{seed}"
-        add(name, groups_row, data, seed, config)
     for eta in ETAS[1:]:
         add(f"CTI-{eta:g}-{seed}", equal_privacy_row, data, seed, eta)
     vector = Mechanism(eta=80.0, mode="vector")

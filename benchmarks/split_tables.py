@@ -6,15 +6,15 @@ from statistics import NormalDist
 
 from blindtune.evaluation.pages import plots
 from blindtune.evaluation.pages.figures import standalone
-from figures import SEEDS, efficient, part, spread
-from privatizer_tables import MODEL, strongest_ep
+from figures import SEEDS, efficient, part, seeds_of, spread
+from privatizer_tables import strongest_ep
 
-ATTACKED = {"token-80": "d_chi", "groups-0.6-2": "groups"}  # names in privatizers-leaks
+ATTACKED = {"token-80": "d_chi"}  # names in privatizers-leaks
 SPLIT_ROWS = {
     "centralised": "LoRA in one place",
     "no-noise": "split, no noise",
-    "groups-0.6-2": "word groups (`--public-text`)",
-    "coarse": "coarse word groups (`--wrong-guesses 0.75`)",
+    "groups": "word groups (`--public-text`)",
+    "fine": "finer word groups (`--wrong-guesses 0.6`)",
     "exponential": "exponential mechanism, eta 15",
     "exponential-equal": "the same, eta 14.7: as hidden from trigrams as eta 80 below",
     "token-100": "d_chi, token mode, eta 100",
@@ -39,9 +39,8 @@ def split_table(sst2):
         rows = [r for s in SEEDS if (r := found.get(f"{name}-{s}"))]
         wrong = [r["changed in test"] for r in rows if r.get("changed in test") is not None]
         called = ATTACKED.get(name, name)
-        least = [strongest_ep(leak) for leak in (leaks.get(called),) if leak]
-        least += [row[MODEL]["EP"] for row in (read.get(called),) if row]
-        strongest = f"{min(least):.2f}" if least else ""
+        found_EP = [strongest_ep(seeds_of(rows, called)) for rows in (leaks, read)]
+        strongest = spread(min(filter(None, found_EP), key=statistics.mean, default=[]), 2)
         scores = spread([r["UA"] for r in rows], 3)
         lines.append(f"| {shown} | {spread(wrong, 2)} | {strongest} | {scores} | {len(rows)} |")
     return lines
@@ -55,7 +54,8 @@ DRAWN = {
     "token-65": "d_chi, eta 65",
     "CTI-80": "eta 80, CTI",
     "CTI-65": "eta 65, CTI",
-    "groups-0.6-2": "word groups (another promise)",
+    "groups": "word groups (another promise)",
+    "fine": "finer word groups (another promise)",
 }
 
 
@@ -79,10 +79,6 @@ NEWS_ROWS = {
     "token-80": "d_chi, token mode, eta 80",
     "CTI-80": "the same EP in training, with contributing tokens",
 }
-
-
-def seeds_of(rows, name):
-    return [rows[f"{name}-{s}"] for s in SEEDS if f"{name}-{s}" in rows]
 
 
 def news_table(news):

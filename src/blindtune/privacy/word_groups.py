@@ -52,8 +52,10 @@ PORTION = 4096  # words whose distances to all groups are held at once
 class GroupingConfig:
     """How coarse the vocabulary becomes. Everything here changes privacy."""
 
-    wrong_guesses: float = 0.6
-    """Share of frequent tokens for which a guess by frequency alone shall be wrong."""
+    wrong_guesses: float = 0.75
+    """Share of frequent tokens for which a guess by frequency alone shall be wrong. At the default
+    an attacker with a language model gets as many words wrong as of d_chi in token mode at eta 80,
+    or more (docs/split-results.md)."""
     frequent: int = 6000
     """Words that are joined by cost and gain, the most frequent ones; the others are rare."""
     rare_size: float | None = None

@@ -45,9 +45,9 @@ class PrivatizerConfig:
     """Block-output only: states are shortened to this length first, which bounds what is spent."""
     public_text: str | None = None
     """A file of public text of the kind that yours is, for groups: words are counted in it."""
-    wrong_guesses: float = 0.6
+    wrong_guesses: float = 0.75
     """Groups only, how coarse: share of frequent words' tokens that a guess by frequency shall get
-    wrong; rare words are in twos on average up to 0.6, in fours at 0.75."""
+    wrong; rare words are in fours on average at 0.75, in twos at 0.6 and less."""
     special: SpecialPolicy = "keep"
     """Tokens that the tokenizer puts around every text: keep (not noised, their places are public)
     or noise (as any other)."""
