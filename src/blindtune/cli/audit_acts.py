@@ -209,6 +209,7 @@ def estimate(settings: Settings) -> Estimate:
         estimate_audit_emulator,
         estimate_audit_split,
     )
+    from blindtune.split.customer.privatizer_config import PrivatizerConfig
     from blindtune.training.text import DataConfig
 
     kind = kind_of(settings)
@@ -229,6 +230,7 @@ def estimate(settings: Settings) -> Estimate:
         bottom=settings["bottom"],
         data=settings["data"],
         public=settings["public"],
+        privatizer=settings.of(PrivatizerConfig),
         reading=_split_reading(settings),
         config=config,
         adversary=settings.of(AdversaryConfig),

@@ -5,6 +5,7 @@ import json
 import math
 import random
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -280,7 +281,7 @@ def test_values_that_public_text_lacks_are_refused_before_an_attack_runs(world, 
     assert not told
     assert "secret" not in str(caught.value)
     with pytest.raises(DataError, match=says):
-        estimate_audit_split(world / "bottom0", **asked)
+        estimate_audit_split(world / "bottom0", **asked, privatizer=OPEN)
 
 
 def test_few_public_texts_with_a_value_are_too_few_to_learn_from(world, tmp_path):
@@ -363,7 +364,7 @@ def test_windows_of_a_language_model_have_no_attribute(world, tmp_path):
     with pytest.raises(ConfigError, match="for a task of texts, got the windows"):
         audit_split(tmp_path / "bottom", **files, privatizer=OPEN)
     with pytest.raises(ConfigError, match="for a task of texts, got the windows"):
-        estimate_audit_split(tmp_path / "bottom", **files)
+        estimate_audit_split(tmp_path / "bottom", **files, privatizer=OPEN)
 
 
 @pytest.mark.parametrize(
@@ -379,8 +380,9 @@ def test_what_this_adversary_cannot_do_is_refused_before_anything_runs(world, cu
         audited(world, cut=cut, public=False, **asked)
     with pytest.raises(ConfigError, match=says):
         estimate_audit_split(
-            world / f"bottom{cut}", data=world / "private.csv", adversary=AdversaryConfig(**asked)
-        )
+            world / f"bottom{cut}", data=world / "private.csv", privatizer=OPEN,
+            adversary=AdversaryConfig(**asked),
+        )  # fmt: skip
     with pytest.raises(ConfigError, match="expected a name as prior"):
         AdversaryConfig(prior="")
 
@@ -390,7 +392,12 @@ def test_an_estimate_has_a_part_for_each(world):
     files = {"data": world / "private.csv", "public": world / "public.csv"}
     plain, more = (
         estimate_audit_split(
-            world / "bottom1", **files, reading=ReadingConfig(), config=CONFIG, adversary=adversary
+            world / "bottom1",
+            **files,
+            privatizer=OPEN,
+            reading=ReadingConfig(),
+            config=CONFIG,
+            adversary=adversary,
         )
         for adversary in (None, asked)
     )
@@ -400,6 +407,32 @@ def test_an_estimate_has_a_part_for_each(world):
     }  # fmt: skip
     assert more.parts["language model, two attacks"] <= 2 * CONFIG.attack_seconds
     assert more.memory_bytes > plain.memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("privatizer", "parts"),
+    [
+        (OPEN, set()),
+        (PrivatizerConfig(privatizer="vector", eta=9.0), {"fresh draws", "noise of public text"}),
+        (PrivatizerConfig(eta=9.0), {"fresh draws", "noise of public text", "Bayes"}),
+        (PrivatizerConfig(public_text="words.txt"), {"word groups"}),
+        (
+            PrivatizerConfig(public_text="words.txt", eta=9.0),
+            {"word groups", "fresh draws", "noise of public text", "Bayes"},
+        ),
+    ],
+)
+def test_an_estimate_has_what_fits_the_privatizer(world, privatizer, parts):
+    found = estimate_audit_split(
+        world / "bottom0", data=world / "private.csv", public=world / "public.csv",
+        privatizer=privatizer, config=replace(CONFIG, fresh_draws=2),
+    ).parts  # fmt: skip
+    assert set(found) == {"open", "nearest neighbour", "training, at most"} | parts
+
+
+def test_an_estimate_refuses_what_an_audit_would(world):
+    with pytest.raises(ConfigError, match="expected public_text, eta"):
+        estimate_audit_split(world / "bottom0", data=world / "private.csv")
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gpt2", "gpt_neox"])
@@ -442,7 +475,8 @@ def test_an_estimate_reckons_with_the_longest_text_that_a_model_weighs(world, mo
     for data in ("private", "public"):
         memory = estimate_audit_split(
             world / "bottom0", data=world / f"{data}.csv", public=world / "public.csv",
-            config=CONFIG, adversary=AdversaryConfig(prior=str(world / "model")),
+            privatizer=OPEN, config=CONFIG,
+            adversary=AdversaryConfig(prior=str(world / "model")),
         ).memory_bytes  # fmt: skip
         assert memory > 10**12
     longest = {name: max(map(len, texts.ids)) for name, texts in read.items()}

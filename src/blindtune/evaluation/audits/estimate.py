@@ -42,6 +42,8 @@ from blindtune.offsite.model_owner.package_estimates import shape_of
 from blindtune.split.bottom import open_bottom
 from blindtune.split.customer.job import MARK, CustomerJob
 from blindtune.split.customer.private_texts import ReadingConfig
+from blindtune.split.customer.privatizer_config import PrivatizerConfig
+from blindtune.split.customer.tuning_estimate import grouping_seconds, layer_flops
 from blindtune.training.text import DataConfig
 
 WRITTEN = 200_000
@@ -132,6 +134,7 @@ def estimate_audit_split(
     bottom: str | Path | None = None,
     data: str | Path | None = None,
     public: str | Path | None = None,
+    privatizer: PrivatizerConfig | None = None,
     reading: ReadingConfig | None = None,
     config: AuditConfig | None = None,
     adversary: AdversaryConfig | None = None,
@@ -143,9 +146,13 @@ def estimate_audit_split(
         DataError, ConfigError, ModelError, PackageError, PolicyError: as for `audit_split`.
     """
     config, reading = config or AuditConfig(), reading or ReadingConfig()
-    adversary = adversary or AdversaryConfig()
-    if (Path(subject) / MARK).is_file():
-        bottom = bottom or CustomerJob(subject).record.bottom_path
+    adversary, privatizer = adversary or AdversaryConfig(), privatizer or PrivatizerConfig()
+    job = CustomerJob(subject) if (Path(subject) / MARK).is_file() else None
+    if job is None:
+        privatizer.check_whole()
+    else:
+        bottom = bottom or job.record.bottom_path
+        privatizer = job.config(PrivatizerConfig, "privatizer")
     package = open_bottom(bottom or subject, trust=trust)
     check_adversary(adversary, package, public=public, data=data, reading=reading)
     table_VD = package.stack.embedding.weight
@@ -163,11 +170,19 @@ def estimate_audit_split(
     parts = {
         "open": weight_bytes(package.stack.model) / READ_BYTES_PER_SECOND,
         "nearest neighbour": rate.seconds(attacked * search + 40 * longest * table_VD.numel()),
-        "fresh draws": rate.seconds(2 * attacked * config.fresh_draws * search),
     }
+    if (grouping := privatizer.grouping()) is not None and job is None:
+        parts["word groups"] = grouping_seconds(
+            grouping, table_VD, package.cut.cut * layer_flops(package, longest), rate
+        )
+    mechanism = privatizer.mechanism(privatizer.eta or 1.0) if privatizer.draws else None
+    if mechanism is not None and config.fresh_draws > 1:
+        parts["fresh draws"] = rate.seconds(2 * attacked * config.fresh_draws * search)
     if public is not None:
-        parts["Bayes, in token mode"] = rate.seconds(2 * CHANNEL_WORDS * search)
-        parts["noise of public text"] = rate.seconds(3 * config.public_tokens * search)
+        if mechanism is not None:
+            parts["noise of public text"] = rate.seconds(3 * config.public_tokens * search)
+            if mechanism.replaces_words:
+                parts["Bayes"] = rate.seconds(2 * CHANNEL_WORDS * search)
         parts["training, at most"] = config.attack_seconds
     width = package.hidden_size
     memory: float = FLOAT * (3 * config.public_tokens * width + 12 * table_VD.numel())

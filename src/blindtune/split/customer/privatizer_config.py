@@ -157,6 +157,11 @@ class PrivatizerConfig:
             return None
         return GroupingConfig(wrong_guesses=self.wrong_guesses)
 
+    @property
+    def draws(self) -> bool:
+        """Whether there is noise, so that the same texts come out as others when sent again."""
+        return self.privatizer not in ("none", "groups") or self.eta is not None
+
     def check_whole(self) -> None:
         """Raise ConfigError unless the config says how much noise there is."""
         if (

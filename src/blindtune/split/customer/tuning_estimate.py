@@ -69,7 +69,7 @@ def estimate_split_tune(
     tokens, width = sum(map(len, texts.ids)), package.hidden_size
     longest = max(map(len, texts.ids))
     rate, cut = matmul_rate(width), package.cut
-    layer = _layer_flops(package, tokens / len(texts.ids))
+    layer = layer_flops(package, tokens / len(texts.ids))
     table_VD = _table(package)
     parts = {
         "open": weight_bytes(package.stack.model) / READ_BYTES_PER_SECOND,
@@ -112,8 +112,7 @@ def _privatizing(
     """Seconds of what a privatizer does, by part."""
     table_VD, vector = _table(package), privatizer.privatizer != "block-output"
     noised = table_VD.shape[1] if vector else package.hidden_size
-    noisy = privatizer.privatizer not in ("none", "groups") or privatizer.eta is not None
-    parts = {"noise": NOISE_SECONDS * tokens * noised} if noisy else {}
+    parts = {"noise": NOISE_SECONDS * tokens * noised} if privatizer.draws else {}
     if privatizer.privatizer == "exponential":  # the words that occur, in float64; and a survey
         words = min(tokens, len(table_VD)) + SURVEY_SAMPLES
         parts["words to draw from"] = rate.seconds(2 * 2.0 * words * table_VD.numel())
@@ -139,7 +138,7 @@ def grouping_seconds(
     return rate.seconds(read + joined + clustered)
 
 
-def _layer_flops(package: Bottom, length: float) -> float:
+def layer_flops(package: Bottom, length: float) -> float:
     """Forward FLOPs a token of one layer, of the package's own or of the usual shape."""
     width = package.hidden_size
     linear = 12.0 * width * width
