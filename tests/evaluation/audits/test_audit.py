@@ -12,7 +12,7 @@ from blindtune.evaluation.audits.audit import AuditConfig
 from blindtune.evaluation.audits.emulator import _findings, audit_emulator, spread
 from blindtune.evaluation.audits.emulator import _verdict as emulator_verdict
 from blindtune.evaluation.leakage.membership import membership_leakage
-from blindtune.evaluation.leakage.misuse import Misuse
+from blindtune.evaluation.leakage.misuse import Lead, Misuse
 from blindtune.evaluation.pages.audit import page, write_audit
 from blindtune.evaluation.pages.report import render
 from blindtune.evaluation.utility.loss import Perplexity
@@ -23,7 +23,7 @@ from blindtune.training.text import DataConfig, encode_rows
 from offsite_world import SILENT, owners_world
 
 WINDOWS = DataConfig(max_length=32, max_tokens=4000)
-CONFIG = AuditConfig(healing_steps=16, healing_learning_rate=3e-3, test_tokens=512)
+CONFIG = AuditConfig(healing_steps=16, healing_learning_rate=(3e-3,), test_tokens=512)
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +177,9 @@ def test_windows_are_spread_over_the_whole_text():
 
 def loss(nats):
     return Perplexity(
-        nats_per_token=nats, perplexity=math.exp(nats), tokens=100, standard_error=0.01
-    )
+        nats_per_token=nats, perplexity=math.exp(nats), tokens=100, examples=10,
+        standard_error=0.01,
+    )  # fmt: skip
 
 
 def test_best_is_compared_with_best_and_an_unsettled_attack_is_said_to_be():
@@ -187,12 +188,22 @@ def test_best_is_compared_with_best_and_an_unsettled_attack_is_said_to_be():
         name: tuple((k * 512, loss(nats)) for k, nats in enumerate(curve))
         for name, curve in curves.items()
     }
-    found = Misuse(full=loss(3.9), emulator=loss(4.4), tuned=None, **told)
+    found = Misuse(
+        full=loss(3.9), emulator=loss(4.4), tuned=None, learning_rate=5e-5,
+        lead=Lead(nats=0.4, reach=0.1), **told,
+    )  # fmt: skip
     assert found.settled
     assert found.healed_share == pytest.approx(0.4)
     *_, healing, control = _findings(found, AuditConfig(), used_tokens=1024)
     assert control.value == pytest.approx(math.exp(4.6))
-    assert "0.40 nats better" in control.meaning
+    assert "0.40 nats better: it gave away more" in control.meaning
+    assert "at 5e-05, the best of 2 learning rates" in healing.knew
+    for nats, says in (
+        (0.05, "0.05 nats better, within the error (0.10): nothing shows"),
+        (-0.3, "0.30 nats worse: no further than this, which does not prove"),
+    ):
+        other = replace(found, lead=Lead(nats=nats, reach=0.1))
+        assert says in _findings(other, AuditConfig(), used_tokens=1024)[-1].meaning
     assert "still getting better" not in healing.meaning
     falling = replace(found, healed=found.healed[:2])
     assert not falling.settled

@@ -1,5 +1,7 @@
 """Scores of guesses: counted right, and intervals that cover what they say."""
 
+import random
+
 import pytest
 import torch
 
@@ -66,6 +68,16 @@ def test_intervals_hold_the_value_and_shrink(share):
     for found in (wide, narrow):
         assert 0 <= found.low <= found.value <= found.high <= 1
     assert narrow.high - narrow.low < (wide.high - wide.low) / 4
+
+
+@pytest.mark.parametrize("texts", [3, 8, 40])
+def test_the_interval_holds_for_few_texts_of_many_tokens_too(texts):
+    """Texts differ in how much of them is read; of few, little is known of how much they do."""
+    draws, missed = random.Random(0), 0
+    for _ in range(2000):
+        counts = [(round(draws.betavariate(3, 3) * 500), 500) for _ in range(texts)]
+        missed += scored(counts, 0.95).low > 0.5
+    assert missed <= 1.3 * 0.025 * 2000
 
 
 @pytest.mark.parametrize("share", [0, 1])

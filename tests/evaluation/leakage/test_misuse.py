@@ -1,5 +1,7 @@
 """The judge of healing: curves on one scale, and a control of as many layers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,6 +34,25 @@ def test_judge_scores_attack_and_control(tmp_path):
     assert found.healed_best.nats_per_token == min(healed)
     assert found.tuned not in (None, found.emulator)
     assert len(seen) == 6
+    assert found.learning_rate == 3e-3
+    assert found.lead.nats == pytest.approx(min(control) - min(healed), abs=1e-6)
+    assert 0 < found.lead.reach < 10
+
+
+def test_of_several_rates_the_best_counts_each_from_the_emulator_as_shipped(tmp_path):
+    owners_world(tmp_path, "llama")
+    draw = torch.Generator().manual_seed(0)
+    text = (torch.randint(3, 90, (40, 1), generator=draw) + torch.arange(16)) % 90 + 3
+    place = (tmp_path / "emulator", tmp_path / "model", text[:32], text[32:])
+    config, seen = HealingConfig(steps=8, points=1), []
+    found = judge_misuse(
+        *place, config, rates=(1e-6, 3e-3), on_stop=lambda *stop: seen.append(stop)
+    )
+    alone = judge_misuse(*place, replace(config, learning_rate=3e-3))
+    assert found == alone
+    assert found.learning_rate == 3e-3
+    began = [nats for name, tokens, nats in seen if name == "healed" and not tokens]
+    assert began[0] == began[1]  # the second was not healed on top of the first
 
 
 def test_an_emulator_with_all_layers_whole_has_no_control(tmp_path):

@@ -16,6 +16,14 @@ def test_students_factor(degrees, factor):
     assert student(degrees) == pytest.approx(factor, abs=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("degrees", "factor"),
+    [(1, 63.657), (2, 9.925), (3, 5.841), (7, 3.499), (30, 2.750), (10**6, 2.576)],
+)
+def test_students_factor_at_another_confidence(degrees, factor):
+    assert student(degrees, 0.995) == pytest.approx(factor, rel=2e-3)
+
+
 def random(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)

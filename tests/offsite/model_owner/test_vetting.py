@@ -153,6 +153,16 @@ def test_singular_values_against_a_full_decomposition():
     assert _largest_singular_value(torch.zeros(3, 4)) == 0.0
 
 
+def test_no_change_is_made_for_the_start_of_the_measure():
+    """An edit at right angles to where a known iteration begins would be seen by none of it."""
+    known = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    blind = torch.zeros(50)
+    blind[3], blind[7] = known[7], -known[3]
+    weight = torch.outer(torch.randn(30), blind)
+    exact = float(torch.linalg.matrix_norm(weight, 2))
+    assert _largest_singular_value(weight) == pytest.approx(exact, rel=1e-3)
+
+
 def test_changes_against_plain_formulas(world):
     decoder = Decoder(load_model(world.path / "model"))
     own = dict(decoder.layers[0].named_parameters())

@@ -31,8 +31,9 @@ class AuditConfig:
     """Emulator: optimizer steps that the attacker spends on public text; 0 leaves healing out."""
     healing_batch_size: int = 4
     """Emulator: windows of public text a step."""
-    healing_learning_rate: float = 5e-5
-    """Emulator: of the attacker's AdamW."""
+    healing_learning_rate: tuple[float, ...] = (5e-5, 2e-4)
+    """Emulator: of the attacker's AdamW; healed anew at each, as what heals best depends on the
+    emulator. The best counts."""
     max_records: int = 400
     """Adapter: judge at most this many trained records and as many others, spread evenly."""
     false_positive_rate: float = 0.01
@@ -60,9 +61,11 @@ class AuditConfig:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ConfigError(f"expected {name} >= {least}, got {getattr(self, name)}")
-        for name in ("healing_learning_rate", "attack_seconds"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"expected {name} > 0, got {getattr(self, name)}")
+        rates = self.healing_learning_rate
+        if not rates or not min(rates) > 0:
+            raise ConfigError(f"expected healing_learning_rate > 0, got {list(rates)}")
+        if not self.attack_seconds > 0:
+            raise ConfigError(f"expected attack_seconds > 0, got {self.attack_seconds}")
 
 
 @dataclass(frozen=True, kw_only=True)

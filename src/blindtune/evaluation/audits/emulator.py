@@ -9,16 +9,16 @@ Shapes: N windows, L length.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import NormalDist
 
 from torch import Tensor
 
 from blindtune.attacks.emulator_misuse import HealingConfig
 from blindtune.evaluation.audits.audit import Audit, AuditConfig, Finding, NotRun
-from blindtune.evaluation.leakage.misuse import Curve, Misuse, best, judge_misuse
+from blindtune.evaluation.leakage.misuse import Curve, Lead, Misuse, best, judge_misuse
 from blindtune.evaluation.utility.loss import Perplexity
+from blindtune.evaluation.utility.paired import student
 from blindtune.exchange.packages.package import open_package
 from blindtune.exchange.packages.signing import Trust
 from blindtune.models.loading import load_tokenizer
@@ -76,7 +76,8 @@ def audit_emulator(
 
     found = judge_misuse(
         emulator, model, public_NL, test_NL, healing,
-        heals=config.healing_steps > 0, adapter=adapter, trust=trust,
+        heals=config.healing_steps > 0, rates=config.healing_learning_rate,
+        confidence=config.confidence, adapter=adapter, trust=trust,
         batch_size=config.batch_size, on_stop=on_stop,
     )  # fmt: skip
     findings = _findings(found, config, used_tokens=public_NL.numel())
@@ -116,7 +117,6 @@ def _healing(config: AuditConfig) -> HealingConfig:
         steps=max(1, config.healing_steps),
         points=5,
         batch_size=config.healing_batch_size,
-        learning_rate=config.healing_learning_rate,
         seed=config.seed,
     )
 
@@ -167,18 +167,19 @@ def _findings(found: Misuse, config: AuditConfig, used_tokens: int) -> tuple[Fin
         _finding(
             "healing", healed, config,
             f"Had the package and {used_tokens:,} tokens of public text; made every layer whole "
-            f"again and trained all of them on {tokens:,} tokens.",
+            f"again and trained all of them on {tokens:,} tokens, at "
+            f"{_rates(found, config.healing_learning_rate)}.",
             f"Healing {closed}{_gap(healed, full, begin='the emulator')}{_more(found)}",
         )
     )  # fmt: skip
-    if found.control:
+    if found.lead is not None:
         _, control = best(found.control)
         findings.append(
             _finding(
                 "control, no attack", control, config,
                 "Evenly spaced layers of the full model itself, as many as the emulator has whole, "
                 "trained on the same text; the attacker does not have them.",
-                _beside_control(healed, control, config),
+                _beside_control(found.lead),
             )
         )  # fmt: skip
     return tuple(findings)
@@ -190,21 +191,27 @@ def _more(found: Misuse) -> str:
     return " It was still getting better when it ended: give more text and --healing-steps."
 
 
-def _beside_control(healed: Perplexity, control: Perplexity, config: AuditConfig) -> str:
-    """Whether healing gets further than a model of as many layers; beyond the error of both."""
-    better = control.nats_per_token - healed.nats_per_token
-    errors = [loss.standard_error or 0.0 for loss in (healed, control)]
-    reach = NormalDist().inv_cdf(0.5 + config.confidence / 2) * math.hypot(*errors)
+def _rates(found: Misuse, tried: Sequence[float]) -> str:
+    of = f", the best of {len(tried)} learning rates" if len(tried) > 1 else ""
+    return f"{found.learning_rate:g}{of}"
+
+
+def _beside_control(lead: Lead) -> str:
+    """Whether healing gets further than a model of as many layers."""
     as_many = "a model of as many layers would have"
-    if better > reach:
-        return f"The healed emulator is {better:.2f} nats better: it gave away more than {as_many}."
-    if better < -reach:
+    if lead.nats > lead.reach:
         return (
-            f"The healed emulator is {-better:.2f} nats worse: it gave away no more than {as_many}."
+            f"The healed emulator is {lead.nats:.2f} nats better: it gave away more than {as_many}."
+        )
+    proves = "which does not prove that no healing does"
+    if lead.nats < -lead.reach:
+        return (
+            f"The healed emulator is {-lead.nats:.2f} nats worse: no further than this, {proves}."
         )
     return (
-        f"The healed emulator is {abs(better):.2f} nats {'better' if better > 0 else 'worse'}, "
-        f"within the error ({reach:.2f}): nothing shows that it gave away more than {as_many}."
+        f"The healed emulator is {abs(lead.nats):.2f} nats "
+        f"{'better' if lead.nats > 0 else 'worse'}, within the error ({lead.reach:.2f}): nothing "
+        f"shows that it gave away more than {as_many}, {proves}."
     )
 
 
@@ -213,7 +220,7 @@ def _finding(
 ) -> Finding:
     low = high = None
     if loss.standard_error is not None:
-        reach = NormalDist().inv_cdf(0.5 + config.confidence / 2) * loss.standard_error
+        reach = student(loss.examples - 1, 0.5 + config.confidence / 2) * loss.standard_error
         low, high = (math.exp(loss.nats_per_token + sign * reach) for sign in (-1, 1))
     return Finding(
         attack=attack,

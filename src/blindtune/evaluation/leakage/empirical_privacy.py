@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import ConfigError, DataError
+from blindtune.evaluation.utility.paired import student
 from blindtune.models.margins import Margins
 from blindtune.privacy.token_importance import (
     ContributingTokens,
@@ -237,7 +238,8 @@ def scored(counts: Sequence[tuple[int, int]], confidence: float) -> EmpiricalPri
     if not of:
         return None
     share = right / of
-    low, high = wilson(share, of / _design_effect(counted, share, of), confidence)
+    count = of / _design_effect(counted, share, of)
+    low, high = wilson(share, count, confidence, clusters=len(counted) if 0 < right < of else 0)
     return EmpiricalPrivacy(right=right, of=of, low=1 - high, high=1 - low, confidence=confidence)
 
 
@@ -254,9 +256,17 @@ def _design_effect(counts: Sequence[tuple[int, int]], share: float, of: int) -> 
     return max(1.0, clustered / binomial)
 
 
-def wilson(share: float, count: float, confidence: float) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927)."""
+def wilson(
+    share: float, count: float, confidence: float, *, clusters: int = 0
+) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson 1927).
+
+    Where `count` was found from the spread of several clusters, Student's factor for so many stands
+    in the place of the normal one: few of them tell little of their spread.
+    """
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    if clusters > 1:
+        z = student(clusters - 1, 0.5 + confidence / 2)
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     # Rounding must not leave the share itself outside.

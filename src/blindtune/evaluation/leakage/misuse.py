@@ -3,18 +3,18 @@
 Four things on one scale, nats a token on text that the attacker did not train on: the full model,
 the emulator as it is (and tuned, if an adapter is given), the emulator healed on public text by the
 number of tokens spent, and a control: a model with as many full layers as the emulator, made of the
-full model by dropping evenly spaced layers and trained on the same text at a rate of its own. If
-healing gets no further than the control, the emulator gave away no more than a small model would
-have.
+full model by dropping evenly spaced layers and trained on the same text at a rate of its own. Where
+healing gets further than the control, the emulator gave away more than a small model would have;
+where it does not, this healing found no more. Both are scored on the same windows and compared
+window by window.
 
 Shapes: N windows, L length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blindtune.attacks.emulator_misuse import EmulatorView, HealingConfig, Stop, heal, train_on
-from blindtune.evaluation.utility.loss import Perplexity, perplexity
+from blindtune.evaluation.utility.loss import Perplexity, mean_loss, window_sums
+from blindtune.evaluation.utility.paired import estimate
 from blindtune.exchange.packages.signing import Trust
 from blindtune.models.decoder import Decoder
 from blindtune.models.loading import load_model, preferred_device
@@ -33,6 +34,16 @@ from blindtune.offsite.model_owner.emulation import uniform_choice
 
 Curve = tuple[tuple[int, Perplexity], ...]
 """(tokens of public text spent, loss on the test text)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lead:
+    """By how much one model is better than another on the same windows, in nats a token."""
+
+    nats: float
+    """Negative: it is worse."""
+    reach: float
+    """Half of the interval; infinite for a single window."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +60,10 @@ class Misuse:
     control: Curve
     """Both empty where healing was not asked for; the control also where it would be the full
     model: an emulator with as many layers whole has no smaller model to be compared with."""
+    learning_rate: float
+    """At which the emulator was healed; of several, the one that got furthest."""
+    lead: Lead | None
+    """Of the healed emulator over the control, each at its best; None without either."""
 
     @property
     def healed_best(self) -> Perplexity:
@@ -82,6 +97,8 @@ def judge_misuse(
     config: HealingConfig | None = None,
     *,
     heals: bool = True,
+    rates: Sequence[float] = (),
+    confidence: float = 0.95,
     adapter: str | Path | None = None,
     trust: Trust | None = None,
     batch_size: int = 8,
@@ -96,6 +113,9 @@ def judge_misuse(
         test_NL: what is scored.
         config: the attacker's.
         heals: False: the emulator is used as it is, and nothing is trained.
+        rates: learning rates at each of which it is healed anew, as what heals best depends on the
+            emulator; the best counts. None: the config's.
+        confidence: of the lead's interval.
         adapter: tuned on this emulator; scored only.
         trust: whose packages are opened; None: anybody's.
         batch_size: windows of one forward pass when scoring.
@@ -106,43 +126,96 @@ def judge_misuse(
     """
     config = config or HealingConfig()
 
-    def score(model: PreTrainedModel) -> Perplexity:
-        return perplexity(model, test_NL, batch_size=batch_size)
-
-    def curve(name: str, model: PreTrainedModel, stops: Iterator[Stop]) -> Curve:
-        return tuple(_followed(stops, lambda: score(model), partial(on_stop, name)))
-
-    victim = open_emulator(emulator, dtype=torch.float32, trust=trust)
-    victim.model.to(preferred_device())
+    judge = _Judge(emulator, test_NL, batch_size, trust, on_stop)
     tuned = None
     if adapter is not None:
-        other = open_emulator(emulator, dtype=torch.float32, trust=trust)
-        tuned = score(tuned_emulator(other, adapter, trust=trust).model.to(preferred_device()))
+        tuned = mean_loss(*judge.score(tuned_emulator(judge.opened(), adapter, trust=trust).model))
+    victim = judge.opened()
+    untouched, left = mean_loss(*judge.score(victim.model)), _full_layers(victim)
+    del victim
     full = load_model(model, device=preferred_device())
-    scored_full, left = score(full), _full_layers(victim)
-    control: Curve = ()
+    scored_full = mean_loss(*judge.score(full))
+    control: _Points = ()
     if heals and left < Decoder(full).layer_count:
         small = drop_to(full, left)
         faster = replace(config, learning_rate=config.control_learning_rate)
-        control = curve("control", small, train_on(small, public_NL, faster))
+        control = judge.follow("control", small, train_on(small, public_NL, faster))
         del small
     del full
-    untouched = score(victim.model)
-    healed: Curve = ()
-    if heals:
-        stops = heal(EmulatorView(model=victim.model, public_NL=public_NL), config)
-        healed = curve("healed", victim.model, stops)
-    return Misuse(full=scored_full, emulator=untouched, tuned=tuned, healed=healed, control=control)
+    asked = [replace(config, learning_rate=rate) for rate in rates or (config.learning_rate,)]
+    tries = [(judge.healed(public_NL, one), one.learning_rate) for one in asked if heals]
+    healed, rate = min(
+        tries, key=lambda found: _best_point(found[0])[1], default=((), config.learning_rate)
+    )
+    return Misuse(
+        full=scored_full,
+        emulator=untouched,
+        tuned=tuned,
+        healed=_curve(healed),
+        control=_curve(control),
+        learning_rate=rate,
+        lead=_lead(healed, control, confidence) if healed and control else None,
+    )
 
 
-def _followed(
-    stops: Iterator[Stop], score: Callable[[], Perplexity], told: Callable[[int, float], None]
-) -> Iterator[tuple[int, Perplexity]]:
-    """The points of a curve, told as they come."""
-    for stop in stops:
-        found = score()
-        told(stop.tokens, found.nats_per_token)
-        yield stop.tokens, found
+_Scores = tuple[Tensor, Tensor]
+"""Nats and scored tokens of every window, shape N."""
+_Points = tuple[tuple[int, _Scores], ...]
+"""(tokens of public text spent, what the test text's windows cost then)."""
+
+
+class _Judge:
+    """Opens the emulator, and scores whatever is made of it."""
+
+    def __init__(
+        self,
+        emulator: str | Path,
+        test_NL: Tensor,
+        batch_size: int,
+        trust: Trust | None,
+        on_stop: Callable[[str, int, float], None],
+    ) -> None:
+        self._emulator, self._trust = emulator, trust
+        self._test_NL, self._batch_size, self._on_stop = test_NL, batch_size, on_stop
+
+    def opened(self) -> Emulator:
+        victim = open_emulator(self._emulator, dtype=torch.float32, trust=self._trust)
+        victim.model.to(preferred_device())
+        return victim
+
+    def score(self, model: PreTrainedModel) -> _Scores:
+        return window_sums(model, self._test_NL, batch_size=self._batch_size)
+
+    def follow(self, name: str, model: PreTrainedModel, stops: Iterator[Stop]) -> _Points:
+        """The points of a curve, told as they come."""
+        points = []
+        for stop in stops:
+            found = self.score(model)
+            self._on_stop(name, stop.tokens, mean_loss(*found).nats_per_token)
+            points.append((stop.tokens, found))
+        return tuple(points)
+
+    def healed(self, public_NL: Tensor, config: HealingConfig) -> _Points:
+        view = EmulatorView(model=self.opened().model, public_NL=public_NL)
+        return self.follow("healed", view.model, heal(view, config))
+
+
+def _curve(points: _Points) -> Curve:
+    return tuple((tokens, mean_loss(*scores)) for tokens, scores in points)
+
+
+def _best_point(points: _Points) -> tuple[_Scores, float]:
+    """The stop of the lowest loss, and that loss."""
+    losses = [mean_loss(*scores).nats_per_token for _, scores in points]
+    lowest = min(losses)
+    return points[losses.index(lowest)][1], lowest
+
+
+def _lead(healed: _Points, control: _Points, confidence: float) -> Lead:
+    """Of the best stop over the control's, paired window by window."""
+    (mine_N, tokens_N), (theirs_N, _) = (_best_point(points)[0] for points in (healed, control))
+    ahead = estimate((theirs_N - mine_N)[None], tokens_N, 0.5 + confidence / 2)
+    return Lead(nats=ahead.value, reach=float(ahead.errors.norm()))
 
 
 def drop_to(model: PreTrainedModel, count: int) -> PreTrainedModel:

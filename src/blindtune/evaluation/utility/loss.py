@@ -40,6 +40,8 @@ class Perplexity:
     """exp(nats_per_token); infinite when that overflows."""
     tokens: int
     """Number of scored tokens."""
+    examples: int
+    """Windows or examples that they are of."""
     standard_error: float | None
     """Of nats_per_token, over windows or examples; None when there is only one."""
 
@@ -63,6 +65,23 @@ def perplexity(
         DataError: there is nothing to score.
         ModelError: the loss is not finite.
     """
+    return mean_loss(
+        *window_sums(model, windows_NL, batch_size=batch_size, on_progress=on_progress)
+    )
+
+
+def window_sums(
+    model: PreTrainedModel,
+    windows_NL: Tensor,
+    *,
+    batch_size: int = 8,
+    on_progress: Progress | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `perplexity` averages: nats and scored tokens of every window, float64 of shape N.
+
+    Raises:
+        DataError: there is nothing to score.
+    """
     if windows_NL.ndim != 2 or windows_NL.shape[0] < 1 or windows_NL.shape[1] < 2:
         raise DataError(
             "expected at least one window of at least two tokens to score, got shape "
@@ -74,7 +93,7 @@ def perplexity(
         (windows_NL[i : i + batch_size], labels_NL[i : i + batch_size], None)
         for i in range(0, len(windows_NL), batch_size)
     )
-    return _mean(*_sums(model, batches, len(windows_NL), on_progress))
+    return _sums(model, batches, len(windows_NL), on_progress)
 
 
 def loss_on_targets(
@@ -98,7 +117,7 @@ def loss_on_targets(
         ModelError: the loss is not finite.
     """
     _, nats_N, tokens_N = _target_sums(model, dataset, batch_size, on_progress)
-    return _mean(nats_N, tokens_N)
+    return mean_loss(nats_N, tokens_N)
 
 
 def loss_of_each(
@@ -117,7 +136,7 @@ def loss_of_each(
         DataError, ModelError: as for `loss_on_targets`.
     """
     order_N, *sums = _target_sums(model, dataset, batch_size, on_progress)
-    _mean(*sums)  # refuses what is not finite
+    mean_loss(*sums)  # refuses what is not finite
     nats_N, tokens_N = (
         torch.empty_like(found_N).index_copy(0, order_N, found_N) for found_N in sums
     )
@@ -200,8 +219,12 @@ def _sums(
     return torch.cat(row_nats), torch.cat(row_tokens)
 
 
-def _mean(nats_N: Tensor, tokens_N: Tensor) -> Perplexity:
-    """Mean over all scored tokens; the standard error is that of a ratio of row sums."""
+def mean_loss(nats_N: Tensor, tokens_N: Tensor) -> Perplexity:
+    """Mean over all scored tokens; the standard error is that of a ratio of row sums.
+
+    Raises:
+        ModelError: the loss is not finite.
+    """
     total, tokens = len(nats_N), int(tokens_N.sum())
     mean = float(nats_N.sum()) / tokens
     if not math.isfinite(mean):
@@ -215,6 +238,7 @@ def _mean(nats_N: Tensor, tokens_N: Tensor) -> Perplexity:
         nats_per_token=mean,
         perplexity=math.exp(mean) if mean < 700 else math.inf,
         tokens=tokens,
+        examples=total,
         standard_error=error,
     )
 

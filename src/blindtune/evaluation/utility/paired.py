@@ -19,14 +19,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from statistics import NormalDist
 from typing import final
 
 import torch
 from torch import Tensor
 
 CONFIDENCE = 0.95
-"""Of every lower end, one-sided."""
+"""Of a lower end, one-sided."""
+MANY = 1000
+"""Degrees from which on Student's factor falls by 0.1 % at most, and is not computed anew."""
 
 
 @final
@@ -45,12 +46,13 @@ class Estimate:
         return self.value - float(self.errors.norm())
 
 
-def estimate(nats_KN: Tensor, tokens_N: Tensor) -> Estimate:
+def estimate(nats_KN: Tensor, tokens_N: Tensor, confidence: float = CONFIDENCE) -> Estimate:
     """Mean a token over all texts and seeds.
 
     Args:
         nats_KN: what each text adds with each seed, such as the difference of two models' nats.
         tokens_N: scored tokens of each text.
+        confidence: of the lower end.
     """
     seeds, texts = nats_KN.shape
     every = float(tokens_N.sum())
@@ -60,9 +62,10 @@ def estimate(nats_KN: Tensor, tokens_N: Tensor) -> Estimate:
         return Estimate(value, torch.tensor([math.inf], dtype=torch.float64))
     apart_N = nats_KN.mean(0) - value * tokens_N
     pull_N = apart_N / (every - tokens_N) * math.sqrt((texts - 1) / texts)
-    errors = [student(texts - 1) * pull_N]
+    errors = [student(texts - 1, confidence) * pull_N]
     if seeds > 1:
-        errors.append(student(seeds - 1) * (mean_K - value) / math.sqrt(seeds * (seeds - 1)))
+        factor = student(seeds - 1, confidence)
+        errors.append(factor * (mean_K - value) / math.sqrt(seeds * (seeds - 1)))
     return Estimate(value, torch.cat(errors))
 
 
@@ -80,21 +83,23 @@ def ratio_low(part: Estimate, whole: Estimate) -> float:
 
 
 @cache
-def student(degrees: int) -> float:
-    """Student's one-sided 95 % factor; above 2 degrees by its series (Abramowitz, Stegun 26.7.5).
+def student(degrees: int, confidence: float = CONFIDENCE) -> float:
+    """Student's one-sided factor: t stays below it with this chance."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        enough = _within(angle, min(degrees, MANY)) > 2 * confidence - 1
+        low, high = (low, angle) if enough else (angle, high)
+    return math.sqrt(min(degrees, MANY)) * math.tan(high)
 
-    The series errs by 0.05 % at 3 degrees and less beyond.
-    """
-    if degrees == 1:
-        return math.tan(math.pi * (CONFIDENCE - 0.5))
-    if degrees == 2:
-        twice = 2 * CONFIDENCE - 1
-        return twice * math.sqrt(2 / (1 - twice**2))
-    z = NormalDist().inv_cdf(CONFIDENCE)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + math.fsum(term / degrees**k for k, term in enumerate(terms, 1))
+
+def _within(angle: float, degrees: int) -> float:
+    """Chance of |t| <= sqrt(degrees) tan(angle) (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    odd = degrees % 2
+    term = math.cos(angle) if odd else 1.0
+    total = term if degrees > 1 else 0.0
+    for k in range(2 + odd, degrees, 2):
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+        total += term
+    total *= math.sin(angle)
+    return (angle + total) * 2 / math.pi if odd else total
