@@ -248,6 +248,14 @@ def test_a_model_reads_each_word_once_and_nothing_that_is_certain(monkeypatch):
     assert max(rows for rows, _ in read) <= 4  # what several weights go on from is read once
 
 
+def test_of_words_that_are_equally_likely_the_first_is_taken():
+    words = torch.arange(32).view(4, 8)
+    found = Candidates(words=(words,), log_likelihoods=(torch.zeros(4, 8),))
+    prior = NgramPrior([torch.arange(32)], 32)
+    assert torch.equal(decode(found, prior, weight=0.0)[0], words[:, 0])
+    assert torch.equal(found.first()[0], words[:, 0])
+
+
 def test_beams_find_the_best_of_all_texts():
     draw = torch.Generator().manual_seed(0)
     words = torch.stack([torch.randperm(100, generator=draw)[:4] for _ in range(5)])

@@ -1,5 +1,6 @@
 """Estimates against what the acts then took."""
 
+import json
 import time
 from dataclasses import replace
 
@@ -131,6 +132,27 @@ def test_bfloat16_halves_what_is_not_trained(world, rank, monkeypatch):
         frozen -= world.lora.trained_parameters  # PEFT put them into the model
     copies = 0 if rank else world.full.trained_parameters
     assert whole - half == 2 * frozen - 2 * copies
+
+
+def test_memory_is_of_the_longest_record_and_time_of_padded_batches(world, tmp_path, monkeypatch):
+    """A batch is as wide as its longest record: one of 61 widens one batch of 8."""
+    monkeypatch.setattr(costs, "_resident_bytes", lambda: 0)
+    lines = [json.dumps({"text": text}) for text in ["ab"] * 60 + ["a long one " * 40]]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(lines))
+    (tmp_path / "short.jsonl").write_text("\n".join(lines[:-1]))
+    reading = replace(READING, pack=False, validation_split=0.0)
+    mixed, short = (
+        estimate_tune(
+            world.path / "emulator", tmp_path / name, reading=reading,
+            training=TrainingConfig(num_train_epochs=1.0),
+        )
+        for name in ("mixed.jsonl", "short.jsonl")
+    )  # fmt: skip
+    assert mixed.memory_bytes > short.memory_bytes
+    width = short.tokens // 64
+    assert width < 8
+    wide = [8 * ((8 - batches) * width + batches * 32) for batches in (1, 2)]
+    assert mixed.tokens in wide  # twice, if it comes first in the next epoch too
 
 
 def estimated_without_validation(world):

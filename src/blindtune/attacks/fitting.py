@@ -6,6 +6,7 @@ adversary's own examples is kept, and the result says whether time ran out befor
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -61,7 +62,8 @@ class FitResult:
     held_out_loss: float
     """Of the state that was kept."""
     settled: bool
-    """False: time or epochs ended it; more of them might give a stronger attack."""
+    """False: time or epochs ended it, and more of them might give a stronger attack; or no loss was
+    a number."""
 
 
 def parted(count: int, config: FitConfig) -> tuple[list[int], list[int]]:
@@ -114,4 +116,5 @@ def fit(
             best, kept = now, deepcopy(module.state_dict())
     module.load_state_dict(kept)
     module.eval()
-    return FitResult(epochs=made, held_out_loss=best, settled=since >= config.patience)
+    settled = since >= config.patience and math.isfinite(best)
+    return FitResult(epochs=made, held_out_loss=best, settled=settled)

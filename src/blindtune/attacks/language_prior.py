@@ -274,7 +274,9 @@ class _Lattice:
         score_BK = self._score_B[:, None] + self._seen_LK[at]
         if said_BK is not None:
             score_BK = score_BK + self.weight * said_BK
-        score_B, best = score_BK.reshape(-1).topk(min(self._beams, score_BK.numel()))
+        # Of equals the first: candidates come likeliest first.
+        score_B, best = score_BK.reshape(-1).sort(descending=True, stable=True)
+        score_B, best = score_B[: self._beams], best[: self._beams]
         possible = score_B > -torch.inf  # the likeliest always is
         self._score_B, best = score_B[possible], best[possible]
         parent, choice = best // score_BK.shape[1], best % score_BK.shape[1]

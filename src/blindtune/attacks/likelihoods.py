@@ -6,6 +6,9 @@ tokens. P(y | x) is computed in exponential mode and a Monte-Carlo estimate in t
 (`privacy.channel`). Words outside that list are not considered. With word groups x and y stand for
 their representatives, among which the mechanism draws.
 
+Word groups without noise: every word of the group is as likely as another, and how common they are
+decides (`group_candidates`).
+
 Vector mode at cut 0 (as BeamClean, arXiv 2505.13758): P(z | w) is exactly proportional to
 exp(-eta ||z - e_w||) in models whose embedding leaves as it is, or scaled. Where positions are
 added and a layer norm takes the length away (BERT and kin), it is the integral over what the norm
@@ -34,6 +37,7 @@ from blindtune.errors import ConfigError, DataError
 from blindtune.privacy.channel import CountingConfig, log_channel
 from blindtune.privacy.metric_dp import MAX_ETA, Mechanism
 from blindtune.privacy.replacing import places_of, words_to_draw
+from blindtune.privacy.word_groups import WordGroups
 
 PORTION_NUMBERS = 2**20  # float32 numbers of a table [T, V]; a dozen of them are held at once
 
@@ -282,3 +286,33 @@ def _sent_embeddings(view: StatesView) -> tuple[Tensor, float]:
     ):
         raise refusal
     return made_VD, scale
+
+
+def group_candidates(
+    groups: WordGroups, prior_V: Tensor, sent: Guess, candidates: int
+) -> Candidates:
+    """The commonest words of each token's group, of equal likelihood: a group tells no more.
+
+    Args:
+        groups: announced, as a vendor knows the bottom and the public text that they are made of.
+        prior_V: how common every word is in public text.
+        sent: the representatives that were sent, [L] a text.
+        candidates: words of a token that are kept; smaller groups are filled up with impossible
+            ones.
+    """
+    members: dict[int, list[int]] = {}
+    for word in prior_V.argsort(descending=True, stable=True).tolist():
+        mine = members.setdefault(int(groups.representative_V[word]), [])
+        if len(mine) < candidates:
+            mine.append(word)
+
+    def filled(row: list[int]) -> tuple[Tensor, Tensor]:
+        rest = candidates - len(row)
+        words = torch.tensor(row + rest * row[:1])
+        return words, torch.tensor([0.0] * len(row) + [-math.inf] * rest)
+
+    rows = [[filled(members.get(word, [word])) for word in text_L.tolist()] for text_L in sent]
+    return Candidates(
+        words=tuple(torch.stack([words for words, _ in row]) for row in rows),
+        log_likelihoods=tuple(torch.stack([told for _, told in row]) for row in rows),
+    )

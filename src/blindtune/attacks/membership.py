@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,11 @@ class AdapterView:
     batch_size: int = 8
     """Records of one forward pass; changes no score but by rounding."""
 
+    @cached_property
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """Every record's mean loss with the adapter and without [N], nats a token."""
+        return _record_losses(self.tuned, self), _record_losses(self.untuned, self)
+
     def __post_init__(self) -> None:
         """Refuse what has no loss."""
         if self.batch_size < 1:
@@ -56,12 +62,13 @@ class AdapterView:
 
 def tuned_losses(view: AdapterView) -> Tensor:
     """Minus the loss with the adapter [N], nats a token: the higher, the likelier a member."""
-    return -_record_losses(view.tuned, view)
+    return -view.losses[0]
 
 
 def loss_drops(view: AdapterView) -> Tensor:
     """How much the adapter lowered each record's loss [N], nats a token: higher, likelier."""
-    return _record_losses(view.untuned, view) - _record_losses(view.tuned, view)
+    tuned_N, untuned_N = view.losses
+    return untuned_N - tuned_N
 
 
 @torch.no_grad()

@@ -218,12 +218,14 @@ def estimate(settings: Settings) -> Estimate:
     trust = trust_of(settings, remember=False)
     if kind == "emulator":
         return estimate_audit_emulator(
-            settings["subject"], settings["model"], reading=reading, config=config, trust=trust
-        )
+            settings["subject"], settings["model"], adapter=settings["adapter"], reading=reading,
+            config=config, trust=trust,
+        )  # fmt: skip
     if kind == "adapter":
         return estimate_audit_adapter(
             settings["subject"], settings["model"], settings["data"],
-            others=settings["others"], reading=reading, config=config, trust=trust,
+            others=settings["others"], canaries=settings["canaries"], reading=reading,
+            config=config, trust=trust,
         )  # fmt: skip
     return estimate_audit_split(
         settings["subject"],

@@ -328,7 +328,7 @@ def test_dummies_read_behind_a_block_what_their_start_did_not(world, public):
 def test_dummies_find_no_more_than_was_sent(world):
     every = eps(audited(world, cut=1, privatizer=NOISE, dummies=True))
     assert every["dummy embeddings"].value > 0.6
-    assert "what was sent, not what was meant" in every["dummy embeddings"].meaning
+    assert "words that were sent, not those that were meant" in every["dummy embeddings"].meaning
 
 
 def test_what_was_not_asked_for_is_listed_with_its_option(world):
@@ -403,9 +403,9 @@ def test_an_estimate_has_a_part_for_each(world):
     )
     assert set(more.parts) - set(plain.parts) == {
         "dummy embeddings, at most", "attribute inference, at most", "load the language model",
-        "language model, two attacks",
+        "language model, at most",
     }  # fmt: skip
-    assert more.parts["language model, two attacks"] <= 2 * CONFIG.attack_seconds
+    assert more.parts["language model, at most"] <= 2 * CONFIG.attack_seconds
     assert more.memory_bytes > plain.memory_bytes
 
 
@@ -428,6 +428,34 @@ def test_an_estimate_has_what_fits_the_privatizer(world, privatizer, parts):
         privatizer=privatizer, config=replace(CONFIG, fresh_draws=2),
     ).parts  # fmt: skip
     assert set(found) == {"open", "nearest neighbour", "training, at most"} | parts
+
+
+@pytest.mark.parametrize(
+    ("privatizer", "networks", "attacks"),
+    [
+        (OPEN, 1, 2),
+        (PrivatizerConfig(privatizer="vector", eta=9.0), 1, 2),
+        (PrivatizerConfig(eta=9.0), 2, 2),
+        (PrivatizerConfig(public_text="words.txt"), 2, 2),
+        (PrivatizerConfig(public_text="words.txt", eta=9.0), 2, 3),
+    ],
+)
+def test_an_estimate_counts_every_training_behind_layers(world, privatizer, networks, attacks):
+    parts = estimate_audit_split(
+        world / "bottom1", data=world / "private.csv", public=world / "public.csv",
+        privatizer=privatizer, config=replace(CONFIG, attack_seconds=1e-6),
+        adversary=AdversaryConfig(prior=str(world / "model")),
+    ).parts  # fmt: skip
+    assert parts["training, at most"] == pytest.approx(networks * 1e-6)
+    assert parts["language model, at most"] == pytest.approx(attacks * 1e-6)
+
+
+def test_what_an_audit_would_not_look_at_is_refused(world):
+    with pytest.raises(ConfigError, match="expected a job or a transcript with bottom"):
+        audit_split(
+            world / "bottom1", bottom=world / "bottom0", data=world / "private.csv",
+            privatizer=OPEN, config=CONFIG,
+        )  # fmt: skip
 
 
 def test_an_estimate_refuses_what_an_audit_would(world):

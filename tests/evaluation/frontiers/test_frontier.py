@@ -72,9 +72,9 @@ def test_a_plug_in_that_gains_nothing_recovers_nothing():
 def test_answers_are_said_in_words():
     said = answer_sentence(MEASURED, MIDDLE, 0.39, 0.29)
     assert "(2, 0.2, 0.8): recovery 0.450 (at least 0.400), gap 0.400 nats (at least 0.300)" in said
-    assert "95 % confidence, over 10 test texts alone; with another seed" in said
+    assert "95 % confidence, over 10 test texts alone, for this setting by itself, of 4" in said
     said = answer_sentence(replace(MEASURED, seeds=3), MIDDLE, 0.39, 0.29)
-    assert said.endswith("over 10 test texts and 3 seeds of tuning.")
+    assert "over 10 test texts and 3 seeds of tuning, for this setting by itself" in said
     said = answer_sentence(MEASURED, None, 0.5, 0.35)
     assert "No setting tried has recovery" in said
     assert "best recovery is 0.500" in said
@@ -290,8 +290,11 @@ def test_settings_that_cannot_be_made_are_refused_before_any_tuning(tmp_path, mo
     save_text(tmp_path)
     monkeypatch.setattr(module, "fit", None)
     config = FrontierConfig(adapter_layers=(1, 4), alpha=(0.5,), beta=(1.0,), max_length=32)
+    files = (tmp_path / "model", tmp_path / "private.txt", tmp_path / "out")
+    options = {"public": tmp_path / "public.txt", "dynamic": module.DynamicConfig(steps=0)}
     with pytest.raises(ConfigError, match="kept middle layer"):
-        frontier(
-            tmp_path / "model", tmp_path / "private.txt", tmp_path / "out", config,
-            public=tmp_path / "public.txt", how=STUDY, dynamic=module.DynamicConfig(steps=0),
-        )  # fmt: skip
+        frontier(*files, config, how=STUDY, **options)
+    config = replace(config, adapter_layers=(1,), beta=(0.5,))
+    bare = replace(STUDY, warm_start="none")
+    with pytest.raises(ConfigError, match="expected a study with moments"):
+        frontier(*files, config, how=bare, **options)

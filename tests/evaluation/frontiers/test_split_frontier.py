@@ -163,6 +163,23 @@ def test_bad_public_text_is_refused_before_anything_is_tuned(world, tmp_path, ca
         assert says in capsys.readouterr().err
 
 
+def test_texts_of_no_use_are_refused_before_anything_is_tuned(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "split_tune", None)
+    bare, few = tmp_path / "bare.csv", tmp_path / "few.csv"
+    bare.write_text("text\nno label here\nnor here\n")
+    few.write_text("text,label\n" + "few words,good\nmore,bad\n" * 3)
+    for files, says in (
+        ({"test": bare}, "expected texts with labels to score on"),
+        ({"public": few}, "20 public texts, --public holds 6"),
+    ):
+        names = {"test": world / "test.csv", "public": None} | files
+        with pytest.raises(ConfigError, match=says):
+            split_frontier(
+                world / "model", world / "train.csv", names["test"], tmp_path / "f",
+                replace(QUICK, cut=(0,), eta=(2.0,)), public=names["public"],
+            )  # fmt: skip
+
+
 def test_the_mildest_setting_is_the_answer():
     clear, mild, harsh = setting(None, 0.9, 0.0), setting(80.0, 0.8, 0.4), setting(40.0, 0.6, 0.8)
     spared, useless = setting(80.0, 0.85, 0.4, cti=0.01), setting(60.0, 0.5, 0.3)

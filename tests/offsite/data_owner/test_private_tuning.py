@@ -64,7 +64,7 @@ def test_what_is_spent_is_planned_stated_and_shown(world, tmp_path, lora_rank):
         ).tokens
         for name in ("records.jsonl", "others.jsonl")
     )
-    assert estimate_audit_adapter(*asked, **options).tokens == 3 * read
+    assert estimate_audit_adapter(*asked, **options).tokens == 2 * read
     assert "epsilon 1.00" in audit.guarantee[0] or "epsilon 0.99" in audit.guarantee[0]
     assert "with a chance above 3%" in audit.guarantee[1]
 

@@ -106,7 +106,7 @@ def canary_leakage(
     reading = reading or DataConfig()
     found: dict[int, list[Exposure]] = {}
     for canary in canaries:
-        candidates = _encoded(canary, tokenizer, reading)
+        candidates = encoded_candidates(canary, tokenizer, reading)
         view = AdapterView(
             tuned=tuned,
             untuned=untuned,
@@ -165,7 +165,7 @@ def _is_text(canary: Canary, reading: DataConfig) -> bool:
     return record_shape(canary.record, reading.text_column, "canary") == "text"
 
 
-def _encoded(
+def encoded_candidates(
     canary: Canary, tokenizer: PreTrainedTokenizerBase, reading: DataConfig
 ) -> TokenDataset:
     """Every candidate of a canary as `tune` would read it, the planted one first."""

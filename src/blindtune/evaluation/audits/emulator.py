@@ -66,7 +66,7 @@ def audit_emulator(
     tokenizer = load_tokenizer(model)
     public_NL = full_windows(public, tokenizer, reading)
     test_NL = spread(full_windows(test, tokenizer, reading), config.test_tokens)
-    healing = _healing(config)
+    healing = healing_config(config)
     window_tokens = healing.batch_size * public_NL.shape[1]
 
     def on_stop(name: str, tokens: int, _nats: float) -> None:
@@ -112,7 +112,8 @@ def _facts(
     }
 
 
-def _healing(config: AuditConfig) -> HealingConfig:
+def healing_config(config: AuditConfig) -> HealingConfig:
+    """How the attacker trains, but for the rate."""
     return HealingConfig(
         steps=max(1, config.healing_steps),
         points=5,

@@ -18,6 +18,8 @@ from blindtune.attacks.attribute_inference import AttributeConfig
 from blindtune.attacks.language_prior import TOGETHER
 from blindtune.evaluation.audits.adapter import both_kinds, reading_of
 from blindtune.evaluation.audits.audit import AdversaryConfig, AuditConfig
+from blindtune.evaluation.audits.canaries import encoded_candidates
+from blindtune.evaluation.audits.emulator import healing_config
 from blindtune.evaluation.audits.language_attack import BEAMS, has_words
 from blindtune.evaluation.audits.split import attributes, check_adversary
 from blindtune.evaluation.audits.split_subject import read_audited, spread_texts
@@ -44,13 +46,13 @@ from blindtune.split.customer.job import MARK, CustomerJob
 from blindtune.split.customer.private_texts import ReadingConfig
 from blindtune.split.customer.privatizer_config import PrivatizerConfig
 from blindtune.split.customer.tuning_estimate import grouping_seconds, layer_flops
+from blindtune.training.canaries import read_canaries
 from blindtune.training.text import DataConfig
 
 WRITTEN = 200_000
 """Bytes of page and JSON, about."""
 TOKENS_OF_A_WORD = 7
 """In which a language model spells a word of another's, about the most."""
-HEALING_STOPS = 5
 CHANNEL_WORDS = 64_000
 """Draws of the noise in Bayes' rule, twice (its words, their draws, once more at rehearsal)."""
 
@@ -59,6 +61,7 @@ def estimate_audit_emulator(
     emulator: str | Path,
     model: str | Path,
     *,
+    adapter: str | Path | None = None,
     reading: DataConfig | None = None,
     config: AuditConfig | None = None,
     trust: Trust | None = None,
@@ -74,20 +77,24 @@ def estimate_audit_emulator(
     rate, cost = matmul_rate(decoder.hidden_size), decoder_cost(decoder, length)
     small = decoder_cost(emulated, length)
     raw = sum(emulated.is_raw(i) for i in range(emulated.layer_count)) / decoder.layer_count
+    # The emulator untouched; tuned, if there is an adapter; and healed, once a rate.
+    kinds = 1 + (adapter is not None)
+    tries = len(config.healing_learning_rate) if config.healing_steps else 0
     parts = {
-        "load": 4 * weight_bytes(full) / READ_BYTES_PER_SECOND,
+        "load": 2 * (1 + kinds + tries) * weight_bytes(full) / READ_BYTES_PER_SECOND,
         "score as they are": _pass(rate, cost, config.test_tokens, decoder, config, length)
-        + _pass(rate, small, config.test_tokens, decoder, config, length),
+        + kinds * _pass(rate, small, config.test_tokens, decoder, config, length),
     }
-    tokens = 2 * config.test_tokens
+    tokens = (1 + kinds) * config.test_tokens
     if config.healing_steps:
         trained = config.healing_steps * config.healing_batch_size * length
-        healed = rate.seconds(trained * cost.training, 3 * config.healing_steps * len(cost.layers))
-        healed += config.healing_steps * _numbers(full) * ADAMW_SECONDS
-        scored = HEALING_STOPS * config.test_tokens
+        once = rate.seconds(trained * cost.training, 3 * config.healing_steps * len(cost.layers))
+        once += config.healing_steps * _numbers(full) * ADAMW_SECONDS
+        scored = (1 + len(healing_config(config).stops)) * config.test_tokens
         score = _pass(rate, cost, scored, decoder, config, length)
-        parts |= {"heal": healed, "control": raw * healed, "score on the way": (1 + raw) * score}
-        tokens += 2 * (trained + scored)
+        parts |= {"heal": tries * once, "control": raw * once}
+        parts["score on the way"] = (tries + raw) * score
+        tokens += (1 + tries) * (trained + scored)
     batch = max(config.batch_size, config.healing_batch_size) * length
     activations = batch * (20 * decoder.hidden_size * decoder.layer_count + 3 * _words(full))
     memory = 5 * weight_bytes(full) + FLOAT * activations
@@ -100,11 +107,12 @@ def estimate_audit_adapter(
     data: str | Path,
     *,
     others: str | Path | None = None,
+    canaries: str | Path | None = None,
     reading: DataConfig | None = None,
     config: AuditConfig | None = None,
     trust: Trust | None = None,
 ) -> Estimate:
-    """Estimate `audit_adapter` without its canaries; the data is read.
+    """Estimate `audit_adapter`; data and canaries are read.
 
     Raises:
         DataError, ConfigError, ModelError, PackageError: as for `audit_adapter`.
@@ -118,11 +126,18 @@ def estimate_audit_adapter(
     for found in both_kinds(tokenizer, data, others, reading):
         tokens += found.tokens * min(len(found), config.max_records) // max(1, len(found))
     rate, length = matmul_rate(decoder.hidden_size), reading.max_length
-    passes = 3 * tokens  # the loss of the tuned model, and of both for the drop
+    passes, cost = 2 * tokens, decoder_cost(decoder, length)  # of both models
     parts = {
         "load": 4 * weight_bytes(shape) / READ_BYTES_PER_SECOND,
-        "score": _pass(rate, decoder_cost(decoder, length), passes, decoder, config, length),
+        "score": _pass(rate, cost, passes, decoder, config, length),
     }
+    if canaries is not None:
+        planted = 2 * sum(
+            encoded_candidates(canary, tokenizer, reading).tokens
+            for canary in read_canaries(canaries)
+        )
+        parts["canaries"] = _pass(rate, cost, planted, decoder, config, length)
+        passes += planted
     batch = config.batch_size * length * (16 * decoder.hidden_size + _words(shape))
     memory = 2 * weight_bytes(shape) + FLOAT * batch
     return estimated(parts, rate, memory=memory, written=WRITTEN, tokens=passes)
@@ -183,7 +198,10 @@ def estimate_audit_split(
             parts["noise of public text"] = rate.seconds(3 * config.public_tokens * search)
             if mechanism.replaces_words:
                 parts["Bayes"] = rate.seconds(2 * CHANNEL_WORDS * search)
-        parts["training, at most"] = config.attack_seconds
+        words = grouping is not None or (mechanism is not None and mechanism.replaces_words)
+        # Behind layers one network reads the true words, and one those that were sent.
+        networks = 2 if words and package.cut.cut else 1
+        parts["training, at most"] = networks * config.attack_seconds
     width = package.hidden_size
     memory: float = FLOAT * (3 * config.public_tokens * width + 12 * table_VD.numel())
     if adversary.dummies:
@@ -197,7 +215,8 @@ def estimate_audit_split(
         parts["attribute inference, at most"] = made + config.attack_seconds
     if adversary.prior is not None:
         model, same = sketch(adversary.prior), has_words(load_tokenizer(adversary.prior), package)
-        parts |= _weighing(rate, model, attacked, longest, config, anew=not same)
+        attacks = 3 if grouping is not None and mechanism is not None else 2
+        parts |= _weighing(rate, model, attacked, longest, config, attacks, anew=not same)
         memory += _weighing_bytes(model, max(longest, *map(len, theirs)), anew=not same)
     return estimated(parts, rate, memory=memory, written=WRITTEN, tokens=attacked)
 
@@ -208,10 +227,11 @@ def _weighing(
     attacked: int,
     longest: int,
     config: AuditConfig,
+    attacks: int,
     *,
     anew: bool,
 ) -> dict[str, float]:
-    """Seconds to load a language model and to weigh the candidates of two attacks with it.
+    """Seconds to load a language model and to weigh the candidates of so many attacks with it.
 
     `anew`: it has other words, and reads each beginning from its first.
     """
@@ -221,7 +241,7 @@ def _weighing(
     weighed = min(config.attack_seconds, rate.seconds(flops, calls))
     return {
         "load the language model": weight_bytes(model) / READ_BYTES_PER_SECOND,
-        "language model, two attacks": 2 * weighed,
+        "language model, at most": attacks * weighed,
     }
 
 

@@ -29,7 +29,7 @@ from blindtune.attacks.spelled_prior import SpelledPrior, spelling_of
 from blindtune.errors import ConfigError
 from blindtune.evaluation.utility.loss import loss_on_targets
 from blindtune.models.decoder import Decoder, context_limit
-from blindtune.models.loading import load_model, load_tokenizer
+from blindtune.models.loading import load_model, load_tokenizer, preferred_device
 from blindtune.split.bottom import Bottom
 from blindtune.training.dataset import IGNORED_LABEL
 
@@ -49,7 +49,7 @@ def open_prior(name: str | Path, bottom: Bottom, texts: Sequence[Tensor] = ()) -
         ConfigError: it has the bottom's words and does not predict all of them. ModelError: it
             cannot be had.
     """
-    tokenizer, model = load_tokenizer(name), load_model(name)
+    tokenizer, model = load_tokenizer(name), load_model(name, device=preferred_device())
     decoder, texts = Decoder(model), texts[:TOGETHER]
     marks = (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     if not has_words(tokenizer, bottom):

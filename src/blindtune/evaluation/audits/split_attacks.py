@@ -25,7 +25,7 @@ from blindtune.attacks.fitting import FitConfig
 from blindtune.attacks.gradient_matching import filled
 from blindtune.attacks.imitation import Imitation
 from blindtune.attacks.language_prior import JointPrior, NgramPrior, Prior, best_weight, decode
-from blindtune.attacks.likelihoods import token_candidates, vector_candidates
+from blindtune.attacks.likelihoods import group_candidates, token_candidates, vector_candidates
 from blindtune.attacks.trained_inversion import (
     Inverter,
     InverterConfig,
@@ -39,7 +39,6 @@ from blindtune.evaluation.audits.audit import AuditConfig, NotRun
 from blindtune.evaluation.audits.language_attack import weighed
 from blindtune.evaluation.audits.split_subject import SplitSubject
 from blindtune.models.margins import Margins
-from blindtune.privacy.word_groups import WordGroups
 
 FEWEST_PUBLIC = 20
 """Texts, below which nothing is learned."""
@@ -131,7 +130,7 @@ class SplitAttacks:
             public=self._learned,
             margins=subject.bottom.margins if subject.keeps_special else Margins(),
         )  # fmt: skip
-        self._needs = _public_needed(len(public), offered, config.public_tokens)
+        self._needs = public_needed(len(public), offered, config.public_tokens)
         self._inverters: dict[bool, Inverter] = {}
         self.learns = bool(self._learned)
         self.settled = True
@@ -281,9 +280,9 @@ class SplitAttacks:
             "most often"
         )
         prior_V = unigram(self._learned, len(self._view.table_VD))
-        members = _members(groups, prior_V)
         self._both(
-            "word of the group", knew, lambda view: _of_group(members, self._sent(view)),
+            "word of the group", knew,
+            lambda view: group_candidates(groups, prior_V, self._sent(view), KEPT),
             view=self._words_view,
         )  # fmt: skip
 
@@ -309,8 +308,15 @@ class SplitAttacks:
         if done < len(guess):
             note = f"--attack-seconds ended it after {done:,} of {len(guess):,} texts; the others "
             note += f"are the {name}'s, or words on the way that explain the states better."
-        if self._view.mechanism is not None:
-            note = f"Under noise it finds what was sent, not what was meant. {note}".rstrip()
+        groups = self._subject.groups
+        if groups is not None:
+            # The search ends at the words that groups send; which of a group, the start says.
+            guess = tuple(
+                torch.where(groups.apply(found) == groups.apply(begun), begun, found)
+                for found, begun in zip(guess, start, strict=True)
+            )
+        if self._view.mechanism is not None or groups is not None:
+            note = f"It finds the words that were sent, not those that were meant. {note}".rstrip()
         self._add(
             "dummy embeddings",
             f"Had the states and the model; began with the {name}'s words and moved their "
@@ -451,7 +457,7 @@ class SplitAttacks:
         self.attempts.append(Attempt(attack=attack, knew=knew, guess=guess, note=note.strip()))
 
 
-def _public_needed(left: int, offered: int, tokens: int) -> str:
+def public_needed(left: int, offered: int, tokens: int) -> str:
     """What attacks that learn need, where too few public texts were left."""
     if not offered:
         return f"--public, with at least {FEWEST_PUBLIC} texts of the kind that yours are"
@@ -468,28 +474,3 @@ def _values_needed(known: KnownAttribute) -> str:
         f"{FEWEST_PUBLIC} public texts with a value of {known.column!r}, {known.count} of "
         f"{len(known.classes_N)} have one: give more, or raise --public-tokens"
     )
-
-
-def _members(groups: WordGroups, prior_V: Tensor) -> dict[int, Tensor]:
-    """The words of every group by its representative, the commonest first, at most `KEPT`."""
-    found: dict[int, list[int]] = {}
-    for word in prior_V.argsort(descending=True, stable=True).tolist():
-        mine = found.setdefault(int(groups.representative_V[word]), [])
-        if len(mine) < KEPT:
-            mine.append(word)
-    return {word: torch.tensor(mine) for word, mine in found.items()}
-
-
-def _of_group(members: dict[int, Tensor], sent: Guess) -> Candidates:
-    """Each token's group as its candidates, of equal likelihood; short groups are filled up."""
-    words, likelihoods = [], []
-    for text_L in sent:
-        some = [members.get(int(word), word[None]) for word in text_L]
-        words.append(torch.stack([_filled(row, row[0].item()) for row in some]))
-        known = [torch.zeros(len(row)) for row in some]
-        likelihoods.append(torch.stack([_filled(row, -torch.inf) for row in known]))
-    return Candidates(words=tuple(words), log_likelihoods=tuple(likelihoods))
-
-
-def _filled(row: Tensor, value: float) -> Tensor:
-    return torch.cat([row, row.new_full((KEPT - len(row),), value)])

@@ -136,8 +136,12 @@ def open_subject(
     """Open whatever it is; see `audit_split` for the arguments and errors."""
     place = Path(subject)
     if (place / MARK).exists():
+        if data is not None or privatizer not in (None, PrivatizerConfig()):
+            raise ConfigError(f"{place}: a job has its texts and its privatizer: leave both")
         return _job(place, bottom, tokens, trust)
     transcript = None if place.is_dir() else open_transcript(place)
+    if transcript is None and bottom is not None:
+        raise ConfigError(f"{place}: expected a job or a transcript with bottom: leave it")
     package = open_bottom(_needed(bottom if transcript else place, "bottom"), trust=trust)
     privatizer = privatizer or PrivatizerConfig()
     privatizer.check_whole()

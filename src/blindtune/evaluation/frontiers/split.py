@@ -14,6 +14,7 @@ Every finished row is kept in OUT/rows, under a digest of all that decides it.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -21,16 +22,20 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
+from transformers import PreTrainedModel
+
 from blindtune.errors import ConfigError, DataError
 from blindtune.evaluation.audits.audit import AuditConfig
 from blindtune.evaluation.audits.split import audit_split
-from blindtune.evaluation.audits.split_attacks import LEARNED
+from blindtune.evaluation.audits.split_attacks import FEWEST_PUBLIC, public_needed
+from blindtune.evaluation.audits.split_subject import read_audited, spread_texts
 from blindtune.evaluation.frontiers.sweeps import KeptRows, unbeaten
 from blindtune.exchange.wire.transport import InProcessTransport
 from blindtune.models.encoders import load_any
 from blindtune.models.fingerprint import fingerprint
 from blindtune.models.tokenizers import tokenizer_files
-from blindtune.split.bottom import write_bottom
+from blindtune.split.bottom import open_bottom, write_bottom
+from blindtune.split.customer.labelled_text import read_texts
 from blindtune.split.customer.own_groups import public_words
 from blindtune.split.customer.prediction import predict
 from blindtune.split.customer.private_texts import ReadingConfig
@@ -273,6 +278,7 @@ def split_frontier(
     tried = [(cut, p) for cut in sorted(set(config.cut)) for p in config.privatizers]
     settings = []
     with sweep.rows.alone():
+        sweep.check_readable()
         for done, (cut, privatizer) in enumerate(tried):
             on_row("settings", done, len(tried))
             settings.append(sweep.setting(cut, privatizer))
@@ -303,6 +309,7 @@ class _Sweep:
         self.rows, self.trial = KeptRows(out), replace(trial, trying=trying)
         loaded, tokenizer = load_any(model)
         self.layers = stack_of(loaded).layer_count
+        self._cuts = config.cut
         for cut in config.cut:
             Cut(layers=self.layers, cut=cut)  # refuses what cannot be before anything is tuned
         if config.public_text is not None:
@@ -312,6 +319,32 @@ class _Sweep:
         # What word groups are made of decides by its content, and not by its name.
         self._public_text = config.public_text and _digest(Path(config.public_text))
         self._decides = [fingerprint(loaded), words, *map(_digest, files), asdict(self.trial)]
+
+    def check_readable(self) -> None:
+        """Raise for texts that would turn out to be of no use once a setting is tuned."""
+        reading, tokens = self.trial.reading, self.trial.trying.public_tokens
+        test = read_texts(
+            self.test, text_column=reading.text_column, label_column=reading.label_column
+        )
+        if not test.labelled:
+            raise ConfigError(f"{self.test}: expected texts with labels to score on")
+        if self.public is None:
+            return
+        shutil.rmtree(self.rows.work, ignore_errors=True)
+        self._write_bottom(self.rows.work / "bottom", min(self._cuts))
+        texts = read_audited(open_bottom(self.rows.work / "bottom"), self.public, reading).ids
+        left = len(spread_texts(texts, tokens))
+        if left < FEWEST_PUBLIC:
+            raise ConfigError(
+                f"{self.public}: expected public text that attacks can learn from, which needs "
+                f"{public_needed(left, len(texts), tokens)}; or leave --public"
+            )
+
+    def _write_bottom(self, out: Path, cut: int) -> tuple[PreTrainedModel, Cut, str]:
+        """Write a bottom package; returns the whole model, who holds what, and the package's id."""
+        model, tokenizer = load_any(self.model)
+        parts, longest = Cut(layers=self.layers, cut=cut), self.trial.reading.max_length
+        return model, parts, write_bottom(model, tokenizer, out, parts, max_length=longest)
 
     def setting(self, cut: int, privatizer: PrivatizerConfig) -> SplitSetting:
         """Tune, predict, attack; or what an earlier sweep found."""
@@ -323,10 +356,7 @@ class _Sweep:
 
     def _measure(self, cut: int, privatizer: PrivatizerConfig) -> dict[str, Any]:
         trial, place, bottom = self.trial, self.rows.work, self.rows.work / "bottom"
-        model, tokenizer = load_any(self.model)
-        parts = Cut(layers=self.layers, cut=cut)
-        longest = trial.reading.max_length
-        identity = write_bottom(model, tokenizer, bottom, parts, max_length=longest)
+        model, parts, identity = self._write_bottom(bottom, cut)
         vendor = Vendor(stack_of(model), parts, identity, place / "vendor")
         with vendor.session("customer") as handler:
             done = split_tune(
@@ -335,18 +365,9 @@ class _Sweep:
             )  # fmt: skip
         with vendor.session("customer") as handler:
             asked = predict(partial(InProcessTransport, handler), place / "job", self.test)
-        if "accuracy" not in asked.scores:
-            raise ConfigError(f"{self.test}: expected texts with labels to score on")
         audit = audit_split(
             place / "job", public=self.public, reading=trial.reading, config=trial.trying
         )
-        unlearned = (skip.needs for skip in audit.not_run if skip.attack == LEARNED)
-        short = next(unlearned, None)
-        if self.public is not None and short is not None:
-            raise ConfigError(
-                f"{self.public}: expected public text that attacks can learn from, which needs "
-                f"{short}; or leave --public"
-            )
         eps = {f.attack: f for f in audit.findings if f.measure == "EP"}
         assert len(eps) * (1 - EACH) / 2 <= 0.05, "too many attacks for the bound that is promised"
         strongest = audit.findings[audit.strongest]

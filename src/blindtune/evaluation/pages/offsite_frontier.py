@@ -83,11 +83,16 @@ def answer_sentence(
 def confidence(found: Frontier) -> str:
     """What "at least" rests on, in words."""
     texts = f"{found.test_texts:,} test text{'s' * (found.test_texts != 1)}"
+    alone = f", for this setting by itself, of {len(found.settings)} tried"
+    alone *= len(found.settings) > 1
     if found.seeds > 1:
-        return f"At least: with 95 % confidence, over {texts} and {found.seeds} seeds of tuning."
+        return (
+            f"At least: with 95 % confidence, over {texts} and {found.seeds} seeds of tuning"
+            f"{alone}."
+        )
     return (
-        f"At least: with 95 % confidence, over {texts} alone; with another seed of tuning it may "
-        "come out otherwise (several seeds would tell)."
+        f"At least: with 95 % confidence, over {texts} alone{alone}; with another seed of tuning "
+        "it may come out otherwise (several seeds would tell)."
     )
 
 

@@ -88,10 +88,12 @@ def answer_sentence(found: SplitFrontier, answer: SplitSetting | None, ep: float
             f"{best.name}, with {best.ep:.3f} under {best.strongest}, at least {best.ep_low:.3f} "
             "with 95 % confidence."
         )
+    alone = f" for this setting by itself, of {len(found.settings)} tried"
+    alone *= len(found.settings) > 1
     return (
         f"The mildest setting that holds every attack at an EP of {ep:g} is {answer.name}: "
         f"EP {answer.ep:.3f} under {answer.strongest} (at least {answer.ep_low:.3f} under each, "
-        f"with 95 % confidence), UA {answer.ua:.3f}, "
+        f"with 95 % confidence{alone}), UA {answer.ua:.3f}, "
         f"{100 * (found.best_ua - answer.ua):.1f} points below the best of words as they are."
         + ("" if answer.settled else f" It may not hold them: {CUT_SHORT}")
         + ("" if answer.wrong_guesses is None else f" {READ_MORE}")

@@ -28,11 +28,14 @@ from blindtune.models.decoder import Decoder
 from blindtune.offsite.adapter import AdapterConfig
 from blindtune.offsite.data_owner.tuning import read_examples, read_privately
 from blindtune.offsite.emulator import adapter_indices, package_sketch, tokenizer_of
+from blindtune.training.batches import BatchOrder
 from blindtune.training.config import RunConfig, TrainingConfig
 from blindtune.training.dp_plan import DpConfig
 from blindtune.training.private_sgd import check_private
 from blindtune.training.text import DataConfig, TokenDataset
 
+ENOUGH_STEPS = 1000
+"""From which on the mean width of a batch is known."""
 ADAMW_SECONDS = 5e-9
 """An optimizer step, for one parameter on one CPU thread."""
 
@@ -69,14 +72,16 @@ def estimate_tune(
     model, manifest = package_sketch(package), package.manifest
     train, held_out = read_examples(tokenizer_of(package, model), data, validation, reading)
     decoder = Decoder(model)
-    length = max(1, train.tokens // len(train))
-    cost, rate = decoder_cost(decoder, length), matmul_rate(decoder.hidden_size)
+    micro, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    steps = training.max_steps or math.ceil(
+        len(train) * training.num_train_epochs / (micro * accumulated)
+    )
+    length, longest = _padded(train, training, steps)
+    cost, rate = decoder_cost(decoder, round(length)), matmul_rate(decoder.hidden_size)
     indices = adapter_indices(manifest.adapter_layers, len(manifest.layers))
     trained = _trained_numbers(decoder, indices, adapter)
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    steps = training.max_steps or math.ceil(len(train) * training.num_train_epochs / batch)
-    tokens, calls = steps * batch * length, steps * batch * decoder.layer_count
-    calls //= training.per_device_train_batch_size
+    tokens = round(steps * accumulated * micro * length)
+    calls = steps * accumulated * decoder.layer_count
     share = train.trained_share
     work = _training_flops(cost, () if adapter.lora_rank else indices, share, run)
     parts = {
@@ -85,9 +90,8 @@ def estimate_tune(
     }
     if held_out is not None:
         parts["validate"] = _validation_seconds(cost, held_out, steps, run, rate)
-    copies = 3 + (training.per_device_train_batch_size if private else 0)
-    micro = training.per_device_train_batch_size * length
-    activations = _activation_bytes(decoder, micro, run.gradient_checkpointing, share)
+    copies = 3 + (micro if private else 0)
+    activations = _activation_bytes(decoder, micro * longest, run.gradient_checkpointing, share)
     memory = _weight_bytes(model, 0 if adapter.lora_rank else trained, run) + activations
     return estimated(
         parts,
@@ -97,6 +101,20 @@ def estimate_tune(
         scratch=5 * FLOAT * trained,  # weights, two moments, the best weights, one in the making
         tokens=tokens,
     )
+
+
+def _padded(train: TokenDataset, training: TrainingConfig, steps: int) -> tuple[float, int]:
+    """Tokens of an example in its batch, mean over the first batches; and of the longest."""
+    lengths = [len(ids_L) for ids_L in train.input_ids]
+    order = BatchOrder(
+        examples=len(train),
+        batch_size=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        steps=min(steps, ENOUGH_STEPS),
+        seed=training.seed,
+    )
+    widest = [max(lengths[i] for i in batch) for batch in order]
+    return sum(widest) / len(widest), max(lengths)
 
 
 def _weight_bytes(model: nn.Module, trained: int, run: RunConfig) -> int:

@@ -125,6 +125,7 @@ def emulate(
     """
     config, start = config or EmulatorConfig(), time.perf_counter()
     found = study if isinstance(study, Study) else open_study(study)
+    check_possible(found, config)
     replaced = replaced_layers(found, config)
     place = found.model if model is None else model
     full = load_model(place, device=preferred_device())
@@ -165,6 +166,18 @@ def full_model_facts(model: PreTrainedModel) -> FullModelFacts:
         bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         layers=Decoder(model).layer_count,
     )
+
+
+def check_possible(study: Study, config: EmulatorConfig) -> None:
+    """Refuse what cannot be made of a study, before anything is loaded.
+
+    Raises:
+        ConfigError: as for `emulate`.
+    """
+    replaced = replaced_layers(study, config)
+    middle = range(config.adapter_layers, study.layer_count - config.adapter_layers)
+    if config.compresses:
+        _moments(study, next(i for i in middle if i not in replaced), config)
 
 
 def replaced_layers(study: Study, config: EmulatorConfig) -> tuple[int, ...]:
