@@ -21,13 +21,15 @@ from blindtune.split.partition import Cut, stack_of
 from rows import parse_options, run_parts
 
 MODELS = {"attribute": "minilm", "dummies": "minilm", "prior": "smollm2-135m"}
+FINER = "finer groups"
 ROWS = {
     "attribute": [(0, None), (4, None), (0, 80.0), (0, 50.0)],
     "dummies": [(4, None), (5, None), (4, 80.0)],
-    "prior": [(0, "groups"), (0, 45.0), (0, 35.0), (0, "exponential")],
+    "prior": [(0, FINER), (0, 45.0), (0, 35.0), (0, "exponential")],
 }
 """Of each part: (cut, noise). Noise: None; the eta of token mode; the exponential mechanism, at
-which `CHANGED` of the tokens come out as others; or word groups, counted in the public text."""
+which `CHANGED` of the tokens come out as others; or word groups of which 0.6 of the guesses by
+frequency are wrong, counted in the public text."""
 CHANGED = 0.4
 TEST = {"attribute": 4000, "dummies": 800, "prior": 800}
 PUBLIC = {"attribute": 30_000, "dummies": 15_000, "prior": 15_000}
@@ -85,8 +87,8 @@ def words_of(row):
 
 def privatizer(noise, public):
     """How a row's texts are noised."""
-    if noise == "groups":
-        return PrivatizerConfig(privatizer=noise, public_text=str(public))
+    if noise == FINER:
+        return PrivatizerConfig(public_text=str(public), wrong_guesses=0.6)
     if noise is None:
         return PrivatizerConfig(privatizer="none", unprotected=True)
     if noise == "exponential":

@@ -187,8 +187,8 @@ def cost_lines(cost):
         )
     lines += [
         "",
-        f"The regression study takes {row['regression_over_forward']:.2f}x one forward pass over "
-        f"its tokens. A forward pass takes {row['forward_over_floor']:.2f}x its floor (2 x "
+        "Harmonizers by regression (a study also orders layers and distils) take "
+        f"{row['regression_over_forward']:.2f}x one forward pass over its tokens. A forward pass takes {row['forward_over_floor']:.2f}x its floor (2 x "
         f"parameters x tokens FLOPs at the measured {row['matmul_gflops']:.0f} GFLOP/s).",
     ]
     return lines

@@ -67,18 +67,12 @@ def audit_emulator(
     public_NL = full_windows(public, tokenizer, reading)
     test_NL = spread(full_windows(test, tokenizer, reading), config.test_tokens)
     healing = healing_config(config)
-    window_tokens = healing.batch_size * public_NL.shape[1]
-
-    def on_stop(name: str, tokens: int, _nats: float) -> None:
-        if on_progress is not None:
-            stage = "heal the emulator" if name == "healed" else "train the control"
-            on_progress(stage, tokens // window_tokens, healing.steps)
-
     found = judge_misuse(
         emulator, model, public_NL, test_NL, healing,
         heals=config.healing_steps > 0, rates=config.healing_learning_rate,
         confidence=config.confidence, adapter=adapter, trust=trust,
-        batch_size=config.batch_size, on_stop=on_stop,
+        batch_size=config.batch_size,
+        on_stop=_told(on_progress, healing.steps, healing.batch_size * public_NL.shape[1]),
     )  # fmt: skip
     findings = _findings(found, config, used_tokens=public_NL.numel())
     strongest = min(range(len(findings)), key=lambda k: _rank(findings[k]))
@@ -93,6 +87,19 @@ def audit_emulator(
         facts=_facts(about, found, test, f"{public_NL.numel():,} tokens of {Path(public).name}"),
         curves=_curves(found),
     )
+
+
+def _told(
+    on_progress: Callable[[str, int, int], None] | None, steps: int, tokens_of_a_step: int
+) -> Callable[[str, int, float], None]:
+    """Tells of stops as steps."""
+
+    def on_stop(name: str, tokens: int, _nats: float) -> None:
+        if on_progress is not None:
+            stage = "heal the emulator" if name == "healed" else "train the control"
+            on_progress(stage, tokens // tokens_of_a_step, steps)
+
+    return on_stop
 
 
 def _curves(found: Misuse) -> dict[str, list[tuple[int, float]]]:

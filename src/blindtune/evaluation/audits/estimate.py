@@ -190,18 +190,9 @@ def estimate_audit_split(
         parts["word groups"] = grouping_seconds(
             grouping, table_VD, package.cut.cut * layer_flops(package, longest), rate
         )
-    mechanism = privatizer.mechanism(privatizer.eta or 1.0) if privatizer.draws else None
-    if mechanism is not None and config.fresh_draws > 1:
-        parts["fresh draws"] = rate.seconds(2 * attacked * config.fresh_draws * search)
-    if public is not None:
-        if mechanism is not None:
-            parts["noise of public text"] = rate.seconds(3 * config.public_tokens * search)
-            if mechanism.replaces_words:
-                parts["Bayes"] = rate.seconds(2 * CHANNEL_WORDS * search)
-        words = grouping is not None or (mechanism is not None and mechanism.replaces_words)
-        # Behind layers one network reads the true words, and one those that were sent.
-        networks = 2 if words and package.cut.cut else 1
-        parts["training, at most"] = networks * config.attack_seconds
+    parts |= _by_privatizer(
+        privatizer, config, rate, search, attacked, deep=package.cut.cut > 0, learns=bool(public)
+    )
     width = package.hidden_size
     memory: float = FLOAT * (3 * config.public_tokens * width + 12 * table_VD.numel())
     if adversary.dummies:
@@ -215,10 +206,37 @@ def estimate_audit_split(
         parts["attribute inference, at most"] = made + config.attack_seconds
     if adversary.prior is not None:
         model, same = sketch(adversary.prior), has_words(load_tokenizer(adversary.prior), package)
-        attacks = 3 if grouping is not None and mechanism is not None else 2
+        attacks = 3 if grouping is not None and privatizer.draws else 2
         parts |= _weighing(rate, model, attacked, longest, config, attacks, anew=not same)
         memory += _weighing_bytes(model, max(longest, *map(len, theirs)), anew=not same)
     return estimated(parts, rate, memory=memory, written=WRITTEN, tokens=attacked)
+
+
+def _by_privatizer(
+    privatizer: PrivatizerConfig,
+    config: AuditConfig,
+    rate: Rate,
+    search: float,
+    attacked: int,
+    *,
+    deep: bool,
+    learns: bool,
+) -> dict[str, float]:
+    """Seconds of the attacks that fit a privatizer."""
+    mechanism = privatizer.mechanism(privatizer.eta or 1.0) if privatizer.draws else None
+    drawn = mechanism is not None and mechanism.replaces_words
+    parts = {}
+    if mechanism is not None and config.fresh_draws > 1:
+        parts["fresh draws"] = rate.seconds(2 * attacked * config.fresh_draws * search)
+    if learns and mechanism is not None:
+        parts["noise of public text"] = rate.seconds(3 * config.public_tokens * search)
+    if learns and drawn:
+        parts["Bayes"] = rate.seconds(2 * CHANNEL_WORDS * search)
+    if learns:
+        # Behind layers one network reads the true words, and one those that were sent.
+        twice = deep and (drawn or privatizer.grouping() is not None)
+        parts["training, at most"] = (1 + twice) * config.attack_seconds
+    return parts
 
 
 def _weighing(

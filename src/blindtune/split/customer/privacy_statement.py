@@ -229,7 +229,7 @@ def _without_noise(bottom: Bottom, private: PrivateStates, groups: WordGroups | 
         "perfectly, whatever the vendor computes; which group it is of is not hidden at all\n"
         f"{private.changed or 0:.1%} of your tokens leave as other words, {alone:.1%} are of words "
         "that no group hides; a guess by frequency alone gets what did not change right, and a "
-        "language model, which reads sentences, may get two thirds of the others too (blindtune "
+        "language model, which reads sentences, may get half of the others too (blindtune "
         "audit --prior MODEL tries one)"
     )
 
