@@ -188,7 +188,8 @@ def cost_lines(cost):
     lines += [
         "",
         "Harmonizers by regression (a study also orders layers and distils) take "
-        f"{row['regression_over_forward']:.2f}x one forward pass over its tokens. A forward pass takes {row['forward_over_floor']:.2f}x its floor (2 x "
-        f"parameters x tokens FLOPs at the measured {row['matmul_gflops']:.0f} GFLOP/s).",
+        f"{row['regression_over_forward']:.2f}x one forward pass over its tokens. A forward pass "
+        f"takes {row['forward_over_floor']:.2f}x its floor (2 x parameters x tokens FLOPs at the "
+        f"measured {row['matmul_gflops']:.0f} GFLOP/s).",
     ]
     return lines
