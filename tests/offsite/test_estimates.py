@@ -88,6 +88,13 @@ def test_all_acts_against_reality(wide):
     evaluated = estimate_evaluate(wide / "emulator", text, max_tokens=500)
     assert evaluated.tokens == 500
     assert time.perf_counter() - start < 20
+    items = [json.dumps({"question": "q", "choices": ["a", "b"], "label": 0})] * 40
+    (wide / "items.jsonl").write_text("\n".join(items))
+    every, some = (
+        estimate_evaluate(wide / "emulator", choices=wide / "items.jsonl", max_items=count).tokens
+        for count in (None, 10)
+    )
+    assert some == pytest.approx(every / 4, rel=0.05)
     read = estimate_inspect(wide / "emulator").parts["read and check"]
     assert read == pytest.approx(2 * folder_bytes(wide / "emulator") / 1e9)
     assert estimate_plug_in(model, wide / "adapter").written_bytes == pytest.approx(

@@ -102,6 +102,7 @@ def estimate(settings: Settings) -> Estimate:
         settings["choices"],
         max_length=config.max_length,
         max_tokens=config.max_tokens,
+        max_items=config.max_items,
         batch_size=config.batch_size,
         trust=trust_of(settings, remember=False),
     )

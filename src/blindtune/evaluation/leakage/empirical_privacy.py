@@ -1,4 +1,4 @@
-"""What an attack got right: the only place that holds a guess beside the truth.
+"""What an attack got right: guesses beside the truth.
 
 Empirical privacy (EP) is 1 minus the share that an attack gets right (arXiv 2312.15603). It belongs
 to one attack with what that attack knew: a stronger attack lowers it, and a high EP under a weak
@@ -6,7 +6,8 @@ one promises nothing. State it beside the accounted guarantee, never in its plac
 
 Intervals: tokens of one text are not independent (one text is easier than another), so the
 binomial error is widened by the design effect of texts as clusters (Kish 1965), and a Wilson
-interval is taken at the number of independent tokens that is left. It is a real interval also
+interval is taken at the number of independent tokens that is left, with Student's factor for so
+many texts, because few of them tell little of how much they differ. It is a real interval also
 where all or nothing was right.
 
 Shapes: L tokens of one text, N texts or records.

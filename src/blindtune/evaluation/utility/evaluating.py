@@ -40,11 +40,12 @@ class EvaluationConfig:
     max_tokens: int | None = None
     """Score at most this many tokens of the data, spread evenly over it."""
     max_items: int | None = None
-    """Score at most this many multiple-choice items (the first ones)."""
+    """Score at most this many multiple-choice items, and of every task (the first ones)."""
     tasks: tuple[str, ...] = ()
     """lm-evaluation-harness tasks, by name or as local YAML files."""
     batch_size: int = 8
-    """Windows, examples or choices of one forward pass; changes speed and memory only."""
+    """Windows, examples or prompts with all their choices of one forward pass; changes speed and
+    memory only."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_length", 2), ("batch_size", 1)):

@@ -145,6 +145,7 @@ def estimate_evaluate(
     *,
     max_length: int = 128,
     max_tokens: int | None = None,
+    max_items: int | None = None,
     batch_size: int = 8,
     trust: Trust | None = None,
 ) -> Estimate:
@@ -160,8 +161,8 @@ def estimate_evaluate(
         tokens = load_dataset_file(data, tokenizer, DataConfig(max_length=max_length)).tokens
         tokens = min(tokens, max_tokens or tokens)
     if choices is not None:
-        text = Path(choices).read_text(encoding="utf-8", errors="replace")
-        tokens += len(token_ids(text, tokenizer))
+        lines = Path(choices).read_text(encoding="utf-8", errors="replace").splitlines()
+        tokens += len(token_ids("\n".join(lines[:max_items]), tokenizer))
     cost, rate = decoder_cost(decoder, max_length), matmul_rate(decoder.hidden_size)
     calls = decoder.layer_count * tokens / max_length / batch_size
     parts = {
