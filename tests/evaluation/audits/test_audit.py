@@ -39,7 +39,7 @@ def emulator_audit(world):
         test=world / "private.txt", adapter=world / "adapter", reading=WINDOWS, config=CONFIG,
         on_progress=lambda *told: seen.append(told),
     )  # fmt: skip
-    assert seen[-1] == ("heal the emulator", 16, 16)
+    assert seen[-1] == ("heal the emulator at 0.003", 16, 16)
     return found
 
 

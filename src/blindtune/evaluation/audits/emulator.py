@@ -96,7 +96,8 @@ def _told(
 
     def on_stop(name: str, tokens: int, _nats: float) -> None:
         if on_progress is not None:
-            stage = "heal the emulator" if name == "healed" else "train the control"
+            healing = f"heal the emulator{name.removeprefix('healed')}"
+            stage = "train the control" if name == "control" else healing
             on_progress(stage, tokens // tokens_of_a_step, steps)
 
     return on_stop

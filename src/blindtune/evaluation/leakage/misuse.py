@@ -119,7 +119,7 @@ def judge_misuse(
         adapter: tuned on this emulator; scored only.
         trust: whose packages are opened; None: anybody's.
         batch_size: windows of one forward pass when scoring.
-        on_stop: called with ("healed" or "control", tokens, nats).
+        on_stop: called with ("control" or "healed at RATE", tokens, nats).
 
     Raises:
         PackageError, ModelError, DataError: see errors.py.
@@ -197,7 +197,7 @@ class _Judge:
 
     def healed(self, public_NL: Tensor, config: HealingConfig) -> _Points:
         view = EmulatorView(model=self.opened().model, public_NL=public_NL)
-        return self.follow("healed", view.model, heal(view, config))
+        return self.follow(f"healed at {config.learning_rate:g}", view.model, heal(view, config))
 
 
 def _curve(points: _Points) -> Curve:
