@@ -9,6 +9,7 @@ Letters: D hidden, L length, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -163,37 +164,30 @@ def estimate_audit_split(
     config, reading = config or AuditConfig(), reading or ReadingConfig()
     adversary, privatizer = adversary or AdversaryConfig(), privatizer or PrivatizerConfig()
     job = CustomerJob(subject) if (Path(subject) / MARK).is_file() else None
-    if job is None:
-        privatizer.check_whole()
-    else:
+    if job is not None:
         bottom = bottom or job.record.bottom_path
         privatizer = job.config(PrivatizerConfig, "privatizer")
+    privatizer.check_whole()
     package = open_bottom(bottom or subject, trust=trust)
     check_adversary(adversary, package, public=public, data=data, reading=reading)
     table_VD = package.stack.embedding.weight
     assert isinstance(table_VD, Tensor)
-    attacked, longest = config.test_tokens, 1
     mine = () if data is None else read_audited(package, data, reading).ids
     read = adversary.attribute_column is not None or adversary.prior is not None
     theirs = read_audited(package, public, reading).ids if read and public is not None else ()
-    chosen = spread_texts(mine, config.test_tokens) if mine else []
-    if chosen:
-        lengths = [len(mine[i]) for i in chosen]
-        attacked, longest = sum(lengths), max(lengths)
-    rate = matmul_rate(package.hidden_size)
-    search = 2.0 * table_VD.numel()  # of one token
+    chosen, attacked, longest = _attacked(mine, config.test_tokens)
+    width, search = package.hidden_size, 2.0 * table_VD.numel()  # of one token
+    rate = matmul_rate(width)
     parts = {
         "open": weight_bytes(package.stack.model) / READ_BYTES_PER_SECOND,
         "nearest neighbour": rate.seconds(attacked * search + 40 * longest * table_VD.numel()),
     }
-    if (grouping := privatizer.grouping()) is not None and job is None:
-        parts["word groups"] = grouping_seconds(
-            grouping, table_VD, package.cut.cut * layer_flops(package, longest), rate
-        )
+    grouping, bottom_flops = privatizer.grouping(), package.cut.cut * layer_flops(package, longest)
+    if grouping is not None and job is None:
+        parts["word groups"] = grouping_seconds(grouping, table_VD, bottom_flops, rate)
     parts |= _by_privatizer(
         privatizer, config, rate, search, attacked, deep=package.cut.cut > 0, learns=bool(public)
     )
-    width = package.hidden_size
     memory: float = FLOAT * (3 * config.public_tokens * width + 12 * table_VD.numel())
     if adversary.dummies:
         parts["dummy embeddings, at most"] = config.attack_seconds
@@ -210,6 +204,15 @@ def estimate_audit_split(
         parts |= _weighing(rate, model, attacked, longest, config, attacks, anew=not same)
         memory += _weighing_bytes(model, max(longest, *map(len, theirs)), anew=not same)
     return estimated(parts, rate, memory=memory, written=WRITTEN, tokens=attacked)
+
+
+def _attacked(mine: Sequence[Tensor], tokens: int) -> tuple[list[int], int, int]:
+    """Which texts are attacked, their tokens, and the longest; without texts about so many."""
+    if not mine:
+        return [], tokens, 1
+    chosen = spread_texts(mine, tokens)
+    lengths = [len(mine[i]) for i in chosen]
+    return chosen, sum(lengths), max(lengths)
 
 
 def _by_privatizer(
