@@ -137,16 +137,9 @@ def judge_misuse(
     scored_full = mean_loss(*judge.score(full))
     control: _Points = ()
     if heals and left < Decoder(full).layer_count:
-        small = drop_to(full, left)
-        faster = replace(config, learning_rate=config.control_learning_rate)
-        control = judge.follow("control", small, train_on(small, public_NL, faster))
-        del small
+        control = judge.control(drop_to(full, left), public_NL, config)
     del full
-    asked = [replace(config, learning_rate=rate) for rate in rates or (config.learning_rate,)]
-    tries = [(judge.healed(public_NL, one), one.learning_rate) for one in asked if heals]
-    healed, rate = min(
-        tries, key=lambda found: _best_point(found[0])[1], default=((), config.learning_rate)
-    )
+    healed, rate = judge.best(public_NL, config, rates) if heals else ((), config.learning_rate)
     return Misuse(
         full=scored_full,
         emulator=untouched,
@@ -194,6 +187,18 @@ class _Judge:
             self._on_stop(name, stop.tokens, mean_loss(*found).nats_per_token)
             points.append((stop.tokens, found))
         return tuple(points)
+
+    def control(self, small: PreTrainedModel, public_NL: Tensor, config: HealingConfig) -> _Points:
+        faster = replace(config, learning_rate=config.control_learning_rate)
+        return self.follow("control", small, train_on(small, public_NL, faster))
+
+    def best(
+        self, public_NL: Tensor, config: HealingConfig, rates: Sequence[float]
+    ) -> tuple[_Points, float]:
+        """What healing gets at the best of these rates, or at the config's; and that rate."""
+        asked = [replace(config, learning_rate=rate) for rate in rates or (config.learning_rate,)]
+        tries = [(self.healed(public_NL, one), one.learning_rate) for one in asked]
+        return min(tries, key=lambda found: _best_point(found[0])[1])
 
     def healed(self, public_NL: Tensor, config: HealingConfig) -> _Points:
         view = EmulatorView(model=self.opened().model, public_NL=public_NL)

@@ -73,9 +73,8 @@ def estimate_tune(
     train, held_out = read_examples(tokenizer_of(package, model), data, validation, reading)
     decoder = Decoder(model)
     micro, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    steps = training.max_steps or math.ceil(
-        len(train) * training.num_train_epochs / (micro * accumulated)
-    )
+    batch = micro * accumulated
+    steps = training.max_steps or math.ceil(len(train) * training.num_train_epochs / batch)
     length, longest = _padded(train, training, steps)
     cost, rate = decoder_cost(decoder, round(length)), matmul_rate(decoder.hidden_size)
     indices = adapter_indices(manifest.adapter_layers, len(manifest.layers))
