@@ -23,8 +23,9 @@ distinct sent tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -288,30 +289,39 @@ def _sent_embeddings(view: StatesView) -> tuple[Tensor, float]:
     return made_VD, scale
 
 
-def group_candidates(
-    groups: WordGroups, prior_V: Tensor, sent: Guess, candidates: int
-) -> Candidates:
-    """The commonest words of each token's group, of equal likelihood: a group tells no more.
+def commonest_members(groups: WordGroups, prior_V: Tensor, candidates: int) -> dict[int, list[int]]:
+    """The words of every group by its representative, the commonest first, at most so many.
 
     Args:
         groups: announced, as a vendor knows the bottom and the public text that they are made of.
         prior_V: how common every word is in public text.
-        sent: the representatives that were sent, [L] a text.
-        candidates: words of a token that are kept; smaller groups are filled up with impossible
-            ones.
+        candidates: words that are kept of a group.
     """
     members: dict[int, list[int]] = {}
     for word in prior_V.argsort(descending=True, stable=True).tolist():
         mine = members.setdefault(int(groups.representative_V[word]), [])
         if len(mine) < candidates:
             mine.append(word)
+    return members
 
-    def filled(row: list[int]) -> tuple[Tensor, Tensor]:
+
+def group_candidates(members: Mapping[int, list[int]], sent: Guess, candidates: int) -> Candidates:
+    """The commonest words of each token's group, of equal likelihood: a group tells no more.
+
+    Args:
+        members: from `commonest_members`, with as many candidates.
+        sent: the representatives that were sent, [L] a text.
+        candidates: words of a token; smaller groups are filled up with impossible ones.
+    """
+
+    @cache
+    def filled(word: int) -> tuple[Tensor, Tensor]:
+        row = members.get(word, [word])
         rest = candidates - len(row)
         words = torch.tensor(row + rest * row[:1])
         return words, torch.tensor([0.0] * len(row) + [-math.inf] * rest)
 
-    rows = [[filled(members.get(word, [word])) for word in text_L.tolist()] for text_L in sent]
+    rows = [[filled(word) for word in text_L.tolist()] for text_L in sent]
     return Candidates(
         words=tuple(torch.stack([words for words, _ in row]) for row in rows),
         log_likelihoods=tuple(torch.stack([told for _, told in row]) for row in rows),

@@ -25,7 +25,12 @@ from blindtune.attacks.fitting import FitConfig
 from blindtune.attacks.gradient_matching import filled
 from blindtune.attacks.imitation import Imitation
 from blindtune.attacks.language_prior import JointPrior, NgramPrior, Prior, best_weight, decode
-from blindtune.attacks.likelihoods import group_candidates, token_candidates, vector_candidates
+from blindtune.attacks.likelihoods import (
+    commonest_members,
+    group_candidates,
+    token_candidates,
+    vector_candidates,
+)
 from blindtune.attacks.trained_inversion import (
     Inverter,
     InverterConfig,
@@ -280,9 +285,10 @@ class SplitAttacks:
             "most often"
         )
         prior_V = unigram(self._learned, len(self._view.table_VD))
+        members = commonest_members(groups, prior_V, KEPT)
         self._both(
             "word of the group", knew,
-            lambda view: group_candidates(groups, prior_V, self._sent(view), KEPT),
+            lambda view: group_candidates(members, self._sent(view), KEPT),
             view=self._words_view,
         )  # fmt: skip
 

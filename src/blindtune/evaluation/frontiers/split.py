@@ -14,15 +14,12 @@ Every finished row is kept in OUT/rows, under a digest of all that decides it.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, Literal, final, get_args
-
-from transformers import PreTrainedModel
 
 from blindtune.errors import ConfigError, DataError
 from blindtune.evaluation.audits.audit import AuditConfig
@@ -278,7 +275,6 @@ def split_frontier(
     tried = [(cut, p) for cut in sorted(set(config.cut)) for p in config.privatizers]
     settings = []
     with sweep.rows.alone():
-        sweep.check_readable()
         for done, (cut, privatizer) in enumerate(tried):
             on_row("settings", done, len(tried))
             settings.append(sweep.setting(cut, privatizer))
@@ -309,7 +305,6 @@ class _Sweep:
         self.rows, self.trial = KeptRows(out), replace(trial, trying=trying)
         loaded, tokenizer = load_any(model)
         self.layers = stack_of(loaded).layer_count
-        self._cuts = config.cut
         for cut in config.cut:
             Cut(layers=self.layers, cut=cut)  # refuses what cannot be before anything is tuned
         if config.public_text is not None:
@@ -320,7 +315,7 @@ class _Sweep:
         self._public_text = config.public_text and _digest(Path(config.public_text))
         self._decides = [fingerprint(loaded), words, *map(_digest, files), asdict(self.trial)]
 
-    def check_readable(self) -> None:
+    def _check_texts(self) -> None:
         """Raise for texts that would turn out to be of no use once a setting is tuned."""
         reading, tokens = self.trial.reading, self.trial.trying.public_tokens
         test = read_texts(
@@ -330,8 +325,6 @@ class _Sweep:
             raise ConfigError(f"{self.test}: expected texts with labels to score on")
         if self.public is None:
             return
-        shutil.rmtree(self.rows.work, ignore_errors=True)
-        self._write_bottom(self.rows.work / "bottom", min(self._cuts))
         texts = read_audited(open_bottom(self.rows.work / "bottom"), self.public, reading).ids
         left = len(spread_texts(texts, tokens))
         if left < FEWEST_PUBLIC:
@@ -339,12 +332,6 @@ class _Sweep:
                 f"{self.public}: expected public text that attacks can learn from, which needs "
                 f"{public_needed(left, len(texts), tokens)}; or leave --public"
             )
-
-    def _write_bottom(self, out: Path, cut: int) -> tuple[PreTrainedModel, Cut, str]:
-        """Write a bottom package; returns the whole model, who holds what, and the package's id."""
-        model, tokenizer = load_any(self.model)
-        parts, longest = Cut(layers=self.layers, cut=cut), self.trial.reading.max_length
-        return model, parts, write_bottom(model, tokenizer, out, parts, max_length=longest)
 
     def setting(self, cut: int, privatizer: PrivatizerConfig) -> SplitSetting:
         """Tune, predict, attack; or what an earlier sweep found."""
@@ -356,7 +343,10 @@ class _Sweep:
 
     def _measure(self, cut: int, privatizer: PrivatizerConfig) -> dict[str, Any]:
         trial, place, bottom = self.trial, self.rows.work, self.rows.work / "bottom"
-        model, parts, identity = self._write_bottom(bottom, cut)
+        model, tokenizer = load_any(self.model)
+        parts, longest = Cut(layers=self.layers, cut=cut), trial.reading.max_length
+        identity = write_bottom(model, tokenizer, bottom, parts, max_length=longest)
+        self._check_texts()
         vendor = Vendor(stack_of(model), parts, identity, place / "vendor")
         with vendor.session("customer") as handler:
             done = split_tune(

@@ -125,7 +125,6 @@ def judge_misuse(
         PackageError, ModelError, DataError: see errors.py.
     """
     config = config or HealingConfig()
-
     judge = _Judge(emulator, test_NL, batch_size, trust, on_stop)
     tuned = None
     if adapter is not None:
