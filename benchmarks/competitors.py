@@ -272,7 +272,7 @@ def healing_row(bench, _folder, name, regrow, rate=2e-4, warmup=10):
     )  # fmt: skip
     public = public_windows(MODEL, bench.public(), LENGTH)
     found = judge_misuse(
-        emulator(bench, name)[0], MODEL, public, bench.test_windows(64), config,
+        emulator(bench, name)[0], MODEL, public, bench.test_windows(64), [config],
         on_stop=lambda *stop: print("  ", *stop, flush=True),
     )  # fmt: skip
     return asdict(found) | {"healed_share": found.healed_share, "config": asdict(config)}

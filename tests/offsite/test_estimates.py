@@ -174,6 +174,9 @@ def estimated_without_validation(world):
 def test_what_an_act_refuses_its_estimate_refuses(world):
     with pytest.raises(ConfigError, match="kept middle layer"):
         estimate_emulate(world.study, EmulatorConfig(alpha=1.0))
+    without_moments = replace(world.study, second_moments=())
+    with pytest.raises(ConfigError, match="expected a study with moments"):
+        estimate_emulate(without_moments, EmulatorConfig(adapter_layers=1, beta=0.5))
     with pytest.raises(MismatchError, match="expected an adapter package"):
         estimate_plug_in(world.path / "model", world.path / "emulator")
     with pytest.raises(ConfigError, match="expected a package's directory"):

@@ -21,7 +21,7 @@ def test_judge_scores_attack_and_control(tmp_path):
     seen = []
     found = judge_misuse(
         tmp_path / "emulator", tmp_path / "model", text[:32], text[32:],
-        HealingConfig(steps=30, points=2, learning_rate=3e-3), adapter=tmp_path / "adapter",
+        [HealingConfig(steps=30, points=2, learning_rate=3e-3)], adapter=tmp_path / "adapter",
         on_stop=lambda *stop: seen.append(stop),
     )  # fmt: skip
     assert [tokens for tokens, _ in found.healed] == [0, 15 * 64, 30 * 64]
@@ -44,11 +44,10 @@ def test_of_several_rates_the_best_counts_each_from_the_emulator_as_shipped(tmp_
     draw = torch.Generator().manual_seed(0)
     text = (torch.randint(3, 90, (40, 1), generator=draw) + torch.arange(16)) % 90 + 3
     place = (tmp_path / "emulator", tmp_path / "model", text[:32], text[32:])
-    config, seen = HealingConfig(steps=8, points=1), []
-    found = judge_misuse(
-        *place, config, rates=(1e-6, 3e-3), on_stop=lambda *stop: seen.append(stop)
-    )
-    alone = judge_misuse(*place, replace(config, learning_rate=3e-3))
+    slow, seen = HealingConfig(steps=8, points=1, learning_rate=1e-6), []
+    fast = replace(slow, learning_rate=3e-3)
+    found = judge_misuse(*place, [slow, fast], on_stop=lambda *stop: seen.append(stop))
+    alone = judge_misuse(*place, [fast])
     assert found == alone
     assert found.learning_rate == 3e-3
     began = [nats for name, tokens, nats in seen if name != "control" and not tokens]
@@ -60,9 +59,9 @@ def test_an_emulator_with_all_layers_whole_has_no_control(tmp_path):
     owners_world(tmp_path, "llama", config)
     text = torch.randint(3, 90, (12, 16), generator=torch.Generator().manual_seed(0))
     place = (tmp_path / "emulator", tmp_path / "model", text, text)
-    found = judge_misuse(*place, HealingConfig(steps=1, points=1))
+    found = judge_misuse(*place, [HealingConfig(steps=1, points=1)])
     assert (len(found.healed), found.control) == (2, ())
-    unhealed = judge_misuse(*place, heals=False)
+    unhealed = judge_misuse(*place, [])
     assert (unhealed.healed, unhealed.control) == ((), ())
     assert unhealed.emulator == found.emulator
 

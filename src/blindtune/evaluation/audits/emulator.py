@@ -66,13 +66,12 @@ def audit_emulator(
     tokenizer = load_tokenizer(model)
     public_NL = full_windows(public, tokenizer, reading)
     test_NL = spread(full_windows(test, tokenizer, reading), config.test_tokens)
-    healing = healing_config(config)
+    tokens_of_a_step = config.healing_batch_size * public_NL.shape[1]
     found = judge_misuse(
-        emulator, model, public_NL, test_NL, healing,
-        heals=config.healing_steps > 0, rates=config.healing_learning_rate,
+        emulator, model, public_NL, test_NL, healing_attackers(config),
         confidence=config.confidence, adapter=adapter, trust=trust,
         batch_size=config.batch_size,
-        on_stop=_told(on_progress, healing.steps, healing.batch_size * public_NL.shape[1]),
+        on_stop=_told(on_progress, config.healing_steps, tokens_of_a_step),
     )  # fmt: skip
     findings = _findings(found, config, used_tokens=public_NL.numel())
     strongest = min(range(len(findings)), key=lambda k: _rank(findings[k]))
@@ -120,13 +119,19 @@ def _facts(
     }
 
 
-def healing_config(config: AuditConfig) -> HealingConfig:
-    """How the attacker trains, but for the rate."""
-    return HealingConfig(
-        steps=max(1, config.healing_steps),
-        points=5,
-        batch_size=config.healing_batch_size,
-        seed=config.seed,
+def healing_attackers(config: AuditConfig) -> tuple[HealingConfig, ...]:
+    """Ways to heal, alike but for the rate; none where healing was not asked for."""
+    if not config.healing_steps:
+        return ()
+    return tuple(
+        HealingConfig(
+            steps=config.healing_steps,
+            points=5,
+            batch_size=config.healing_batch_size,
+            learning_rate=rate,
+            seed=config.seed,
+        )
+        for rate in config.healing_learning_rate
     )
 
 

@@ -20,7 +20,7 @@ from blindtune.attacks.language_prior import TOGETHER
 from blindtune.evaluation.audits.adapter import both_kinds, reading_of
 from blindtune.evaluation.audits.audit import AdversaryConfig, AuditConfig
 from blindtune.evaluation.audits.canaries import encoded_candidates
-from blindtune.evaluation.audits.emulator import healing_config
+from blindtune.evaluation.audits.emulator import healing_attackers
 from blindtune.evaluation.audits.language_attack import BEAMS, has_words
 from blindtune.evaluation.audits.split import attributes, check_adversary
 from blindtune.evaluation.audits.split_subject import read_audited, spread_texts
@@ -80,18 +80,19 @@ def estimate_audit_emulator(
     raw = sum(emulated.is_raw(i) for i in range(emulated.layer_count)) / decoder.layer_count
     # The emulator untouched; tuned, if there is an adapter; and healed, once a rate.
     kinds = 1 + (adapter is not None)
-    tries = len(config.healing_learning_rate) if config.healing_steps else 0
+    attackers = healing_attackers(config)
+    tries = len(attackers)
     parts = {
         "load": 2 * (1 + kinds + tries) * weight_bytes(full) / READ_BYTES_PER_SECOND,
         "score as they are": _pass(rate, cost, config.test_tokens, decoder, config, length)
         + kinds * _pass(rate, small, config.test_tokens, decoder, config, length),
     }
     tokens = (1 + kinds) * config.test_tokens
-    if config.healing_steps:
+    if attackers:
         trained = config.healing_steps * config.healing_batch_size * length
         once = rate.seconds(trained * cost.training, 3 * config.healing_steps * len(cost.layers))
         once += config.healing_steps * _numbers(full) * ADAMW_SECONDS
-        scored = (1 + len(healing_config(config).stops)) * config.test_tokens
+        scored = (1 + len(attackers[0].stops)) * config.test_tokens
         score = _pass(rate, cost, scored, decoder, config, length)
         parts |= {"heal": tries * once, "control": raw * once}
         parts["score on the way"] = (tries + raw) * score

@@ -33,7 +33,7 @@ from blindtune.models.fingerprint import fingerprint
 from blindtune.models.loading import load_model, load_tokenizer
 from blindtune.offsite.adapter import AdapterConfig, write_adapter
 from blindtune.offsite.emulator import Emulator, adapter_indices, adapter_parameters, open_emulator
-from blindtune.offsite.model_owner.emulation import EmulatorConfig, check_possible, emulate
+from blindtune.offsite.model_owner.emulation import EmulatorConfig, emulate, replaced_layers
 from blindtune.offsite.model_owner.importance import DynamicConfig
 from blindtune.offsite.model_owner.plugin import plug_in
 from blindtune.offsite.model_owner.study import FACTS_NAME, Study, StudyConfig, open_study
@@ -152,7 +152,7 @@ def frontier(
                 f"{made_study}: expected a study of {model}, got one of another model"
             )
         for triplet in config.triplets:
-            check_possible(found, triplet)  # before anything is tuned
+            replaced_layers(found, triplet)  # refused before anything is tuned
         mark = hashlib.sha256((Path(made_study) / FACTS_NAME).read_bytes()).hexdigest()
         report = _Report(on_stage, config)
         zs = report.done(sweep.untouched())

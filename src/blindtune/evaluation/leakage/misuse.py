@@ -60,7 +60,7 @@ class Misuse:
     control: Curve
     """Both empty where healing was not asked for; the control also where it would be the full
     model: an emulator with as many layers whole has no smaller model to be compared with."""
-    learning_rate: float
+    learning_rate: float | None
     """At which the emulator was healed; of several, the one that got furthest."""
     lead: Lead | None
     """Of the healed emulator over the control, each at its best; None without either."""
@@ -94,10 +94,8 @@ def judge_misuse(
     model: str | Path,
     public_NL: Tensor,
     test_NL: Tensor,
-    config: HealingConfig | None = None,
+    attackers: Sequence[HealingConfig] = (HealingConfig(),),
     *,
-    heals: bool = True,
-    rates: Sequence[float] = (),
     confidence: float = 0.95,
     adapter: str | Path | None = None,
     trust: Trust | None = None,
@@ -111,10 +109,9 @@ def judge_misuse(
         model: the full model; only for the scores and the control.
         public_NL: what the attacker trains on.
         test_NL: what is scored.
-        config: the attacker's.
-        heals: False: the emulator is used as it is, and nothing is trained.
-        rates: learning rates at each of which it is healed anew, as what heals best depends on the
-            emulator; the best counts. None: the config's.
+        attackers: ways to heal, such as learning rates, as what heals best depends on the
+            emulator; each begins with what was shipped, and the best counts. The control is trained
+            as the first one says. None: the emulator is used as it is, and nothing is trained.
         confidence: of the lead's interval.
         adapter: tuned on this emulator; scored only.
         trust: whose packages are opened; None: anybody's.
@@ -124,7 +121,6 @@ def judge_misuse(
     Raises:
         PackageError, ModelError, DataError: see errors.py.
     """
-    config = config or HealingConfig()
     judge = _Judge(emulator, test_NL, batch_size, trust, on_stop)
     tuned = None
     if adapter is not None:
@@ -135,17 +131,17 @@ def judge_misuse(
     full = load_model(model, device=preferred_device())
     scored_full = mean_loss(*judge.score(full))
     control: _Points = ()
-    if heals and left < Decoder(full).layer_count:
-        control = judge.control(drop_to(full, left), public_NL, config)
+    if attackers and left < Decoder(full).layer_count:
+        control = judge.control(drop_to(full, left), public_NL, attackers[0])
     del full
-    healed, rate = judge.best(public_NL, config, rates) if heals else ((), config.learning_rate)
+    healed, by = judge.best(public_NL, attackers) if attackers else ((), None)
     return Misuse(
         full=scored_full,
         emulator=untouched,
         tuned=tuned,
         healed=_curve(healed),
         control=_curve(control),
-        learning_rate=rate,
+        learning_rate=by.learning_rate if by else None,
         lead=_lead(healed, control, confidence) if healed and control else None,
     )
 
@@ -192,11 +188,10 @@ class _Judge:
         return self.follow("control", small, train_on(small, public_NL, faster))
 
     def best(
-        self, public_NL: Tensor, config: HealingConfig, rates: Sequence[float]
-    ) -> tuple[_Points, float]:
-        """What healing gets at the best of these rates, or at the config's; and that rate."""
-        asked = [replace(config, learning_rate=rate) for rate in rates or (config.learning_rate,)]
-        tries = [(self.healed(public_NL, one), one.learning_rate) for one in asked]
+        self, public_NL: Tensor, attackers: Sequence[HealingConfig]
+    ) -> tuple[_Points, HealingConfig]:
+        """What the best of these gets, and which one it is."""
+        tries = [(self.healed(public_NL, one), one) for one in attackers]
         return min(tries, key=lambda found: _best_point(found[0])[1])
 
     def healed(self, public_NL: Tensor, config: HealingConfig) -> _Points:

@@ -125,7 +125,6 @@ def emulate(
     """
     config, start = config or EmulatorConfig(), time.perf_counter()
     found = study if isinstance(study, Study) else open_study(study)
-    check_possible(found, config)
     replaced = replaced_layers(found, config)
     place = found.model if model is None else model
     full = load_model(place, device=preferred_device())
@@ -168,24 +167,14 @@ def full_model_facts(model: PreTrainedModel) -> FullModelFacts:
     )
 
 
-def check_possible(study: Study, config: EmulatorConfig) -> None:
-    """Refuse what cannot be made of a study, before anything is loaded.
-
-    Raises:
-        ConfigError: as for `emulate`.
-    """
-    replaced = replaced_layers(study, config)
-    middle = range(config.adapter_layers, study.layer_count - config.adapter_layers)
-    if config.compresses:
-        _moments(study, next(i for i in middle if i not in replaced), config)
-
-
 def replaced_layers(study: Study, config: EmulatorConfig) -> tuple[int, ...]:
     """Indices in the model of the layers that become harmonizers (or are dropped).
 
+    Refuses all that cannot be made of a study, before anything is loaded.
+
     Raises:
         ConfigError: N_a does not fit the study, alpha leaves no kept middle layer, or the study has
-            no scores to choose by.
+            no scores to choose by, or no moments to compress the others by.
     """
     ends = config.adapter_layers
     if ends < study.first:
@@ -200,6 +189,8 @@ def replaced_layers(study: Study, config: EmulatorConfig) -> tuple[int, ...]:
             f"expected a kept middle layer, got none of {study.layer_count} layers with "
             f"adapter_layers={ends} and alpha={config.alpha}: choose smaller values"
         )
+    if config.compresses:
+        _moments(study, middle[0], config)
     if config.choice == "uniform":
         kept = uniform_choice(len(middle), len(middle) - count)
         return tuple(i for k, i in enumerate(middle) if k not in kept)
