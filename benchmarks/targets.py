@@ -3,8 +3,10 @@
     python benchmarks/targets.py --data DIR --work DIR [--smoke] [labels|questions|words ...]
 
 labels: film reviews (two classes), MiniLM, cut 0, no noise on texts: labels as they are, drawn anew
-    by randomized response, and DP-SGD at the customer. UA, and the EP of labels when gradients of
-    the first pass are grouped; the table has for DP-SGD what its noise leaves to the best attacker.
+    by randomized response, and DP-SGD at the customer. UA, and the EP of labels: when gradients of
+    the first pass are grouped (the table has for DP-SGD what its noise leaves to the best
+    attacker); when the vendor's own outputs of the last pass are; and when a classifier of these
+    corrects labels that were drawn anew.
 questions: the same for TREC's six kinds of questions.
 words: WikiText-2, SmolLM2-135M, cut 6 and 2: true tokens as targets, without noise on gradients and
     with, and the words that were sent. Perplexity on true text, and the EP of the words that the
@@ -18,12 +20,17 @@ from dataclasses import asdict
 import torch
 
 from blindtune.attacks.gradient_matching import GradientsView, tokens_from_gradients
-from blindtune.attacks.label_inference import groups_of_gradients
+from blindtune.attacks.label_inference import (
+    groups_of_activations,
+    groups_of_gradients,
+    labels_from_activations,
+)
 from blindtune.attacks.observation import seen_gradients, seen_texts
 from blindtune.evaluation.leakage.empirical_privacy import record_privacy
 from blindtune.exchange.wire.transcript import Recorder
 from blindtune.models.encoders import load_any
 from blindtune.privacy.metric_dp import Mechanism
+from blindtune.privacy.randomized_response import keep_chance
 from blindtune.split.customer.private_gradients import (
     GradientConfig,
     GradientNoise,
@@ -72,7 +79,7 @@ def label_row(bench, folder, seed, data, epsilon=None, dp=None):
         logits_NC = torch.cat(predict_u_shape(transport, top, unseen))
     return {
         "UA": accuracy(logits_NC, test[1]),
-        **read_labels(recorder.transcript(), passes, learn[1]),
+        **read_labels(recorder.transcript(), passes, learn[1], epsilon),
         "changed labels": private.changed_labels,
         "epsilon": dp or epsilon,
         "DP-SGD": plan and asdict(plan),
@@ -81,24 +88,38 @@ def label_row(bench, folder, seed, data, epsilon=None, dp=None):
 
 
 def first_gradients(transcript, passes, texts):
-    """(output, gradient) [L, D] of every text's first backward pass, by the number of the text."""
+    """Of every text: output and gradient [L, D] of its first pass, and output of its last."""
     order = [batch.texts for batch in passes.numbered(texts, "u-shape")]
     found = {}
     for numbers, seen in zip(
         order, seen_gradients(transcript, seen_texts(transcript)), strict=True
     ):
         for i, output_LD, gradient_LD in zip(numbers, seen.outputs, seen.gradients, strict=True):
-            found.setdefault(i, (output_LD, gradient_LD))
+            found[i] = (*found.get(i, (output_LD, gradient_LD))[:2], output_LD)
     return found
 
 
-def read_labels(transcript, passes, labels_N):
-    """EP of labels: gradients of each text's first pass, grouped by direction."""
+def read_labels(transcript, passes, labels_N, epsilon):
+    """EP of labels: gradients of each text's first pass, grouped by direction; activations."""
     found = first_gradients(transcript, passes, len(labels_N))
-    gradients = [found[i][1] for i in range(len(labels_N))]
-    groups_N = groups_of_gradients(gradients, int(labels_N.max()) + 1)
-    read = record_privacy(groups_N, labels_N, unnamed=True).privacy
-    return {"EP labels": read.value, "interval": {"low": read.low, "high": read.high}}
+    count, classes = len(labels_N), int(labels_N.max()) + 1
+    groups_N = groups_of_gradients([found[i][1] for i in range(count)], classes)
+    activation_ND = torch.stack([found[i][2].mean(0) for i in range(count)])
+    guesses = {
+        "EP labels": groups_N,
+        "EP activations": groups_of_activations(activation_ND, classes),
+    }
+    if epsilon is not None:
+        right = keep_chance(epsilon, classes)
+        corrected_N = labels_from_activations(activation_ND, groups_N, classes, right=right)
+        guesses["EP corrected"] = corrected_N
+    scores = {name: record_privacy(one, labels_N, unnamed=True) for name, one in guesses.items()}
+    read = scores["EP labels"].privacy
+    return {
+        **{name: one.privacy.value for name, one in scores.items()},
+        "interval": {"low": read.low, "high": read.high},
+        "commonest": scores["EP labels"].blind_accuracy,
+    }
 
 
 def read_words(transcript, passes, cut, private, texts=24):

@@ -14,7 +14,11 @@ from blindtune.attacks.gradient_matching import (
     SolveConfig,
     tokens_from_gradients,
 )
-from blindtune.attacks.label_inference import groups_of_gradients, groups_of_states
+from blindtune.attacks.label_inference import (
+    groups_of_activations,
+    groups_of_gradients,
+    labels_from_activations,
+)
 from blindtune.attacks.observation import seen_gradients, seen_texts
 from blindtune.errors import ConfigError, DataError
 from blindtune.evaluation.leakage.empirical_privacy import record_privacy
@@ -22,6 +26,7 @@ from blindtune.exchange.wire.transcript import Recorder, Transcript
 from blindtune.exchange.wire.transport import InProcessTransport
 from blindtune.models.decoder import Decoder
 from blindtune.privacy.metric_dp import Mechanism
+from blindtune.privacy.randomized_response import drawn_labels, keep_chance
 from blindtune.split.bottom import open_bottom, write_bottom
 from blindtune.split.customer.private_states import privatize
 from blindtune.split.customer.requests import PassConfig, new_token, open_job
@@ -116,12 +121,49 @@ def test_gradients_group_texts_by_their_label(tmp_path):
     assert record_privacy(groups_of_gradients(noise, 2), labels[order], unnamed=True).accuracy < 0.9
 
 
-def test_states_that_tuning_drew_apart_are_grouped():
+def test_activations_that_tuning_drew_apart_are_grouped():
     draw = torch.Generator().manual_seed(0)
     labels = torch.arange(30) % 3
-    centre = torch.randn(3, 16, generator=draw) * 4
-    states = [centre[k] + torch.randn(5, 16, generator=draw) for k in labels]
-    assert record_privacy(groups_of_states(states, 3), labels, unnamed=True).accuracy == 1.0
+    centre_CD = torch.randn(3, 16, generator=draw) * 4
+    activation_ND = centre_CD[labels] + torch.randn(30, 16, generator=draw)
+    groups_N = groups_of_activations(activation_ND, 3)
+    assert record_privacy(groups_N, labels, unnamed=True).accuracy == 1.0
+    nothing_N = groups_of_activations(torch.randn(30, 16, generator=draw), 3)
+    assert record_privacy(nothing_N, labels, unnamed=True).accuracy < 0.7
+
+
+@pytest.mark.parametrize(("classes", "epsilon"), [(2, 1.0), (6, 2.0)])
+def test_drawn_labels_are_corrected_by_activations_and_by_nothing_else(classes, epsilon):
+    draw = torch.Generator().manual_seed(0)
+    labels_N = torch.arange(600) % classes
+    told_N = drawn_labels(
+        labels_N, classes, epsilon, lambda *shape: torch.rand(shape, generator=draw)
+    )
+    right, told = keep_chance(epsilon, classes), float((told_N == labels_N).float().mean())
+    noise_ND = torch.randn(600, 32, generator=draw)
+    apart_ND = (
+        noise_ND
+        + 8
+        * torch.nn.functional.normalize(torch.randn(classes, 32, generator=draw), dim=1)[labels_N]
+    )
+
+    def share(activation_ND, chance=right):
+        found_N = labels_from_activations(activation_ND, told_N, classes, right=chance)
+        return record_privacy(found_N, labels_N).accuracy
+
+    assert told < 0.8
+    assert share(apart_ND) > 0.9
+    assert share(noise_ND) == pytest.approx(told, abs=0.04)
+    # Who takes told labels for true corrects none.
+    assert share(apart_ND, 1 - 1e-12) == pytest.approx(told)
+
+
+def test_told_labels_must_fit():
+    activation_ND = torch.zeros(8, 4)
+    with pytest.raises(DataError, match="from 0 to 1"):
+        labels_from_activations(activation_ND, torch.arange(8), 2, right=0.7)
+    with pytest.raises(DataError, match="5 texts"):
+        labels_from_activations(activation_ND[:4], torch.zeros(4).long(), 2, right=0.7)
 
 
 @pytest.mark.parametrize(("mode", "eta"), [("token", 9.0), ("vector", 5.0)])

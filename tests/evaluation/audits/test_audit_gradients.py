@@ -10,10 +10,10 @@ import torch
 
 from blindtune.attacks.embedding_inversion import nearest_tokens
 from blindtune.evaluation.audits.audit import AuditConfig
-from blindtune.evaluation.audits.gradient_attacks import labels_of
+from blindtune.evaluation.audits.label_attacks import BY_GRADIENTS, label_findings
 from blindtune.evaluation.audits.split import audit_split
 from blindtune.evaluation.audits.split_attacks import SplitAttacks
-from blindtune.evaluation.audits.split_subject import Pass, open_subject
+from blindtune.evaluation.audits.split_subject import Pass, SeenLabels, open_subject
 from blindtune.exchange.wire.transcript import Recorder
 from blindtune.exchange.wire.transport import InProcessTransport
 from blindtune.privacy.entropy import SeededNoiseWarning
@@ -202,12 +202,14 @@ def test_noise_on_every_pass_is_averaged_away():
             sent = (2 * label - 1) * direction_D + torch.randn(passes, 4, generator=draw)
             own = torch.full_like(sent[:1], float(turned)) if turned else 0 * sent[:1]
             yield Pass(
-                output_LD=sent[:1], gradient_LD=sent[:1], all_LD=sent.sum(0, keepdim=True) + own
-            )
+                output_LD=sent[:1], last_LD=sent[:1], gradient_LD=sent[:1],
+                all_LD=sent.sum(0, keepdim=True) + own,
+            )  # fmt: skip
 
     def read(passes, turned=0.0):
-        subject = SimpleNamespace(passes=tuple(seen(passes, turned)))
-        return labels_of(subject, labels_N, 0.95).value
+        labels = SeenLabels(true_N=labels_N)
+        subject = SimpleNamespace(passes=tuple(seen(passes, turned)), labels=labels)
+        return {f.attack: f for f in label_findings(subject, 0.95)}[BY_GRADIENTS].value
 
     once, often = read(1), read(25)
     assert 0.1 < once < 0.4

@@ -28,7 +28,7 @@ from blindtune.evaluation.audits.audit import (
     NotRun,
     show,
 )
-from blindtune.evaluation.audits.gradient_attacks import labels_of
+from blindtune.evaluation.audits.label_attacks import label_findings
 from blindtune.evaluation.audits.language_attack import open_prior
 from blindtune.evaluation.audits.split_attacks import ENDED, Attempt, Equipment, SplitAttacks
 from blindtune.evaluation.audits.split_subject import (
@@ -196,8 +196,7 @@ def _audit(
     common = common_words(learned, seen.bottom.margins) if learned else None
     scored = [(attempt, _score(attempt, seen, config, common)) for attempt in attacks.attempts]
     findings = [f for attempt, leak in scored for f in _findings(attempt, leak)]
-    if seen.labels_N is not None and (found := labels_of(seen, seen.labels_N, config.confidence)):
-        findings.append(found)
+    findings += label_findings(seen, config.confidence)
     findings += attribute
     real = sorted((pair for pair in scored if pair[0].real), key=lambda pair: pair[1].content.value)
     best = real[0][0]

@@ -53,10 +53,25 @@ class Pass:
 
     output_LD: Tensor
     """What the vendor's trunk gave in the first."""
+    last_LD: Tensor
+    """The same in the last, which knows most of the classes."""
     gradient_LD: Tensor
     """What the customer sent for it."""
     all_LD: Tensor
     """The sum of what it sent in all."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SeenLabels:
+    """The classes of texts, and what a vendor is told of them."""
+
+    true_N: Tensor
+    """For the judge alone."""
+    told_N: Tensor | None = None
+    """As they cross, or as the gradients of a U-shape will tell them; None: gradients were
+    recorded, which are read instead."""
+    epsilon: float | None = None
+    """At which they were drawn anew; None: they are told as they are."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,8 +102,9 @@ class SplitSubject:
     stands twice in its file, or in one that is predicted. Empty where nothing is drawn."""
     passes: tuple[Pass | None, ...] = ()
     """Of every text, None where none was recorded; empty where no gradient was."""
-    labels_N: Tensor | None = None
-    """The classes of the texts, where gradients of a classification were recorded."""
+    labels: SeenLabels | None = None
+    """Of the texts, where there is something to learn of them: gradients of a classification were
+    recorded, or labels are drawn anew."""
     predicted: tuple[Tensor, ...] | None = None
     """[L] of every text: what a language model is tuned to predict, so that its gradients will give
     it away. None for other tasks, and for transcripts, which have the gradients or none."""
@@ -120,7 +136,7 @@ class SplitSubject:
     @property
     def gives_text_by_gradients(self) -> bool:
         """Whether steps of tuning a language model were recorded."""
-        return bool(self.passes) and self.labels_N is None
+        return bool(self.passes) and self.labels is None
 
 
 def open_subject(
@@ -204,6 +220,7 @@ class _Making:
         return privatize(
             self.bottom, ids, labels, mechanism=self.privatizer.mechanism(self.eta),
             importance=self.privatizer.importance(), groups=self.groups, classes=self.classes,
+            label_epsilon=None if labels is None else self.privatizer.label_epsilon,
             predict_sent=predict_sent,
         )  # fmt: skip
 
@@ -283,8 +300,20 @@ def _drawn(
     states = [private.states[i] for i in some]
     sent = zip(private.ids, private.states, strict=True)
     found = made.subject(texts, some, states, private.changed, facts, sent)
-    found = replace(found, places=places)
+    told = _told(made, texts.labels, private.labels, some)
+    found = replace(found, places=places, labels=told)
     return _predicting(found, private, some) if language_model else found
+
+
+def _told(
+    made: _Making, true: Tensor | None, told: Tensor | None, some: Sequence[int]
+) -> SeenLabels | None:
+    """Some texts' labels that were drawn anew; None where they are told as they are, or not."""
+    epsilon = made.privatizer.label_epsilon
+    if true is None or told is None or epsilon is None:
+        return None
+    chosen = list(some)
+    return SeenLabels(true_N=true[chosen], told_N=told[chosen], epsilon=epsilon)
 
 
 def _further(
@@ -386,15 +415,36 @@ def _recorded(
     passes = _passes(transcript, seen, places)
     if passes and not language_model and (texts.labels is None or texts.labels.is_floating_point()):
         passes = ()  # nothing to compare a guess with
-    labels_N = None if language_model or texts.labels is None else texts.labels[some]
     predicts_sent = language_model and made.privatizer.targets == "sent"
     return replace(
         subject,
         passes=passes,
-        labels_N=labels_N if passes else None,
+        labels=None if language_model else _crossed(made, texts, some, seen, places, bool(passes)),
         predicts_sent=predicts_sent and bool(passes),
         places=tuple(some),
     )
+
+
+def _crossed(
+    made: _Making,
+    texts: PrivateTexts,
+    some: Sequence[int],
+    seen: SeenTexts,
+    places: Sequence[int],
+    gradients: bool,
+) -> SeenLabels | None:
+    """Of texts whose gradients were recorded, or whose labels crossed after they were drawn anew.
+
+    `some` counts in the customer's file, `places` in what crossed.
+    """
+    if texts.labels is None or texts.labels.is_floating_point():
+        return None
+    true_N, epsilon = texts.labels[list(some)], made.privatizer.label_epsilon
+    if gradients:
+        return SeenLabels(true_N=true_N, epsilon=epsilon)
+    told = [label for i in places if (label := seen.labels[i]) is not None]
+    whole = len(told) == len(true_N)
+    return _told(made, true_N, torch.stack(told), range(len(told))) if whole else None
 
 
 def _passes(
@@ -405,9 +455,10 @@ def _passes(
     for step in seen_gradients(transcript, seen):
         for i, output_LD, gradient_LD in zip(step.texts, step.outputs, step.gradients, strict=True):
             known = passes.get(i) or Pass(
-                output_LD=output_LD, gradient_LD=gradient_LD, all_LD=torch.zeros_like(gradient_LD)
-            )
-            passes[i] = replace(known, all_LD=known.all_LD + gradient_LD)
+                output_LD=output_LD, last_LD=output_LD, gradient_LD=gradient_LD,
+                all_LD=torch.zeros_like(gradient_LD),
+            )  # fmt: skip
+            passes[i] = replace(known, last_LD=output_LD, all_LD=known.all_LD + gradient_LD)
     found = tuple(passes.get(i) for i in places)
     return found if any(found) else ()
 
