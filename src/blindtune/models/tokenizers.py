@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from blindtune.errors import ModelError, PackageError
+from blindtune.models.tokenizer_pipeline import check_pipeline
 
 TOKENIZER_NAME = "tokenizer.json"
 SETTINGS_NAME = "tokenizer_config.json"
@@ -119,7 +120,9 @@ def read_backend(content: bytes) -> Tokenizer:
 
     It may raise anything: call it within `refuse_malformed`.
     """
-    backend = Tokenizer.from_str(content.decode())
+    text = content.decode()
+    check_pipeline(json.loads(text))
+    backend = Tokenizer.from_str(text)
     backend.no_padding()
     backend.no_truncation()
     backend.encode(_PROBE)

@@ -11,7 +11,7 @@ from blindtune.errors import ConfigError, OutputError, PackageError, PolicyError
 from blindtune.exchange.packages import sealing
 from blindtune.exchange.packages.keys import new_private_key
 from blindtune.exchange.packages.package import open_package
-from blindtune.exchange.packages.sealing import seal, unseal
+from blindtune.exchange.packages.sealing import MAX_RECIPIENTS, seal, unseal
 from blindtune.exchange.packages.signing import Signer, Trust
 from blindtune.exchange.packages.writing import write_package
 
@@ -172,11 +172,28 @@ def test_bytes_after_the_end_are_refused(tmp_path, signed):
             unseal(tmp_path / "x.age", tmp_path / "out", FRIEND)
 
 
+def test_an_endless_header_is_refused_before_it_is_read(tmp_path, signed, monkeypatch):
+    """age would read it again for every part: a few hundred kilobytes take minutes."""
+    seal(signed, tmp_path / "e.age", [FRIEND.public])
+    first, rest = (tmp_path / "e.age").read_bytes().split(b"\n", 1)
+    hostile = tmp_path / "hostile.age"
+    monkeypatch.setattr(pyrage, "decrypt_io", None)
+    for stanza, times in ((b"-> X25519 a\n\n", MAX_RECIPIENTS + 1), (b"-> " + b"a" * 70_000, 1)):
+        hostile.write_bytes(first + b"\n" + stanza * times + rest)
+        with pytest.raises(PackageError, match="expected a header of at most"):
+            unseal(hostile, tmp_path / "out", FRIEND)
+    hostile.write_bytes(b"anything else")
+    with pytest.raises(PackageError, match="no sealed file"):
+        unseal(hostile, tmp_path / "out", FRIEND)
+    with pytest.raises(ConfigError, match="got 257"):
+        seal(signed, tmp_path / "f.age", [FRIEND.public] * (MAX_RECIPIENTS + 1))
+
+
 def test_what_is_in_the_way_stays(tmp_path, package):
     (tmp_path / "mine").write_bytes(b"mine")
     with pytest.raises(OutputError, match="something is there"):
         seal(package, tmp_path / "mine", [FRIEND.public])
-    with pytest.raises(ConfigError, match="at least one recipient"):
+    with pytest.raises(ConfigError, match="1 to 256 recipients, got 0"):
         seal(package, tmp_path / "new", [])
     assert (tmp_path / "mine").read_bytes() == b"mine"
     seal(package, tmp_path / "mine", [FRIEND.public], overwrite=True)

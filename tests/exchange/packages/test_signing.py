@@ -17,6 +17,7 @@ from blindtune.exchange.packages.keyring import (
 )
 from blindtune.exchange.packages.keys import (
     PrivateKey,
+    PublicKey,
     decode_private_key,
     decode_public_key,
     new_private_key,
@@ -279,6 +280,18 @@ def test_signers_are_kept_by_name(owner, reader):
     assert list(reader.signers()) == ["owner"]
     with pytest.raises(ConfigError, match=r"\(owner\), got `other`"):
         reader.forget_signer("other")
+
+
+def test_a_key_that_nothing_can_be_sealed_to_is_not_trusted(reader):
+    """A package's signature may bring one: its spelling is right, its check sum is not."""
+    signing_key = new_private_key().public.signing_key
+    damaged = PublicKey(signing_key=signing_key, receiving_key="age1" + "q" * 58)
+    with pytest.raises(PackageError, match="a damaged one"):
+        reader.trust_signer("other", damaged)
+    assert list(reader.signers()) == ["owner"]
+    (reader.directory / "signers" / "other.key").write_bytes(damaged.encode())
+    with pytest.raises(ConfigError, match="keys forget other"):
+        reader.trust()
 
 
 def test_a_forgotten_signer_is_refused(write, reader):

@@ -165,14 +165,14 @@ def test_a_tokenizer_that_does_not_send_a_text_once_is_refused(honest, tmp_path,
         honest, tmp_path / "forged", around([("<s>", 1)], [("</s>", 2)], texts=texts)
     )
     for look in (open_bottom, inspect):
-        with pytest.raises(PackageError, match="once and whole"):
+        with pytest.raises(PackageError, match=r"expected (it|each text) once"):
             look(forged)
 
 
 def test_nor_is_it_written(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A $A")
-    with pytest.raises(OutputError, match="once and whole"):
+    with pytest.raises(OutputError, match="each text once"):
         write_bottom(tiny_model("smollm2"), tokenizer, tmp_path / "b", Cut(layers=8, cut=0))
 
 

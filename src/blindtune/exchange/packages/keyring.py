@@ -117,8 +117,11 @@ class Keyring:
 
         Raises:
             ConfigError: the name is no name, or belongs to another key.
+            PackageError: nothing can be sealed to the key. A package's signature has one that
+                nobody tried.
         """
         _check_name(name)
+        decode_public_key(key.encode())
         with self._locked():
             known = _read(self._signer_path(name))
             if known is not None and decode_public_key(known) != key:
@@ -139,12 +142,17 @@ class Keyring:
         return decode_public_key(data)
 
     def signers(self) -> dict[str, PublicKey]:
-        """Every trusted signer by name, the party itself not among them."""
+        """Every trusted signer by name, the party itself not among them; errors name the file."""
         found = {}
         for path in sorted((self.directory / "signers").glob("*.key")):
             data = _read(path)
             if data is not None and _NAME.fullmatch(path.stem):
-                found[path.stem] = decode_public_key(data)
+                try:
+                    found[path.stem] = decode_public_key(data)
+                except PackageError as error:
+                    raise ConfigError(
+                        f"{path}: {error}; or `blindtune keys forget {path.stem}`"
+                    ) from error
         return found
 
     def trust(

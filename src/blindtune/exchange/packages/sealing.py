@@ -34,6 +34,9 @@ from blindtune.exchange.packages.package import (
 from blindtune.exchange.packages.signing import Signature, Trust
 from blindtune.exchange.packages.writing import check_place
 
+MAX_RECIPIENTS = 256
+_MAX_HEADER_BYTES = 64 << 10
+_FIRST_LINE = b"age-encryption.org/v1\n"
 _BLOCK = 512
 _END = bytes(2 * _BLOCK)
 _MAX_FILES = MAX_SHARDS + 20
@@ -66,8 +69,8 @@ def seal(
             f"{target}: expected a new file, something is there: choose another, or say that it "
             "may be overwritten (--overwrite)"
         )
-    if not recipients:
-        raise ConfigError("expected at least one recipient, got none")
+    if not 0 < len(recipients) <= MAX_RECIPIENTS:
+        raise ConfigError(f"expected 1 to {MAX_RECIPIENTS} recipients, got {len(recipients)}")
     opened = open_package(package)
     large = [name for name, entry in opened.manifest.files.items() if entry.bytes > _MAX_FILE_BYTES]
     if large:
@@ -120,6 +123,7 @@ def unseal(
         raise ConfigError(f"{path}: expected a sealed file, there is none: check the path")
     handle, _size = open_regular(path)
     with handle, atomic_directory(out, overwrite=overwrite, mark=MANIFEST_NAME) as partial:
+        _check_header(handle, path)
         unpacking = Unpacking(path, partial, max_bytes)
         cipher, plain = _Kept(handle), _Kept(unpacking)
         try:
@@ -131,6 +135,20 @@ def unseal(
             unpacking.close()
         opened = open_package(partial, trust=trust)
     return opened.id, opened.signature
+
+
+def _check_header(handle: BinaryIO, path: Path) -> None:
+    """Refuse an endless header: age reads it from its start again for every part that comes."""
+    begin = handle.read(_MAX_HEADER_BYTES)
+    handle.seek(0)
+    header, found, _ = begin.partition(b"\n--- ")
+    if not begin.startswith(_FIRST_LINE):
+        raise PackageError(f"{path}: no sealed file: ask for it again")
+    if not found or header.count(b"\n-> ") > MAX_RECIPIENTS:
+        raise PackageError(
+            f"{path}: expected a header of at most {_MAX_HEADER_BYTES} bytes for {MAX_RECIPIENTS} "
+            "recipients, got a longer one: ask for the file again"
+        )
 
 
 def _translated(path: Path, error: Exception) -> BlindtuneError:
