@@ -18,6 +18,7 @@ from blindtune.errors import (
 from blindtune.evaluation.inspection import inspect
 from blindtune.exchange.packages.package import open_package
 from blindtune.models.fingerprint import fingerprint
+from blindtune.split import bottom as bottom_module
 from blindtune.split.bottom import open_bottom, write_bottom
 from blindtune.split.inspected_bottom import InspectedBottom
 from blindtune.split.partition import Cut, lm_logits, run_bottom, run_top, run_vendor, stack_of
@@ -167,6 +168,22 @@ def test_forged_packages_are_refused(package, change, error):
     edit(package, change)
     with pytest.raises(error):
         open_bottom(package)
+
+
+def test_many_layers_without_weights_are_refused_before_they_are_built(package, monkeypatch):
+    edit(package, lambda p: (p.update(cut=4000, layers=4095), p["config"].update(
+        num_hidden_layers=4095, layer_types=["full_attention"] * 4095)))  # fmt: skip
+    monkeypatch.setattr(bottom_module, "_built", None)
+    with pytest.raises(PackageError, match="expected weights in each of 4000 layers"):
+        open_bottom(package)
+
+
+def test_positions_that_are_counted_from_no_padding_are_refused(tmp_path):
+    model = tiny_encoder("roberta")
+    write_bottom(model, tiny_tokenizer(), tmp_path / "b", two_part(stack_of(model), 1))
+    edit(tmp_path / "b", lambda p: p["config"].update(pad_token_id=None))
+    with pytest.raises(PackageError, match="no pad_token_id"):
+        open_bottom(tmp_path / "b")
 
 
 def test_altered_weights_and_other_kinds_are_refused(package):

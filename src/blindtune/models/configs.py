@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from blindtune.errors import PackageError
+from blindtune.models.decoder import POSITIONS_AFTER_PADDING
 from blindtune.models.encoders import encoder_family_of, is_encoder
 from blindtune.models.families import family_of
 
@@ -88,6 +89,8 @@ def config_from_values(
             token = getattr(config, key, None)
             if not _in_vocabulary(token, config.vocab_size):
                 raise ValueError(f"{key} is {token}, outside of {config.vocab_size} tokens")
+        if model_type in POSITIONS_AFTER_PADDING and config.pad_token_id is None:
+            raise ValueError("no pad_token_id, from which its positions are counted")
     except Exception as error:  # a config class may raise anything on a stranger's values
         raise PackageError(
             f"expected a plain config of a {model_type} model, got: "

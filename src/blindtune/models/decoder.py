@@ -248,6 +248,8 @@ class Decoder:
         return (out_features // count,) * count
 
 
+POSITIONS_AFTER_PADDING = ("roberta", "mpnet")
+"""These number positions from the padding's id + 1 on."""
 UNLIMITED_CONTEXT = 2048
 """Tokens that are read at once by a model that sets no limit: attention takes their square."""
 
@@ -255,8 +257,7 @@ UNLIMITED_CONTEXT = 2048
 def context_limit(config: Any) -> int | None:
     """The most tokens that a model was made to read at once; None where it has no limit (BLOOM)."""
     text = config.get_text_config()
-    # These two number positions from the padding's id + 1 on.
-    shift = text.pad_token_id + 1 if text.model_type in ("roberta", "mpnet") else 0
+    shift = text.pad_token_id + 1 if text.model_type in POSITIONS_AFTER_PADDING else 0
     for name in ("max_position_embeddings", "n_positions"):
         limit = getattr(text, name, None)
         if isinstance(limit, int):

@@ -192,8 +192,14 @@ def verified_sketch(package: Package[BottomManifest]) -> PreTrainedModel:
         PackageError: no model can be built of its config.
         MismatchError: other tensors than the model's.
     """
+    cut = _cut_of(package.manifest)
+    if len(package.header) < cut.cut + cut.last:
+        raise PackageError(
+            f"{package.path}: expected weights in each of {cut.cut + cut.last} layers, got "
+            f"{len(package.header)} tensors: ask for the package again"
+        )
     own = DTYPES[package.manifest.dtype]
-    sketch = _built(package, _cut_of(package.manifest), own, meta=True)
+    sketch = _built(package, cut, own, meta=True)
     check_buffers(sketch)
     check_expected(package.header, _expected(sketch), package.path)
     return sketch
