@@ -43,6 +43,22 @@ def test_a_data_owner_audits_an_adapter_before_returning_it(made, blindtune, tmp
         assert word in done.out
 
 
+def test_records_are_read_as_the_tuning_read_them(made, blindtune, tmp_path):
+    """Read otherwise they look as if they were not trained on, and no leak is found."""
+    adapter, data = tmp_path / "adapter", made / "private.jsonl"
+    tuned = blindtune("tune", made / "emulator", "--data", data, "--out", adapter, "--max-steps", 1,
+                      "--max-length", 48, "--no-pack")  # fmt: skip
+    assert tuned.code == 0, tuned.err
+    asked = ["audit", adapter, "--model", made / "emulator", "--data", data, "--out",
+             tmp_path / "audit"]  # fmt: skip
+    for more in ((), ("--dry-run",)):
+        done = blindtune(*asked, *more)
+        assert done.code == 2
+        assert "--max-length 48, --no-pack" in done.err
+    assert not (tmp_path / "audit").exists()
+    assert blindtune(*asked, "--max-length", 48, "--no-pack").code == 0
+
+
 def test_codes_planted_before_the_tuning_are_ranked(made, blindtune, tmp_path):
     planted = tmp_path / "planted"
     asked = ["plant", made / "private.jsonl", "--out", planted, "--repeats", "0,4"]

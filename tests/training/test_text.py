@@ -13,6 +13,7 @@ from blindtune.errors import ConfigError, DataError, ModelError
 from blindtune.evaluation.utility.choices import read_items
 from blindtune.training.records import encoding, token_ids
 from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file, show_sample
+from blindtune.training.windows import full_windows
 
 WORDS = "the cat sat on the mat and the dog sat on the cat. " * 20
 
@@ -305,7 +306,7 @@ BAD = {
         b'{"messages": [{"role": "user", "content": "a"}]}\n',
         "nobody.jsonl: expected tokens to train on, but 1 of 1 examples have none",
     ),
-    "short.txt": (b"the cat", r"short.txt: one window needs 512 tokens, the text has \d"),
+    "short.txt": (b"the cat", r"short.txt: one window needs 128 tokens, the text has \d"),
     "records.json": (b'[{"text": "a"}, 3]', "records.json, record 2: expected an object, got int"),
     "broken.parquet": (b"PAR1 no", "broken.parquet: expected a data file"),
     "rows.csv": (b"text,id\nthe cat,1\n,2\n", "rows.csv, row 2: expected a string in 'text'"),
@@ -442,7 +443,23 @@ def test_the_sample_marks_the_trained_tokens(tmp_path, tokenizer):
     colours = show_sample(data, tokenizer, markup=True)
     assert "the \\[cat][bold green] sat é<|end|>[/bold green]" in colours
     long = write(tmp_path / "b.jsonl", {"prompt": WORDS, "completion": WORDS})
-    cut = show_sample(load_dataset_file(long, tokenizer, DataConfig()), tokenizer, max_tokens=20)
+    read = load_dataset_file(long, tokenizer, DataConfig(max_length=512))
+    cut = show_sample(read, tokenizer, max_tokens=20)
     assert cut.startswith("… ")
     assert "«" in cut
     assert len(cut) < 300
+
+
+def test_records_are_joined_where_windows_are_wanted(tmp_path, tokenizer):
+    rows = [{"prompt": "the cat", "completion": f" sat {i}"} for i in range(40)]
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reading = DataConfig(max_length=32)
+    examples = load_dataset_file(path, tokenizer, reading)
+    assert max(len(ids) for ids in examples.input_ids) < 32
+    windows_NL = full_windows(path, tokenizer, reading)
+    joined = torch.cat(examples.input_ids)[: windows_NL.numel()]
+    assert torch.equal(windows_NL.flatten(), joined)
+    assert len(windows_NL) == examples.tokens // 32
+    with pytest.raises(DataError, match=f"got {examples.tokens}: give more text"):
+        full_windows(path, tokenizer, reading, least=len(windows_NL) + 1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from blindtune.cli.configfile import options_path, read_saved
 from blindtune.cli.options import Group, option_name
 from blindtune.cli.trusting import trust_of
 from blindtune.cli.verb import Settings
@@ -102,7 +103,7 @@ def kind_of(settings: Settings) -> str:
 
 
 def check_options(kind: str, settings: Settings) -> None:
-    """Raise ConfigError for an option that is missing, or that another kind takes."""
+    """Raise ConfigError for an option that is missing, does not fit, or that another kind takes."""
     from blindtune.errors import ConfigError
 
     missing = [f"--{name}" for name in NEEDS[kind] if settings[name] is None]
@@ -118,6 +119,40 @@ def check_options(kind: str, settings: Settings) -> None:
         raise ConfigError(
             f"{', '.join(stray)} {verb} not fit the audit of {this}: leave {what} out"
         )
+    if kind == "adapter":
+        check_reading(settings)
+
+
+def check_reading(settings: Settings) -> None:
+    """Refuse to read an adapter's records in another way than the tuning did.
+
+    Read otherwise they look as if they were not trained on. What the tuning's options were is known
+    where it left them beside the adapter.
+
+    Raises:
+        ConfigError: an option of the data differs.
+    """
+    from blindtune.errors import ConfigError
+
+    saved = options_path(Path(settings["subject"]))
+    tuned = read_saved(saved)
+    if tuned.get("validation") is not None:
+        tuned["validation_split"] = 0.0  # a file of its own: all of the data was trained on
+    reading = next(group for group in settings.groups if group.name == "DataConfig").options()
+    differ = [name for name in reading if name in tuned and tuned[name] != settings[name]]
+    if differ:
+        wanted = ", ".join(_as_given(name, tuned[name]) for name in differ)
+        raise ConfigError(
+            f"{saved.name}: the tuning read its records with {wanted}; read otherwise they look as "
+            "if they were not trained on: give the same"
+        )
+
+
+def _as_given(name: str, value: Any) -> str:
+    """An option as it is typed; one that was not given says so."""
+    if isinstance(value, bool):
+        return option_name(name if value else f"no_{name}")
+    return f"no {option_name(name)}" if value is None else f"{option_name(name)} {value}"
 
 
 def _ignored(kind: str, settings: Settings) -> list[str]:

@@ -97,6 +97,18 @@ def options_path(out: Path) -> Path:
     return out.parent / f"{out.name}.options.yaml"
 
 
+def read_saved(path: Path) -> dict[str, Any]:
+    """Options that a run of any verb saved, unchecked; none where there is no such file."""
+    import yaml
+
+    try:
+        with path.open("rb") as file:
+            plain = yaml.safe_load(file.read(MAX_BYTES))
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return plain if isinstance(plain, dict) else {}
+
+
 def write_config(verb: str, out: Path, values: Mapping[str, Any]) -> Path:
     """Save the resolved options of a run.
 

@@ -116,6 +116,11 @@ class TokenDataset:
         kept = [i for i, mark in enumerate(self._marks()) if mark not in known]
         return self._subset(kept) if kept else None
 
+    def distinct(self) -> TokenDataset:
+        """Every example once, the first of its copies."""
+        first = {mark: i for i, mark in reversed(list(enumerate(self._marks())))}
+        return self._subset(sorted(first.values()))
+
     def count(self, input_ids: Tensor) -> int:
         """How many examples have these ids [L]."""
         return sum(torch.equal(input_ids, ids) for ids in self.input_ids)

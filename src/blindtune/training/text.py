@@ -56,7 +56,7 @@ class DataConfig:
 
     text_column: str = "text"
     """Column that holds plain text."""
-    max_length: int = 512
+    max_length: int = 128
     """Tokens of a window of packed text, and the most tokens of any other example."""
     pack: bool = True
     """Join texts (end-of-text between them) and cut them into full windows; only the tail of the

@@ -26,19 +26,20 @@ if TYPE_CHECKING:
 def full_windows(
     source: str | Path, tokenizer: PreTrainedTokenizerBase, reading: DataConfig, *, least: int = 1
 ) -> Tensor:
-    """All full windows of a text [N, L], in its order.
+    """All full windows of a text [N, L], in its order; of records too, one joined to the next.
 
     Raises:
         DataError: there are fewer than `least`.
     """
     dataset = load_dataset_file(source, tokenizer, reading)
-    full = [ids for ids in dataset.input_ids if len(ids) == reading.max_length]
-    if len(full) < least:
+    count = dataset.tokens // reading.max_length
+    if count < least:
         raise DataError(
             f"{source}: expected at least {least * reading.max_length} tokens of text, got "
             f"{dataset.tokens}: give more text, or a smaller --max-length"
         )
-    return torch.stack(full)
+    ids_T = torch.cat(dataset.input_ids)
+    return ids_T[: count * reading.max_length].view(count, reading.max_length)
 
 
 def shuffled(windows_NL: Tensor, seed: int) -> Tensor:

@@ -131,13 +131,26 @@ def test_the_verdict_and_the_strongest_row_are_of_one_attack():
     assert "no proof" in _verdict({"loss": nothing})
 
 
+def test_copies_of_one_record_are_no_leak(data, tmp_path):
+    """An adapter that learned nothing; the record of the lowest loss is there a hundred times."""
+    tuned = audited(data, "copied", steps=1, rate=1e-9)
+    lines = (data / "members.jsonl").read_text().splitlines()
+    (tmp_path / "copies.jsonl").write_text("\n".join(lines + 100 * lines[:1]) + "\n")
+    found = audit_adapter(
+        data / "copied", data / "emulator", tmp_path / "copies.jsonl",
+        others=data / "strangers.jsonl", reading=READING,
+    )  # fmt: skip
+    assert found.facts["trained records"].startswith("24 different ones of 124")
+    assert found.findings == tuned.findings
+
+
 def test_records_of_both_kinds_are_left_out_of_both(tokenizer):
     def read(*words):
         rows = [("x", {"prompt": word, "completion": word}) for word in words]
         return encode_rows(rows, "x", tokenizer, READING)
 
     members, others = _apart(read("a", "b", "b", "c"), read("c", "d", "d"))
-    assert (len(members), len(others)) == (3, 2)
+    assert (len(members), len(others)) == (2, 1)  # copies count once
     with pytest.raises(DataError, match="every one of the others was"):
         _apart(read("a", "b"), read("b"))
 
@@ -147,7 +160,7 @@ def test_what_tuning_set_aside_serves_as_others(data):
     found = audit_adapter(
         data / "adapter", data / "emulator", data / "members.jsonl", reading=reading
     )
-    assert found.facts["trained records"].startswith("18 of 18")
+    assert found.facts["trained records"].startswith("18 different ones of 18")
     assert found.facts["other records"] == "6 set aside by the tuning"
 
 

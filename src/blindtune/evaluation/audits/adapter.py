@@ -81,7 +81,7 @@ def audit_adapter(
             `others` where the tuning set none aside. PackageError, PolicyError, MismatchError,
             ModelError: see errors.py.
     """
-    config, reading = config or AuditConfig(), reading or DataConfig(max_length=128)
+    config, reading = config or AuditConfig(), reading or DataConfig()
     planted = () if canaries is None else read_canaries(canaries)
     stated = open_package(adapter, "adapter", trust=trust).manifest.privacy
     reading = reading_of(stated, reading, others)
@@ -104,7 +104,8 @@ def audit_adapter(
     )
     origin = "set aside by the tuning" if others is None else f"of {Path(others).name}"
     facts = {
-        "trained records": f"{len(members):,} of {len(trained):,} in {Path(data).name}",
+        "trained records": f"{len(members):,} different ones of {len(trained):,} in "
+        f"{Path(data).name}",
         "other records": f"{len(strangers):,} {origin}",
         "measured in": str(model),
     } | _how_sure(config, len(strangers))
@@ -187,14 +188,17 @@ def both_kinds(
 
 
 def _apart(trained: TokenDataset, others: TokenDataset) -> tuple[TokenDataset, TokenDataset]:
-    """Both without the records that are in both: their kinds stay alike."""
+    """Both without the records that are in both, so that their kinds stay alike; each record once.
+
+    Copies have one loss: counted each, a record that is much repeated would look like many.
+    """
     members, strangers = trained.without(others), others.without(trained)
     if members is None or strangers is None:
         raise DataError(
             "expected records that were not trained on, every one of the others was: give others "
             "that are not in the data"
         )
-    return members, strangers
+    return members.distinct(), strangers.distinct()
 
 
 def _audit(

@@ -60,7 +60,7 @@ def audit_emulator(
     Raises:
         PackageError, PolicyError, MismatchError, ModelError, DataError: see errors.py.
     """
-    config, reading = config or AuditConfig(), reading or DataConfig(max_length=128)
+    config, reading = config or AuditConfig(), reading or DataConfig()
     opened = open_package(emulator, "emulator", trust=trust)
     about = inspect_emulator(opened, opened.manifest)
     tokenizer = load_tokenizer(model)

@@ -72,7 +72,7 @@ def estimate_audit_emulator(
     Raises:
         ModelError, PackageError: as for `audit_emulator`.
     """
-    config, reading = config or AuditConfig(), reading or DataConfig(max_length=128)
+    config, reading = config or AuditConfig(), reading or DataConfig()
     length, full = reading.max_length, sketch(model)
     decoder, emulated = Decoder(full), Decoder(shape_of(emulator, trust)[1])
     rate, cost = matmul_rate(decoder.hidden_size), decoder_cost(decoder, length)
@@ -119,7 +119,7 @@ def estimate_audit_adapter(
     Raises:
         DataError, ConfigError, ModelError, PackageError: as for `audit_adapter`.
     """
-    config, reading = config or AuditConfig(), reading or DataConfig(max_length=128)
+    config, reading = config or AuditConfig(), reading or DataConfig()
     stated = open_package(adapter, "adapter", trust=trust).manifest.privacy
     reading = reading_of(stated, reading, others)
     tokenizer, shape = shape_of(model, trust)

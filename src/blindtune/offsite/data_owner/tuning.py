@@ -92,7 +92,7 @@ def tune(
     """
     adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
     privacy, out = privacy or DpConfig(), Path(out)
-    reading = read_privately(reading or DataConfig(max_length=128), privacy, validation)
+    reading = read_privately(reading or DataConfig(), privacy, validation)
     if privacy.epsilon is not None:
         check_private(run or RunConfig())
     check_free(out, overwrite=overwrite, mark=MANIFEST_NAME)

@@ -65,7 +65,7 @@ def estimate_tune(
     """
     adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
     privacy, run = privacy or DpConfig(), run or RunConfig()
-    reading = read_privately(reading or DataConfig(max_length=128), privacy, validation)
+    reading = read_privately(reading or DataConfig(), privacy, validation)
     if private := privacy.epsilon is not None:
         check_private(run)
     package = open_package(emulator, "emulator", trust=trust)
