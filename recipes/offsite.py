@@ -56,7 +56,9 @@ def main() -> None:
 
     say("\n[bold]Model owner[/] studies the model on public text; the result stays private.")
     dynamic = blindtune.DynamicConfig(steps=options.study_steps)
-    how = blindtune.StudyConfig(seed=options.seed, calibration_tokens=20_480, damage_tokens=1024)
+    how = blindtune.StudyConfig(
+        seed=options.seed, calibration_tokens=20_480, damage_tokens=options.damage_tokens
+    )
     with stages() as on_stage:
         study = blindtune.study(
             model, public, out / "study", how, dynamic, overwrite=True, on_stage=on_stage
@@ -91,12 +93,9 @@ def main() -> None:
     with stages() as show:
         for name, candidate, adapter in candidates:
             found = blindtune.evaluate(
-                candidate,
-                adapter=adapter,
-                data=test,
-                config=scoring,
+                candidate, adapter=adapter, data=test, config=scoring,
                 on_progress=partial(show, name),
-            )
+            )  # fmt: skip
             scores[name] = found.perplexity
     bytes_sent = sum(path.stat().st_size for path in (out / "emulator").iterdir())
     studied, steps = sum(study.tokens.values()), tuning.training
@@ -140,6 +139,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("demo"))
     parser.add_argument("--steps", type=int, default=30, help="of tuning, 4 x 128 tokens each")
     parser.add_argument("--study-steps", type=int, default=16, help="of Dynamic LayerReplace")
+    parser.add_argument("--damage-tokens", type=int, default=1024, help="that order the layers")
     parser.add_argument("--test-tokens", type=int, default=4096)
     parser.add_argument("--ft-learning-rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
