@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 UNREADABLE = "what is kept of this job cannot be read here: ask the vendor"
 EXPIRY_GRACE_SECONDS = 3600.0
+NO_CUSTOMER = ""
+"""Whose turn it is when the vendor ends a job; no customer has an empty name."""
 ENDED_KEPT = 32
 """Ended jobs of a customer that are remembered, to tell it that they have ended."""
 
@@ -67,7 +69,8 @@ class JobBook:
             if job.record.state != "open":  # killed before, by another version
                 self.store.drop_states(job.record.name)
         self._overdue: dict[str, float] = {}  # since when (monotonic) a job has looked overdue
-        self._opening = threading.Lock()
+        self._opening: dict[str, str] = {}  # jobs that are being opened, and whose they are
+        self._places = threading.Condition()  # never held while a turn is waited for
 
     def __iter__(self) -> Iterator[Job]:
         return iter(list(self._jobs.values()))
@@ -78,21 +81,18 @@ class JobBook:
         name, digest = _name_of(opening.token)
         self._check_readable(name)
         self.expire()
-        with self._opening:
-            if name not in self._jobs:
-                self._check_room(customer)
-                self._jobs[name] = self._begin(
-                    JobRecord(
-                        name=name,
-                        owner=customer,
-                        token_sha256=digest,
-                        task=opening.task,
-                        outputs=opening.outputs,
-                        precision=opening.precision,
-                        options=opening.options,
-                    )
-                )
-                self._tell(JobOpened(customer=customer, job=name))
+        record = JobRecord(
+            name=name,
+            owner=customer,
+            token_sha256=digest,
+            task=opening.task,
+            outputs=opening.outputs,
+            precision=opening.precision,
+            options=opening.options,
+        )
+        if self._take_place(record):
+            self._begin(record)
+            self._tell(JobOpened(customer=customer, job=name))
         job = self.find(customer, opening.token)
         if not job.record.agrees(opening):
             raise MismatchError("this job was opened with other terms: use them, or another token")
@@ -174,16 +174,19 @@ class JobBook:
         for job in self:
             with _logged(job.record.name):
                 self._end_overdue(job, now, limit)
-        with self._opening:
+        with self._places:
             self._forget_ended(limit)
             with _logged("what killed openings left"):
-                self.store.remove_unopened(EXPIRY_GRACE_SECONDS)
+                self.store.remove_unopened(EXPIRY_GRACE_SECONDS, self._opening)
 
     def _end_overdue(self, job: Job, now: float, limit: float) -> None:
         name = job.record.name
         if job.record.state != "open" or self.store.idle_seconds(name) <= limit:
             self._overdue.pop(name, None)
-        elif now - self._overdue.setdefault(name, now) >= EXPIRY_GRACE_SECONDS:
+        elif (
+            now - self._overdue.setdefault(name, now) >= EXPIRY_GRACE_SECONDS
+            and now - job.asked > EXPIRY_GRACE_SECONDS  # else its lock may be held for long
+        ):
             with job.lock:
                 if job.record.state == "open" and now - job.asked > EXPIRY_GRACE_SECONDS:
                     self._close(job)
@@ -204,10 +207,34 @@ class JobBook:
                     with _logged(name):
                         self.store.remove(name)
 
-    def _begin(self, record: JobRecord) -> Job:
-        job = Job(record=record)
+    def _take_place(self, record: JobRecord) -> bool:
+        """Take a place for a job that is to be opened; False if it is known.
+
+        Waits while the same job is being opened, and for no other.
+        """
+        with self._places:
+            self._places.wait_for(lambda: record.name not in self._opening)
+            if record.name in self._jobs:
+                return False
+            self._check_room(record.owner)
+            self._opening[record.name] = record.owner
+            return True
+
+    def _begin(self, record: JobRecord) -> None:
+        """Make a job in the place that was taken for it, or give the place back."""
+        made = None
+        try:
+            made = self._make(record)
+        finally:
+            with self._places:
+                if made is not None:
+                    self._jobs[record.name] = made
+                del self._opening[record.name]
+                self._places.notify_all()
+
+    def _make(self, record: JobRecord) -> Job:
         with self._model.turn(record.owner):
-            job.lora = self._model.attach(record)
+            job = Job(record=record, lora=self._model.attach(record))
             try:
                 self.store.states(record.name).save(0, job.snapshot())
                 self.store.write(record)
@@ -244,7 +271,9 @@ class JobBook:
         job.record = msgspec.structs.replace(job.record, state=state)
         job.durable = job.deliveries.applied
         if job.lora is not None:
-            with self._model.turn(job.record.owner):
+            # What the vendor itself ends does not queue behind its customer's requests.
+            whose = job.record.owner if state == "cancelled" else NO_CUSTOMER
+            with self._model.turn(whose):
                 self._model.detach(job.record)
             job.lora = None
 
@@ -254,6 +283,7 @@ class JobBook:
 
     def _check_room(self, customer: str) -> None:
         live = [job.record.owner for job in self if job.record.state == "open"]
+        live += self._opening.values()
         own = live.count(customer)
         if len(live) >= self._limits.max_jobs or own >= self._limits.max_jobs_per_customer:
             raise RefusedError("limit", "too many jobs are open: cancel one, or ask again later")

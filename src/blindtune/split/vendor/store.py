@@ -14,6 +14,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Literal, final
 
@@ -137,13 +138,14 @@ class JobStore:
         """Remove all of a job."""
         remove_directory(self._jobs / name)
 
-    def remove_unopened(self, seconds: float) -> None:
+    def remove_unopened(self, seconds: float, opening: Container[str]) -> None:
         """Remove jobs without a record that nobody has touched for so long: killed while opened.
 
-        No job may be opened or removed meanwhile.
+        Those in `opening` are spared; meanwhile none but these may be opened, and none removed.
         """
         for folder in list(self._jobs.glob("*/")):
-            if not _NAME.fullmatch(folder.name) or (folder / "job.json").exists():
+            spared = folder.name in opening or not _NAME.fullmatch(folder.name)
+            if spared or (folder / "job.json").exists():
                 continue
             if time.time() - folder.stat().st_mtime > seconds:
                 self.remove(folder.name)
