@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import msgspec
 
@@ -22,7 +22,7 @@ from blindtune.exchange.wire.events import JobCancelled, JobClosed, JobOpened, J
 from blindtune.exchange.wire.messages import Checkpointed, Message, OpenJob, Refusal
 from blindtune.split.terms import VendorLimits
 from blindtune.split.vendor.admission import RefusedError, check_opening
-from blindtune.split.vendor.job import Job
+from blindtune.split.vendor.job import Job, tensor_bytes
 from blindtune.split.vendor.shared_model import SharedModel
 from blindtune.split.vendor.store import JobRecord, JobStore
 
@@ -120,7 +120,7 @@ class JobBook:
         return job
 
     def rewind(self, job: Job, number: int) -> None:
-        """Take a job back to its checkpoint after request `number`."""
+        """Take a job back to its checkpoint after request `number`; what it used stays used."""
         states = self.store.states(job.record.name)
         if number not in states.numbers():
             raise MismatchError(
@@ -128,14 +128,20 @@ class JobBook:
             )
         with job.lock:
             job.deliveries.take_over()  # streams before this one may change nothing more
-            self._go_back(job, number)
+            state = self._read(job, number)
+            record = msgspec.structs.replace(job.record, undone=job.undone_by(state))
+            self.store.write(record)  # a vendor killed now counts too much rather than too little
+            self._go_back(job, number, state)
+            job.record = record
             states.drop_after(number)
 
     def checkpoint(self, job: Job, sequence: int) -> Message:
         """Make the state after the last applied request durable, unless `sequence` is already.
 
         It is when the customer asks again because the reply was lost; by then a batch that was
-        sent ahead may have been applied, and no step has followed it.
+        sent ahead may have been applied, and no step has followed it. What is stored counts as
+        bytes of the job. One that takes it beyond its limit is made nevertheless: no request, and
+        so no other checkpoint, can follow it.
         """
         assert job.lora is not None
         if sequence > job.deliveries.applied:
@@ -146,8 +152,10 @@ class JobBook:
             raise MismatchError("a checkpoint is made after a step: send the step first")
         number, begin = job.deliveries.applied, time.monotonic()
         # Without a turn: the job's own lock is held, and others' work does not touch its weights.
-        self.store.states(job.record.name).save(number, job.snapshot())
-        job.durable = number
+        state = job.snapshot()
+        state["bytes"] += tensor_bytes(state)
+        self.store.states(job.record.name).save(number, state)
+        job.bytes, job.durable = state["bytes"], number
         seconds = time.monotonic() - begin
         self._tell(JobSaved(
             customer=job.record.owner, job=job.record.name, request=number, seconds=seconds
@@ -246,15 +254,17 @@ class JobBook:
     def _wake(self, job: Job) -> None:
         """Read a job that rests on the disk; one without a state is closed."""
         if kept := self.store.states(job.record.name).numbers():
-            self._go_back(job, kept[-1])
+            self._go_back(job, kept[-1], self._read(job, kept[-1]))
         else:
             self._close(job)
 
-    def _go_back(self, job: Job, number: int) -> None:
+    def _read(self, job: Job, number: int) -> dict[str, Any]:
         try:
-            state = self.store.states(job.record.name).load(number)
+            return self.store.states(job.record.name).load(number)
         except DataError as error:
             raise RefusedError("policy", UNREADABLE) from error
+
+    def _go_back(self, job: Job, number: int, state: dict[str, Any]) -> None:
         with self._model.turn(job.record.owner):
             lora = job.lora or self._model.attach(job.record)
             lora.load(state["lora"])

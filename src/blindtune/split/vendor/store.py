@@ -1,6 +1,6 @@
 """Jobs on the vendor's disk: what was agreed, and the latest checkpoints, each whole or absent.
 
-    jobs/<name>/job.json        owner, hash of the token, terms, state
+    jobs/<name>/job.json        owner, hash of the token, terms, state, use that was undone
     jobs/<name>/at-<number>.pt  everything after request <number>; the last two are kept
 
 Never leaves the vendor, and is for its eyes only: jobs/ has mode 700, the files in it 600.
@@ -36,8 +36,18 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"job_[0-9a-f]{16}")
 
 
+class Usage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a job used of its vendor, as its limits count it."""
+
+    steps: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was agreed when a job was opened. The token itself is not stored."""
+    """What was agreed when a job was opened, and what must outlive its checkpoints. The token
+    itself is not stored."""
 
     name: str
     owner: str
@@ -49,6 +59,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     state: Literal["open", "cancelled", "closed"] = "open"
     """cancelled by the customer; closed by the vendor: long unasked for, or no checkpoint was
     left."""
+    undone: Usage = Usage()
+    """What was used for requests that the customer went back from: it stays used."""
 
     def agrees(self, opening: OpenJob) -> bool:
         """Whether an opening asks for the same as before."""
@@ -105,7 +117,7 @@ class JobStore:
         return found
 
     def write(self, record: JobRecord) -> None:
-        """Store what was agreed, durably."""
+        """Store a job's record, durably."""
         with secret_file(self._jobs / record.name / "job.json") as partial:
             partial.write_bytes(msgspec.json.encode(record))
 
