@@ -103,7 +103,8 @@ class VendorLimits:
     max_job_tokens: int = 1_000_000_000
     """Tokens that a job may train on and predict, together."""
     max_job_bytes: int = 1_000_000_000_000
-    """Bytes of tensors that a job may send and be sent, as they are written on the wire."""
+    """Bytes of tensors that a job may send and be sent, as they are written on the wire, and that
+    its checkpoints hold when they are stored."""
     max_steps: int = 1_000_000
     """Optimizer steps of a job."""
     max_seconds: float = 86400.0

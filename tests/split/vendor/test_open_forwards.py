@@ -223,7 +223,7 @@ def test_replies_that_are_remembered_are_bounded_estimated_and_let_go_of(tmp_pat
     )  # fmt: skip
     bound = found.sizes["replies that a job has remembered, at most"]
     assert remembered_bytes(before) == bound == 8 * 10 * 32 * 4
-    each = bound + found.sizes["a job in memory (rank 8)"] + 10 * 32 * 4
+    each = bound + found.sizes["a job in memory, of the largest rank (64)"] + 10 * 32 * 4
     assert more.memory_bytes - found.memory_bytes == pytest.approx(1e6 * each, rel=0.01)
     later = Stream(world, opened=ResumeJob(token=token, at=0))
     assert remembered_bytes(before) == 0  # the stream before is open still

@@ -330,16 +330,18 @@ def test_estimates_are_near_what_is_made(tmp_path):
         weights = (tmp_path / partition / "weights.safetensors").stat().st_size
         assert estimate_bottom(model, 3, config).written_bytes == pytest.approx(weights, rel=0.1)
         assert made.bytes > weights
-    found = estimate_serve(model, 3, limits=VendorLimits(max_jobs=2, max_message_tokens=10))
+    limits = VendorLimits(max_jobs=2, max_message_tokens=10, max_rank=16)
+    found = estimate_serve(model, 3, limits=limits)
     world = VendorWorld(tmp_path, "smollm2", cut=3)
-    config = CONFIG.__class__(lora_rank=8)
-    with world.start() as service:
+    config = CONFIG.__class__(lora_rank=16)  # the most that may be asked for
+    with world.start(limits=limits) as service:
         world.job(service, config=config).close()
         state = next((world.out / "jobs").rglob("at-*.pt"))
         lora = next(iter(service._vendor._jobs)).lora
         numbers = sum(p.numel() for n, p in lora._parameters.items() if "lora" in n)
-    on_disk = found.sizes["a job on the disk, its replies not counted"]
+    on_disk = found.sizes["such a job on the disk, its replies not counted"]
     assert on_disk == 2 * 3 * 4 * numbers
+    assert found.sizes["a job in memory, of the largest rank (16)"] == 4 * 4 * numbers
     assert state.stat().st_size > 4 * numbers
 
 

@@ -18,7 +18,7 @@ from blindtune.models.costs import (
 )
 from blindtune.split.numbered_states import KEPT_STATES
 from blindtune.split.partition import Stack, stack_of
-from blindtune.split.terms import TuningConfig, VendorLimits
+from blindtune.split.terms import VendorLimits
 from blindtune.split.vendor.lora import freeze
 from blindtune.split.vendor.service import BottomConfig
 
@@ -51,9 +51,10 @@ def estimate_serve(
 ) -> Estimate:
     """Estimate `serve`: until it serves, and what every further job takes.
 
-    Jobs are counted at the default rank with LoRA in every linear map; memory is for as many of
-    them as `limits` allows, and one message of the largest size at work. In the U-shape there are
-    open forwards besides: graphs of as many tokens as one message has, and every job's inputs.
+    Jobs are counted at the largest rank that `limits` allows, with LoRA in every linear map; memory
+    is for as many of them as it allows, and one message of the largest size at work. In the U-shape
+    there are open forwards besides: graphs of as many tokens as one message has, and every job's
+    inputs.
     Replies that a job remembers are counted at their bound: each may hold as many rows as a message
     has, where gradients of the inputs are asked for. Customers of this project ask for none.
 
@@ -64,7 +65,7 @@ def estimate_serve(
     stack = stack_of(sketch(model))
     where = config.cut(stack.layer_count, cut)
     whole, written = weight_bytes(stack.model), _package_bytes(stack, cut, config)
-    served, rank = freeze(stack, where), TuningConfig().lora_rank
+    served, rank = freeze(stack, where), limits.max_rank
     shapes = [
         tuple(stack.model.get_submodule(path).weight.shape)
         for path in (*served.attention, *served.feed_forward)
@@ -79,8 +80,8 @@ def estimate_serve(
     rows = FLOAT * stack.hidden_size * limits.max_message_tokens
     sizes = {
         "the model": whole,
-        f"a job in memory (rank {rank})": job,
-        "a job on the disk, its replies not counted": KEPT_STATES * state,
+        f"a job in memory, of the largest rank ({rank})": job,
+        "such a job on the disk, its replies not counted": KEPT_STATES * state,
         f"work on {limits.max_message_tokens:,} tokens at once": work,
     }
     waiting, replies = 0, WINDOW * rows

@@ -22,8 +22,18 @@ from pathlib import Path
 from typing import Any, TextIO, final
 
 from blindtune.errors import OutputError
-from blindtune.exchange.wire.events import Answered, Crossed, Event, TurnedAway, Worked
+from blindtune.exchange.wire.events import (
+    Answered,
+    Crossed,
+    Event,
+    JobCancelled,
+    JobClosed,
+    JobOpened,
+    Worked,
+)
 
+LINE_SECONDS = 1.0
+"""Between two lines of a customer about the same kind of event."""
 _WATCHED = ("blindtune", "grpc")
 
 
@@ -32,8 +42,9 @@ class EventLog:
     """An observer of events that writes lines; also takes over the logging of this process's
     `blindtune` and `grpc` until it is closed.
 
-    Requests that were answered well are not written, nor more than one refusal a second of those
-    who call too often: the metrics count them.
+    Requests that were answered well are not written; the metrics count them. Of what a customer
+    can bring about as often as it likes, one line a second is written of each kind (the event, and
+    its answer or reason), with `left_out`, how many of them there were since the line before.
 
     Args:
         path: a file to append to; None: standard error.
@@ -44,7 +55,8 @@ class EventLog:
 
     def __init__(self, path: str | Path | None = None) -> None:
         self._lock = threading.Lock()
-        self._flooded = -math.inf  # when a line last told of too many calls
+        self._told: dict[tuple[str | None, ...], tuple[float, int]] = {}
+        """By kind: when a line was last written, and how many were left out since."""
         self._file: TextIO = sys.stderr
         if path is not None:
             try:
@@ -64,20 +76,28 @@ class EventLog:
     def __call__(self, event: Event) -> None:
         """Write an event, unless it is one of those that come with every request."""
         plain = isinstance(event, Answered) and event.answer == "ok"
-        if plain or isinstance(event, Crossed | Worked) or self._repeated(event):
+        if plain or isinstance(event, Crossed | Worked):
             return
         name = re.sub(r"(?<!^)(?=[A-Z])", "-", type(event).__name__).lower()
-        self.write(name, asdict(event))
+        facts = asdict(event)
+        if not isinstance(event, JobOpened | JobCancelled | JobClosed):  # once a stream at most
+            kind = (name, event.customer, facts.get("answer"), facts.get("reason"))
+            if (left_out := self._left_out(kind)) is None:
+                return
+            if left_out:
+                facts["left_out"] = left_out
+        self.write(name, facts)
 
-    def _repeated(self, event: Event) -> bool:
-        """Whether a flood would fill the disk with this event."""
-        if not isinstance(event, TurnedAway) or event.reason != "rate":
-            return False
+    def _left_out(self, kind: tuple[str | None, ...]) -> int | None:
+        """How many of a kind had no line since the last one; None: this one gets none either."""
         now = time.monotonic()
         with self._lock:
-            repeated = now < self._flooded + 1.0
-            self._flooded = self._flooded if repeated else now
-        return repeated
+            last, count = self._told.get(kind, (-math.inf, 0))
+            if now < last + LINE_SECONDS:
+                self._told[kind] = (last, count + 1)
+                return None
+            self._told[kind] = (now, 0)
+            return count
 
     def write(self, name: str, facts: dict[str, Any]) -> None:
         """Write a line; a log that cannot be written stops nothing."""

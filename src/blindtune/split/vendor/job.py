@@ -32,7 +32,7 @@ from blindtune.exchange.wire.messages import (
 from blindtune.split.terms import VendorLimits
 from blindtune.split.vendor.admission import RefusedError
 from blindtune.split.vendor.lora import JobLora
-from blindtune.split.vendor.store import JobRecord
+from blindtune.split.vendor.store import JobRecord, Usage
 
 
 @dataclass(eq=False)
@@ -46,7 +46,7 @@ class Job:
     steps: int = 0
     tokens: int = 0
     bytes: int = 0
-    """Of tensors, sent and received, as they are on the wire."""
+    """Of tensors, sent and received, as they are on the wire; and of what checkpoints held."""
     seconds: float = 0.0
     asked: float = field(default_factory=time.monotonic)
     """When somebody last asked for it in this process, or when it was read."""
@@ -80,6 +80,26 @@ class Job:
             "seconds": self.seconds,
         }
 
+    def used(self) -> Usage:
+        """What limits count: what led to where the job is, and what the customer went back from."""
+        undone = self.record.undone
+        return Usage(
+            steps=self.steps + undone.steps,
+            tokens=self.tokens + undone.tokens,
+            bytes=self.bytes + undone.bytes,
+            seconds=self.seconds + undone.seconds,
+        )
+
+    def undone_by(self, state: dict[str, Any]) -> Usage:
+        """What was used and is not in the counts of `state`, to which the job is to go back."""
+        used = self.used()
+        return Usage(
+            steps=used.steps - state["steps"],
+            tokens=used.tokens - state["tokens"],
+            bytes=used.bytes - state.get("bytes", 0),
+            seconds=used.seconds - state["seconds"],
+        )
+
     def go_back(self, number: int, state: dict[str, Any], lora: JobLora) -> None:
         """Become what `snapshot` gave after request `number`; `lora` holds its weights already."""
         replies = [bytes(frame.numpy()) for frame in state["replies"]]
@@ -97,13 +117,14 @@ class Job:
             RefusedError: it may not.
         """
         rows = message.hidden_TD if isinstance(message, Batch | Forward | Predict) else ()
-        for used, most, unit in (
-            (self.seconds, limits.max_seconds, "seconds"),
-            (self.steps if isinstance(message, Step) else 0, limits.max_steps, "steps"),
-            (self.tokens + len(rows) - 1, limits.max_job_tokens, "tokens"),
-            (self.bytes + stored_bytes(message) - 1, limits.max_job_bytes, "bytes"),
+        used = self.used()
+        for count, most, unit in (
+            (used.seconds, limits.max_seconds, "seconds"),
+            (used.steps if isinstance(message, Step) else 0, limits.max_steps, "steps"),
+            (used.tokens + len(rows) - 1, limits.max_job_tokens, "tokens"),
+            (used.bytes + stored_bytes(message) - 1, limits.max_job_bytes, "bytes"),
         ):
-            if used >= most:
+            if count >= most:
                 raise RefusedError("limit", f"the job used its {most:.12g} {unit}: ask the vendor")
 
     def count(self, message: Message, reply: Message) -> None:
@@ -141,3 +162,12 @@ class Job:
             wanted = found_TD.cpu() if message.input_gradient else None
             return Gradients(sequence=number, precision=precision, gradient_TD=wanted)
         return Stepped(sequence=number, steps=self.steps + 1, gradient_norm=lora.step())
+
+
+def tensor_bytes(state: object) -> int:
+    """Bytes of all tensors in dicts and sequences, whatever their depth."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    if isinstance(state, dict):
+        return sum(map(tensor_bytes, state.values()))
+    return sum(map(tensor_bytes, state)) if isinstance(state, list | tuple) else 0

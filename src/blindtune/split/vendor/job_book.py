@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import msgspec
 
@@ -22,7 +22,7 @@ from blindtune.exchange.wire.events import JobCancelled, JobClosed, JobOpened, J
 from blindtune.exchange.wire.messages import Checkpointed, Message, OpenJob, Refusal
 from blindtune.split.terms import VendorLimits
 from blindtune.split.vendor.admission import RefusedError, check_opening
-from blindtune.split.vendor.job import Job
+from blindtune.split.vendor.job import Job, tensor_bytes
 from blindtune.split.vendor.shared_model import SharedModel
 from blindtune.split.vendor.store import JobRecord, JobStore
 
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 UNREADABLE = "what is kept of this job cannot be read here: ask the vendor"
 EXPIRY_GRACE_SECONDS = 3600.0
+NO_CUSTOMER = ""
+"""Whose turn it is when the vendor ends a job; no customer has an empty name."""
 ENDED_KEPT = 32
 """Ended jobs of a customer that are remembered, to tell it that they have ended."""
 
@@ -67,7 +69,8 @@ class JobBook:
             if job.record.state != "open":  # killed before, by another version
                 self.store.drop_states(job.record.name)
         self._overdue: dict[str, float] = {}  # since when (monotonic) a job has looked overdue
-        self._opening = threading.Lock()
+        self._opening: dict[str, str] = {}  # jobs that are being opened, and whose they are
+        self._places = threading.Condition()  # never held while a turn is waited for
 
     def __iter__(self) -> Iterator[Job]:
         return iter(list(self._jobs.values()))
@@ -78,21 +81,18 @@ class JobBook:
         name, digest = _name_of(opening.token)
         self._check_readable(name)
         self.expire()
-        with self._opening:
-            if name not in self._jobs:
-                self._check_room(customer)
-                self._jobs[name] = self._begin(
-                    JobRecord(
-                        name=name,
-                        owner=customer,
-                        token_sha256=digest,
-                        task=opening.task,
-                        outputs=opening.outputs,
-                        precision=opening.precision,
-                        options=opening.options,
-                    )
-                )
-                self._tell(JobOpened(customer=customer, job=name))
+        record = JobRecord(
+            name=name,
+            owner=customer,
+            token_sha256=digest,
+            task=opening.task,
+            outputs=opening.outputs,
+            precision=opening.precision,
+            options=opening.options,
+        )
+        if self._take_place(record):
+            self._begin(record)
+            self._tell(JobOpened(customer=customer, job=name))
         job = self.find(customer, opening.token)
         if not job.record.agrees(opening):
             raise MismatchError("this job was opened with other terms: use them, or another token")
@@ -120,7 +120,7 @@ class JobBook:
         return job
 
     def rewind(self, job: Job, number: int) -> None:
-        """Take a job back to its checkpoint after request `number`."""
+        """Take a job back to its checkpoint after request `number`; what it used stays used."""
         states = self.store.states(job.record.name)
         if number not in states.numbers():
             raise MismatchError(
@@ -128,14 +128,20 @@ class JobBook:
             )
         with job.lock:
             job.deliveries.take_over()  # streams before this one may change nothing more
-            self._go_back(job, number)
+            state = self._read(job, number)
+            record = msgspec.structs.replace(job.record, undone=job.undone_by(state))
+            self.store.write(record)  # a vendor killed now counts too much rather than too little
+            self._go_back(job, number, state)
+            job.record = record
             states.drop_after(number)
 
     def checkpoint(self, job: Job, sequence: int) -> Message:
         """Make the state after the last applied request durable, unless `sequence` is already.
 
         It is when the customer asks again because the reply was lost; by then a batch that was
-        sent ahead may have been applied, and no step has followed it.
+        sent ahead may have been applied, and no step has followed it. What is stored counts as
+        bytes of the job. One that takes it beyond its limit is made nevertheless: no request, and
+        so no other checkpoint, can follow it.
         """
         assert job.lora is not None
         if sequence > job.deliveries.applied:
@@ -146,8 +152,10 @@ class JobBook:
             raise MismatchError("a checkpoint is made after a step: send the step first")
         number, begin = job.deliveries.applied, time.monotonic()
         # Without a turn: the job's own lock is held, and others' work does not touch its weights.
-        self.store.states(job.record.name).save(number, job.snapshot())
-        job.durable = number
+        state = job.snapshot()
+        state["bytes"] += tensor_bytes(state)
+        self.store.states(job.record.name).save(number, state)
+        job.bytes, job.durable = state["bytes"], number
         seconds = time.monotonic() - begin
         self._tell(JobSaved(
             customer=job.record.owner, job=job.record.name, request=number, seconds=seconds
@@ -174,16 +182,19 @@ class JobBook:
         for job in self:
             with _logged(job.record.name):
                 self._end_overdue(job, now, limit)
-        with self._opening:
+        with self._places:
             self._forget_ended(limit)
             with _logged("what killed openings left"):
-                self.store.remove_unopened(EXPIRY_GRACE_SECONDS)
+                self.store.remove_unopened(EXPIRY_GRACE_SECONDS, self._opening)
 
     def _end_overdue(self, job: Job, now: float, limit: float) -> None:
         name = job.record.name
         if job.record.state != "open" or self.store.idle_seconds(name) <= limit:
             self._overdue.pop(name, None)
-        elif now - self._overdue.setdefault(name, now) >= EXPIRY_GRACE_SECONDS:
+        elif (
+            now - self._overdue.setdefault(name, now) >= EXPIRY_GRACE_SECONDS
+            and now - job.asked > EXPIRY_GRACE_SECONDS  # else its lock may be held for long
+        ):
             with job.lock:
                 if job.record.state == "open" and now - job.asked > EXPIRY_GRACE_SECONDS:
                     self._close(job)
@@ -204,10 +215,34 @@ class JobBook:
                     with _logged(name):
                         self.store.remove(name)
 
-    def _begin(self, record: JobRecord) -> Job:
-        job = Job(record=record)
+    def _take_place(self, record: JobRecord) -> bool:
+        """Take a place for a job that is to be opened; False if it is known.
+
+        Waits while the same job is being opened, and for no other.
+        """
+        with self._places:
+            self._places.wait_for(lambda: record.name not in self._opening)
+            if record.name in self._jobs:
+                return False
+            self._check_room(record.owner)
+            self._opening[record.name] = record.owner
+            return True
+
+    def _begin(self, record: JobRecord) -> None:
+        """Make a job in the place that was taken for it, or give the place back."""
+        made = None
+        try:
+            made = self._make(record)
+        finally:
+            with self._places:
+                if made is not None:
+                    self._jobs[record.name] = made
+                del self._opening[record.name]
+                self._places.notify_all()
+
+    def _make(self, record: JobRecord) -> Job:
         with self._model.turn(record.owner):
-            job.lora = self._model.attach(record)
+            job = Job(record=record, lora=self._model.attach(record))
             try:
                 self.store.states(record.name).save(0, job.snapshot())
                 self.store.write(record)
@@ -219,15 +254,17 @@ class JobBook:
     def _wake(self, job: Job) -> None:
         """Read a job that rests on the disk; one without a state is closed."""
         if kept := self.store.states(job.record.name).numbers():
-            self._go_back(job, kept[-1])
+            self._go_back(job, kept[-1], self._read(job, kept[-1]))
         else:
             self._close(job)
 
-    def _go_back(self, job: Job, number: int) -> None:
+    def _read(self, job: Job, number: int) -> dict[str, Any]:
         try:
-            state = self.store.states(job.record.name).load(number)
+            return self.store.states(job.record.name).load(number)
         except DataError as error:
             raise RefusedError("policy", UNREADABLE) from error
+
+    def _go_back(self, job: Job, number: int, state: dict[str, Any]) -> None:
         with self._model.turn(job.record.owner):
             lora = job.lora or self._model.attach(job.record)
             lora.load(state["lora"])
@@ -244,7 +281,9 @@ class JobBook:
         job.record = msgspec.structs.replace(job.record, state=state)
         job.durable = job.deliveries.applied
         if job.lora is not None:
-            with self._model.turn(job.record.owner):
+            # What the vendor itself ends does not queue behind its customer's requests.
+            whose = job.record.owner if state == "cancelled" else NO_CUSTOMER
+            with self._model.turn(whose):
                 self._model.detach(job.record)
             job.lora = None
 
@@ -254,6 +293,7 @@ class JobBook:
 
     def _check_room(self, customer: str) -> None:
         live = [job.record.owner for job in self if job.record.state == "open"]
+        live += self._opening.values()
         own = live.count(customer)
         if len(live) >= self._limits.max_jobs or own >= self._limits.max_jobs_per_customer:
             raise RefusedError("limit", "too many jobs are open: cancel one, or ask again later")

@@ -1,6 +1,6 @@
 """Jobs on the vendor's disk: what was agreed, and the latest checkpoints, each whole or absent.
 
-    jobs/<name>/job.json        owner, hash of the token, terms, state
+    jobs/<name>/job.json        owner, hash of the token, terms, state, use that was undone
     jobs/<name>/at-<number>.pt  everything after request <number>; the last two are kept
 
 Never leaves the vendor, and is for its eyes only: jobs/ has mode 700, the files in it 600.
@@ -14,6 +14,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Literal, final
 
@@ -35,8 +36,18 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"job_[0-9a-f]{16}")
 
 
+class Usage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a job used of its vendor, as its limits count it."""
+
+    steps: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was agreed when a job was opened. The token itself is not stored."""
+    """What was agreed when a job was opened, and what must outlive its checkpoints. The token
+    itself is not stored."""
 
     name: str
     owner: str
@@ -48,6 +59,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     state: Literal["open", "cancelled", "closed"] = "open"
     """cancelled by the customer; closed by the vendor: long unasked for, or no checkpoint was
     left."""
+    undone: Usage = Usage()
+    """What was used for requests that the customer went back from: it stays used."""
 
     def agrees(self, opening: OpenJob) -> bool:
         """Whether an opening asks for the same as before."""
@@ -104,7 +117,7 @@ class JobStore:
         return found
 
     def write(self, record: JobRecord) -> None:
-        """Store what was agreed, durably."""
+        """Store a job's record, durably."""
         with secret_file(self._jobs / record.name / "job.json") as partial:
             partial.write_bytes(msgspec.json.encode(record))
 
@@ -137,13 +150,14 @@ class JobStore:
         """Remove all of a job."""
         remove_directory(self._jobs / name)
 
-    def remove_unopened(self, seconds: float) -> None:
+    def remove_unopened(self, seconds: float, opening: Container[str]) -> None:
         """Remove jobs without a record that nobody has touched for so long: killed while opened.
 
-        No job may be opened or removed meanwhile.
+        Those in `opening` are spared; meanwhile none but these may be opened, and none removed.
         """
         for folder in list(self._jobs.glob("*/")):
-            if not _NAME.fullmatch(folder.name) or (folder / "job.json").exists():
+            spared = folder.name in opening or not _NAME.fullmatch(folder.name)
+            if spared or (folder / "job.json").exists():
                 continue
             if time.time() - folder.stat().st_mtime > seconds:
                 self.remove(folder.name)
