@@ -51,7 +51,8 @@ def test_names_and_columns(tmp_path):
         ("a.jsonl", "[" * 100_000, "a.jsonl:1: expected JSON"),
     ],
 )
-def test_bad_files(tmp_path, name, text, match):
+def test_bad_files(tmp_path, monkeypatch, name, text, match):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)  # else its hub is asked, and again
     path = name if text is None else write(tmp_path / name, text)
     with pytest.raises(DataError, match=match):
         read_labelled(path)
