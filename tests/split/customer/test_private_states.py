@@ -31,7 +31,8 @@ def test_the_wire_holds_no_text_and_no_ids(tmp_path, partition):
     world = World(tmp_path, "smollm2", partition, cut=1, last=int(partition == "u-shape"))
     recorder = Recorder()
     job = world.job(tap=recorder)
-    private = noised(world, mechanism=Mechanism(eta=5.0))
+    predict_sent = partition == "u-shape"
+    private = noised(world, mechanism=Mechanism(eta=5.0), predict_sent=predict_sent)
     if partition == "two-part":
         train(job, private, PLAN)
         predict(job, private)

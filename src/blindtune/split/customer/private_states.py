@@ -70,6 +70,8 @@ class PrivateStates:
     these and not `ids`."""
     changed_labels: float | None = None
     """Where labels were drawn anew: the share that came out as another."""
+    privatized: bool = False
+    """Whether noise or word groups hide the words of `states`."""
 
     @property
     def targets(self) -> tuple[Tensor, ...]:
@@ -120,6 +122,7 @@ class PrivateStates:
         for name in ("changed", "changed_labels"):
             if (share := getattr(self, name)) is not None:
                 tensors[name] = torch.tensor(share, dtype=torch.float64)
+        tensors["privatized"] = torch.tensor(self.privatized)
         with secret_file(path) as partial:
             save_file(tensors, partial)
 
@@ -134,6 +137,7 @@ class PrivateStates:
                 labels=found.get("labels"),
                 ids=found["ids_T"].split(lengths),
                 sent_ids=found["sent_T"].split(lengths) if "sent_T" in found else None,
+                privatized=bool(found.get("privatized", "changed" in found)),
                 **{n: float(found[n]) for n in ("changed", "changed_labels") if n in found},
             )
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
@@ -169,8 +173,7 @@ def privatize(
         classes: number of classes; needed with CTI and `label_epsilon`.
         label_epsilon: labels are drawn anew (`privacy.randomized_response`); None: as they are.
         predict_sent: a language model shall learn to predict the words that are sent.
-        batch_size: texts at once; changes speed only.
-        on_progress: is told how many texts of all are done.
+        batch_size, on_progress: texts at once, for speed; is told how many of all texts are done.
         testing_seed: for tests only: noise that anyone can repeat. Warns.
 
     Raises:
@@ -200,6 +203,7 @@ def privatize(
         changed=_changed(bottom, ids, sent) if replaces else None,
         sent_ids=tuple(sent) if predict_sent else None,
         changed_labels=changed_labels,
+        privatized=mechanism is not None or groups is not None,
     )
 
 
