@@ -46,7 +46,11 @@ from blindtune.privacy.token_importance import ContributingTokens, ImportanceCon
 from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.bottom import Bottom
 from blindtune.split.customer.private_texts import encode_texts
-from blindtune.split.customer.spared_tokens import contributing_tokens, factors_of
+from blindtune.split.customer.spared_tokens import (
+    check_labelled,
+    contributing_tokens,
+    factors_of,
+)
 from blindtune.split.partition import run_bottom
 
 
@@ -160,14 +164,13 @@ def privatize(
     on_progress: Callable[[int, int], None] = lambda _done, _texts: None,
     testing_seed: int | None = None,
 ) -> PrivateStates:
-    """Tokenise what is text, noise, and run the bottom, once.
+    """Tokenise what is text, noise, and run the bottom (from `open_bottom`), once.
 
     Args:
-        bottom: from `open_bottom`.
         texts: private, as text or as token ids [L] of the bottom's tokenizer; none without tokens.
         labels: one a text; None for texts to predict, or for language modelling.
         mechanism: the noise; None: no noise and no promise at all, for comparisons.
-        importance: CTI for training texts with classes; None: only tokens around a text are spared.
+        importance: CTI, for labels with classes; None: only tokens around a text are spared.
         groups: public; every token is its group's representative from the start, so CTI counts
             representatives, and noise replaces them by one another. None: every word is its own.
         classes: number of classes; needed with CTI and `label_epsilon`.
@@ -184,6 +187,7 @@ def privatize(
     _check(ids, labels, mechanism, predict_sent)
     labels, changed_labels = _labels(labels, classes, label_epsilon, testing_seed)
     content = _content(bottom, groups, ids)
+    check_labelled(importance, labels, classes)
     contributing = contributing_tokens(bottom, content, labels, importance, classes)
     table_VD: Any = bottom.stack.embedding.weight
     privatizer = privatizer_of(mechanism, table_VD, groups, testing_seed=testing_seed)
