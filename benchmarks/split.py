@@ -352,7 +352,9 @@ def wiki_row(bench, folder, seed, noise=None, *, split=True):
 
     with job(vendor, bottom, config, task="hidden") as transport:
         before = nats_per_token(transport, top, unseen)
-        losses = train_u_shape(transport, top, private, passes, language_model=True)
+        losses = train_u_shape(
+            transport, top, private, passes, language_model=True, true_targets=True
+        )
         after = nats_per_token(transport, top, unseen)
     return {
         "nats before": before,

@@ -150,7 +150,10 @@ def word_row(bench, folder, seed, eta, *, sent, dp=None):
     recorder, top = Recorder(), Top(bottom, None)
     with job(vendor, bottom, config, tap=recorder, **EXACT) as transport:
         before = nats_per_token(transport, top, unseen)
-        train_u_shape(transport, top, private, passes, language_model=True, noise=noise)
+        train_u_shape(
+            transport, top, private, passes,
+            language_model=True, noise=noise, true_targets=not sent,
+        )  # fmt: skip
         after = nats_per_token(transport, top, unseen)
     return {
         "nats before": before,

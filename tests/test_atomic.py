@@ -84,6 +84,19 @@ def test_overwriting_replaces_only_results_of_its_kind(tmp_path):
     assert names(target) == ["m"]
 
 
+def test_a_result_never_replaces_what_it_is_made_of(tmp_path, monkeypatch):
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    for name in ("m", "data/text"):
+        (tmp_path / "out" / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    out, told = tmp_path / "out", {"overwrite": True, "mark": "m"}
+    for read in ("out", out / "data" / "text", tmp_path / "link", "out/../out"):
+        with pytest.raises(OutputError, match="apart from what is read"):
+            check_free(out, inputs=(None, "a/name", read), **told)
+    check_free(out, inputs=(tmp_path, "x" * 5000, tmp_path / "none", ["a"]), **told)
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / ".out.0a0a0a0a.partial").mkdir()
     with atomic_directory(tmp_path / "out"):

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -49,7 +49,33 @@ def output_error(path: Path, error: OSError | SafetensorError) -> OutputError:
     return OutputError(f"{path}: cannot be written ({reason or error}): {remedy}")
 
 
-def check_free(target: Path, *, overwrite: bool, mark: str) -> None:
+Place = str | Path | None
+"""Of what is read: a path, a name that is no path, or nothing."""
+
+
+def check_apart(target: Path, inputs: Iterable[Place]) -> None:
+    """Check that a result would not take the place of what it is made of.
+
+    Args:
+        target: where the result shall be.
+        inputs: what is read; names of the hub, and what is not there, are passed over.
+
+    Raises:
+        OutputError: one of them is there, or lies in it.
+    """
+    final = target.resolve()
+    for one in inputs:
+        if not isinstance(one, str | Path) or not os.path.exists(one):  # noqa: PTH110  # any text
+            continue
+        read = Path(one).resolve()
+        if final == read or final in read.parents:
+            raise OutputError(
+                f"{target}: expected a place apart from what is read, {one} would be replaced by "
+                "what is made of it: choose another place"
+            )
+
+
+def check_free(target: Path, *, overwrite: bool, mark: str, inputs: Iterable[Place] = ()) -> None:
     """Check, before any work is done, that a result directory can be written.
 
     Args:
@@ -57,10 +83,12 @@ def check_free(target: Path, *, overwrite: bool, mark: str) -> None:
         overwrite: an earlier result may be replaced.
         mark: name of a file that every result of this kind holds; only a directory that has it is
             ever replaced.
+        inputs: what the result is made of, which it never replaces.
 
     Raises:
         OutputError: something is in the way, or the place cannot be written to.
     """
+    check_apart(target, inputs)
     if target.is_symlink():
         raise OutputError(f"{target}: expected a directory, a symbolic link is there: name its aim")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):

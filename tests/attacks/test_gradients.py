@@ -59,7 +59,9 @@ def u_shape(
             precision=precision,
         )  # fmt: skip
         plan = PassConfig(epochs=epochs, batch_size=4, precision=precision)
-        train_u_shape(job, Top(bottom, head), private, plan, language_model=labels is None)
+        train_u_shape(
+            job, Top(bottom, head), private, plan, language_model=labels is None, true_targets=True
+        )
         job.close()
     return model, recorder.transcript(), private
 

@@ -67,6 +67,11 @@ def test_a_strange_record_is_named(tune, tmp_path):
     refused(tune(data), USAGE, f"{data}:2")
 
 
+def test_a_delta_without_an_epsilon(tune, made):
+    done = tune(made / "private.jsonl", "--dp-delta", "1e-5")
+    refused(done, USAGE, "expected --dp-epsilon with --dp-delta")
+
+
 def test_too_few_tokens(study, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("too short")

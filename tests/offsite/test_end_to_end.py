@@ -12,13 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from blindtune.errors import ConfigError, DataError, MismatchError, PackageError
+from blindtune.errors import ConfigError, DataError, MismatchError, OutputError, PackageError
 from blindtune.evaluation.utility.evaluating import EvaluationConfig, evaluate
 from blindtune.exchange.packages.manifest import AdapterLayer, FullModelFacts
 from blindtune.exchange.packages.package import open_package
 from blindtune.models.decoder import Decoder
 from blindtune.models.loading import load_model
 from blindtune.models.surgery import keep_layers
+from blindtune.offsite.data_owner.tuning import tune
 from blindtune.offsite.emulator import adapter_parameters, open_emulator, write_emulator
 from blindtune.offsite.model_owner.emulation import (
     EmulatorConfig,
@@ -29,6 +30,7 @@ from blindtune.offsite.model_owner.emulation import (
 from blindtune.offsite.model_owner.importance import DynamicConfig
 from blindtune.offsite.model_owner.plugin import plug_in
 from blindtune.offsite.model_owner.study import open_study
+from blindtune.offsite.model_owner.studying import study
 from offsite_world import (
     READING,
     SILENT,
@@ -501,11 +503,32 @@ def test_a_model_in_half_precision_is_the_one_that_transformers_opens(name, tmp_
 def test_plug_in_checks_before_it_writes_over(world, tmp_path):
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / "precious").write_text("keep me")
-    from blindtune.errors import OutputError
-
     with pytest.raises(OutputError, match="something is there"):
         plug_in(world.path / "model", world.path / "adapter", tmp_path / "tuned")
     assert (tmp_path / "tuned" / "precious").read_text() == "keep me"
+
+
+def test_no_act_replaces_what_it_reads(world, tmp_path):
+    """The owner's only model was replaced by the tuned one, an emulator by an adapter."""
+    made = world.path
+    for name in ("model", "emulator", "adapter", "study"):
+        shutil.copytree(made / name, tmp_path / name)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    model, emulator, adapter, study_of = (
+        tmp_path / name for name in ("model", "emulator", "adapter", "study")
+    )
+    public, private = made / "public.txt", made / "private.txt"
+    for act, arguments, said in (
+        (plug_in, (model, adapter, model), "apart from what is read"),
+        (tune, (emulator, private, emulator), "apart from what is read"),
+        (emulate, (study_of, model), "only an earlier package|expected an earlier result"),
+        (emulate, (world.study, emulator / ".." / "adapter"), "kind emulator to replace"),
+        (tune, (made / "emulator", private, emulator), "kind adapter to replace, got emulator"),
+        (study, (model, public, model), "apart from what is read"),
+    ):
+        with pytest.raises(OutputError, match=said):
+            act(*arguments, overwrite=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_generation_ends_where_the_models_own_does(world, tmp_path):

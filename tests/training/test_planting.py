@@ -55,6 +55,13 @@ def test_in_plain_text_canaries_are_lines(tmp_path):
     assert sum("access code" in line for line in got) == done.planted == 8
 
 
+def test_a_planting_is_not_replaced_by_what_is_made_of_it(tmp_path):
+    (tmp_path / "private.txt").write_text("a line")
+    done = plant(tmp_path / "private.txt", tmp_path / "planted", CONFIG)
+    with pytest.raises(OutputError, match="apart from what is read"):
+        plant(done.data, tmp_path / "planted", CONFIG, overwrite=True)
+
+
 def test_the_same_seed_draws_the_same_and_another_draws_others():
     assert draw_canaries(CONFIG) == draw_canaries(CONFIG)
     other = draw_canaries(CanaryConfig(repeats=(0, 1, 3), each=2, candidates=16, seed=1))

@@ -9,7 +9,7 @@ Shapes: O output features, I input features, R rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import msgspec
@@ -49,6 +49,12 @@ class AdapterConfig:
             raise ConfigError(
                 "expected lora_rank >= 0, lora_alpha > 0 and lora_dropout in [0, 1), got "
                 f"{self.lora_rank}, {self.lora_alpha}, {self.lora_dropout}"
+            )
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if given and not self.lora_rank:
+            raise ConfigError(
+                f"expected lora_rank above 0 with {', '.join(given)}, got 0, which trains all "
+                f"weights of the adapter layers: give a rank, or leave {' and '.join(given)}"
             )
 
 

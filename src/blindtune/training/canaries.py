@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from blindtune.atomic import atomic_directory
+from blindtune.atomic import atomic_directory, check_free
 from blindtune.errors import ConfigError, DataError
 from blindtune.training.records import RecordShape, record_shape
 from blindtune.training.text import DataConfig, read_rows
@@ -141,6 +141,7 @@ def plant(
         DataError: the data cannot be read. ConfigError, OutputError: see errors.py.
     """
     config, source = config or CanaryConfig(), str(data)
+    check_free(Path(out), overwrite=overwrite, mark=CANARIES_NAME, inputs=(data,))
     plain = Path(source).suffix.lower() == ".txt"
     rows = list(read_rows(source, DataConfig(text_column=config.text_column)))
     if not rows:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from blindtune.errors import ConfigError
 from blindtune.training.config import TrainingConfig
@@ -29,7 +29,7 @@ class DpConfig:
     packed text; a document that spans several is protected less."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Refuse values out of range, and options that nothing would use."""
         for name in ("epsilon", "delta", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -38,6 +38,24 @@ class DpConfig:
             raise ConfigError(f"expected dp_delta below 1, got {self.delta}")
         if self.unit not in ("record", "window"):
             raise ConfigError(f"expected unit record or window, got {self.unit!r}")
+        check_epsilon_given(self)
+
+
+def check_epsilon_given(config: Any) -> None:
+    """Refuse a delta, a norm or a unit without an epsilon: nothing would be private.
+
+    Args:
+        config: a `DpConfig` or a `GradientConfig`; what is as by default was not asked for.
+
+    Raises:
+        ConfigError: another option than epsilon is not as by default, and epsilon is None.
+    """
+    given = [f"dp_{f.name}" for f in fields(config) if getattr(config, f.name) != f.default]
+    if given and config.epsilon is None:
+        raise ConfigError(
+            f"expected dp_epsilon with {', '.join(given)}, got none: without it there is no "
+            "differential privacy; give dp_epsilon, or leave the others"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

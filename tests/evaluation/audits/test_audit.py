@@ -6,21 +6,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from blindtune.errors import DataError
+from blindtune.errors import DataError, MismatchError
 from blindtune.evaluation.audits.adapter import _apart, _strongest, _verdict, audit_adapter
 from blindtune.evaluation.audits.audit import AuditConfig
 from blindtune.evaluation.audits.emulator import _findings, audit_emulator, spread
 from blindtune.evaluation.audits.emulator import _verdict as emulator_verdict
+from blindtune.evaluation.audits.estimate import estimate_audit_emulator
 from blindtune.evaluation.leakage.membership import membership_leakage
 from blindtune.evaluation.leakage.misuse import Lead, Misuse
 from blindtune.evaluation.pages.audit import page, write_audit
 from blindtune.evaluation.pages.report import render
 from blindtune.evaluation.utility.loss import Perplexity
+from blindtune.models.surgery import keep_layers
 from blindtune.offsite.adapter import AdapterConfig
 from blindtune.offsite.data_owner.tuning import tune
 from blindtune.training.loop import TrainingConfig
 from blindtune.training.text import DataConfig, encode_rows
 from offsite_world import SILENT, owners_world
+from tiny_models import tiny_model, tiny_tokenizer
 
 WINDOWS = DataConfig(max_length=32, max_tokens=4000)
 CONFIG = AuditConfig(healing_steps=16, healing_learning_rate=(3e-3,), test_tokens=512)
@@ -67,6 +70,29 @@ def test_what_is_not_run_is_named(world):
     )  # fmt: skip
     assert [f.attack for f in found.findings] == ["free model, as it is"]
     assert [s.attack for s in found.not_run] == ["free model, tuned", "healing"]
+
+
+def test_another_model_is_refused_before_anything_is_healed(world, tmp_path):
+    """It was measured against whatever model was given, with a verdict of no meaning."""
+    other, smaller = tiny_model("llama"), tiny_model("llama")
+    with torch.no_grad():
+        other.model.layers[2].mlp.up_proj.weight[0, 0] += 1
+    keep_layers(smaller, [0, 1, 3, 4])
+    told = []
+    for name, model in (("other", other), ("smaller", smaller)):
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+        with pytest.raises(MismatchError, match="the model that the emulator was made of"):
+            audit_emulator(
+                world / "emulator", tmp_path / name, public=world / "public.txt",
+                test=world / "private.txt", reading=WINDOWS, config=CONFIG,
+                on_progress=lambda *progress: told.append(progress),
+            )  # fmt: skip
+    assert told == []
+    asked = {"reading": WINDOWS, "config": CONFIG}
+    with pytest.raises(MismatchError, match="the model that the emulator was made of"):
+        estimate_audit_emulator(world / "emulator", tmp_path / "smaller", **asked)
+    assert estimate_audit_emulator(world / "emulator", world / "model", **asked).seconds > 0
 
 
 def records(count, seed):

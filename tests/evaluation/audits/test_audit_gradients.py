@@ -67,7 +67,10 @@ def record(place, task, privatizer, predict_sent=False, cut=1):
             TuningConfig(lora_rank=2), task="hidden", outputs=0, precision="float32",
         )  # fmt: skip
         plan = PassConfig(epochs=2, batch_size=4, precision="float32")
-        train_u_shape(job, Top(bottom, head), private, plan, language_model=head is None)
+        train_u_shape(
+            job, Top(bottom, head), private, plan,
+            language_model=head is None, true_targets=not predict_sent,
+        )  # fmt: skip
         job.close()
     recorder.transcript().save(place / "run.bin")
     return private

@@ -20,6 +20,7 @@ from blindtune.evaluation.frontiers.split import (
     split_frontier,
 )
 from blindtune.evaluation.pages.split_frontier import answer_sentence, write_split_frontier
+from blindtune.split.customer.private_texts import ReadingConfig
 from blindtune.split.customer.requests import PassConfig
 from tiny_encoders import tiny_encoder
 from tiny_models import tiny_tokenizer
@@ -150,6 +151,12 @@ def test_groups_alone():
 def test_what_a_sweep_would_ignore_is_refused(options, says):
     with pytest.raises(ConfigError, match=says):
         SplitFrontierConfig(**options)
+
+
+@pytest.mark.parametrize("task", ["regression", "language-model"])
+def test_tasks_without_accuracy_are_refused(task):
+    with pytest.raises(ConfigError, match=f"expected the task classification .* got {task}"):
+        Trial(reading=ReadingConfig(task=task))
 
 
 @pytest.mark.parametrize("dry", [True, False])

@@ -359,7 +359,7 @@ def test_what_is_in_the_way_stays(tmp_path, package, emulator_manifest, tensors)
         return write_package(tmp_path / name, emulator_manifest, tensors, {}, **options)
 
     before = tree(package)
-    with pytest.raises(OutputError, match="not empty"):
+    with pytest.raises(OutputError, match="something is there"):
         write("emulator")
     (tmp_path / "file").write_bytes(b"mine")
     (tmp_path / "link").symlink_to(package)

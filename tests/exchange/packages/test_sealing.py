@@ -199,6 +199,10 @@ def test_what_is_in_the_way_stays(tmp_path, package):
     seal(package, tmp_path / "mine", [FRIEND.public], overwrite=True)
     with pytest.raises(OutputError):
         unseal(tmp_path / "mine", package, FRIEND)
+    before = (package / "manifest.json").read_bytes()
+    with pytest.raises(OutputError, match="apart from what is read"):
+        seal(package, package / "manifest.json", [FRIEND.public], overwrite=True)
+    assert (package / "manifest.json").read_bytes() == before
 
 
 def test_only_a_package_is_overwritten(tmp_path, signed):

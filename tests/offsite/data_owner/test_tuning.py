@@ -52,6 +52,17 @@ def test_other_lora_settings_do_not_go_on(tune):
     assert tune().training.resumed_from == 2
 
 
+@pytest.mark.parametrize(
+    "given", [{"lora_targets": ("self_attn.q_proj",)}, {"lora_alpha": 8.0}, {"lora_dropout": 0.0}]
+)
+def test_lora_settings_without_a_rank_are_refused(given):
+    """All weights were trained instead, far more than was asked for."""
+    with pytest.raises(ConfigError, match=f"lora_rank above 0 with {next(iter(given))}"):
+        AdapterConfig(**given)
+    AdapterConfig(lora_rank=2, **given)
+    AdapterConfig(lora_alpha=32.0, lora_dropout=0.1, lora_targets=())
+
+
 @pytest.mark.usefixtures("interrupted")
 def test_another_emulator_does_not_go_on(world, tune, monkeypatch):
     real, other = tuning.open_emulator, "sha256:" + 64 * "0"

@@ -411,6 +411,9 @@ def test_a_language_model_needs_the_u_shape(tmp_path):
         ({"eta": -1.0}, "expected eta"),
         ({"eta": 1.0, "clip_norm": 1.0}, "no clip_norm"),
         ({"eta": 1.0, "cti_factor": 2.0}, "factor"),
+        ({"eta": 1.0, "cti_fraction": 0.1, "cti_factor": 2.0}, "factor between 0 and 1"),
+        ({"eta": 1.0, "cti_factor": 0.5}, "expected cti_fraction above 0"),
+        ({"eta": 1.0, "wrong_guesses": 0.5}, "expected public_text with wrong_guesses"),
     ],
 )
 def test_contradictions_of_privacy_are_refused(options, words):
@@ -420,6 +423,9 @@ def test_contradictions_of_privacy_are_refused(options, words):
 
 def test_the_privatizer_follows_from_what_is_given():
     assert PrivatizerConfig(eta=1.0).privatizer == "exponential"
+    assert PrivatizerConfig(eta=1.0, wrong_guesses=0.75, cti_factor=0.0) == PrivatizerConfig(
+        eta=1.0
+    )
     assert PrivatizerConfig(public_text="public.txt").privatizer == "groups"
     assert PrivatizerConfig(public_text="public.txt", eta=1.0).privatizer == "groups"
     with pytest.raises(ConfigError, match="public_text with privatizer groups"):

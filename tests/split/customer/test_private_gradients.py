@@ -558,6 +558,17 @@ def test_units_and_deltas_out_of_range_are_refused():
         GradientConfig(delta=1.0)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("delta", 1e-5), ("max_grad_norm", 0.5), ("unit", "window")]
+)
+def test_without_an_epsilon_the_others_are_refused(field, value):
+    """They were ignored, and a run that asked for privacy had none."""
+    with pytest.raises(ConfigError, match=f"expected dp_epsilon with dp_{field}"):
+        GradientConfig(**{field: value})
+    GradientConfig(**{field: value}, epsilon=1.0)
+    GradientConfig(**{field: getattr(GradientConfig(), field)})
+
+
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_the_command_noises_gradients(tmp_path, monkeypatch, capsys, task):
     world = u_shape(tmp_path)

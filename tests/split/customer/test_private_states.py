@@ -31,7 +31,8 @@ def test_the_wire_holds_no_text_and_no_ids(tmp_path, partition):
     world = World(tmp_path, "smollm2", partition, cut=1, last=int(partition == "u-shape"))
     recorder = Recorder()
     job = world.job(tap=recorder)
-    private = noised(world, mechanism=Mechanism(eta=5.0))
+    predict_sent = partition == "u-shape"
+    private = noised(world, mechanism=Mechanism(eta=5.0), predict_sent=predict_sent)
     if partition == "two-part":
         train(job, private, PLAN)
         predict(job, private)
@@ -108,14 +109,12 @@ def test_contributing_tokens_get_no_noise_in_training_texts_of_their_class(tmp_p
     ]
     share = sum(int(e.sum()) for e, _ in equal) / sum(len(e) for e, _ in equal)
     assert 0.02 < share < 0.6
-    with pytest.warns(UserWarning, match="repeat"):
-        unlabelled = privatize(
-            world.bottom, TEXTS, mechanism=mechanism, importance=importance, classes=2,
-            testing_seed=1,
-        )  # fmt: skip
-    assert unlabelled.labels is None
-    for a, b in zip(clean.states, unlabelled.states, strict=True):
-        assert not torch.isclose(a, b, atol=1e-5).all(1).any()
+    for labels, classes, said in ((None, 2, "got no labels"), (LABELS, 0, "got no classes")):
+        with pytest.raises(ConfigError, match=said):
+            privatize(
+                world.bottom, TEXTS, labels, mechanism=mechanism, importance=importance,
+                classes=classes,
+            )  # fmt: skip
 
 
 def pairs_of_words(world):

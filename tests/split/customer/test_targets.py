@@ -118,10 +118,11 @@ def test_a_job_of_an_earlier_version_goes_on(tmp_path):
     assert tuned(world, OPEN, Recorder()).resumed_from == 4
 
 
-def gradients(world, private, head, *, language_model=False):
+def gradients(world, private, head, *, language_model=False, **options):
     recorder = Recorder()
     job = world.job(tap=recorder)
-    train_u_shape(job, Top(world.bottom, head), private, PLAN, language_model=language_model)
+    top = Top(world.bottom, head)
+    train_u_shape(job, top, private, PLAN, language_model=language_model, **options)
     job.close()
     found = [c.message for c in recorder.transcript().crossings()]
     return [m.gradient_TD for m in found if isinstance(m, Backward)]
@@ -153,8 +154,24 @@ def test_what_leaves_the_u_shape_follows_from_what_was_drawn_alone(tmp_path, lan
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     if language_model:  # and they do differ where the true tokens are predicted
         third = World(tmp_path / "three", "smollm2", "u-shape", cut=1, last=1)
-        true = gradients(third, replace(private, sent_ids=None), None, language_model=True)
+        open_states = replace(private, sent_ids=None)
+        true = gradients(third, open_states, None, language_model=True, true_targets=True)
         assert not all(torch.equal(a, b) for a, b in zip(one, true, strict=True))
+
+
+@pytest.mark.parametrize("mechanism", [WORDS, Mechanism(eta=5.0, mode="vector")])
+def test_true_words_under_noise_are_predicted_only_when_asked_for(tmp_path, mechanism):
+    """Their gradients give the text away that the noise hides, and nothing said so."""
+    world, recorder = World(tmp_path, "smollm2", "u-shape", cut=1, last=1), Recorder()
+    privatize(world.bottom, TEXTS, mechanism=mechanism).save(tmp_path / "states")
+    private, job = PrivateStates.load(tmp_path / "states"), world.job(tap=recorder)
+    with pytest.raises(ConfigError, match="privatize with predict_sent=True"):
+        train_u_shape(job, Top(world.bottom, None), private, PLAN, language_model=True)
+    job.close()
+    assert not [c for c in recorder.transcript().crossings() if isinstance(c.message, Forward)]
+    assert gradients(world, private, None, language_model=True, true_targets=True)
+    unhidden = privatize(world.bottom, TEXTS, mechanism=None)
+    assert gradients(world, unhidden, None, language_model=True)
 
 
 def test_the_words_to_predict_are_those_that_entered_the_bottom(tmp_path):

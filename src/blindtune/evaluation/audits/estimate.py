@@ -24,6 +24,7 @@ from blindtune.evaluation.audits.emulator import healing_attackers
 from blindtune.evaluation.audits.language_attack import BEAMS, has_words
 from blindtune.evaluation.audits.split import attributes, check_adversary
 from blindtune.evaluation.audits.split_subject import read_audited, spread_texts
+from blindtune.evaluation.leakage.misuse import check_full_model
 from blindtune.exchange.packages.package import open_package
 from blindtune.exchange.packages.signing import Trust
 from blindtune.models.costs import (
@@ -71,9 +72,11 @@ def estimate_audit_emulator(
 
     Raises:
         ModelError, PackageError: as for `audit_emulator`.
+        MismatchError: the emulator was made of a model of another size.
     """
     config, reading = config or AuditConfig(), reading or DataConfig()
     length, full = reading.max_length, sketch(model)
+    check_full_model(full, open_package(emulator, "emulator", trust=trust).manifest, model)
     decoder, emulated = Decoder(full), Decoder(shape_of(emulator, trust)[1])
     rate, cost = matmul_rate(decoder.hidden_size), decoder_cost(decoder, length)
     small = decoder_cost(emulated, length)

@@ -217,9 +217,12 @@ class _Making:
     def draw(
         self, ids: Sequence[Tensor], labels: Tensor | None, *, predict_sent: bool = False
     ) -> PrivateStates:
+        importance = self.privatizer.importance()
+        if labels is None:  # as texts that are only predicted, which spare none
+            importance = replace(importance, fraction=0.0)
         return privatize(
             self.bottom, ids, labels, mechanism=self.privatizer.mechanism(self.eta),
-            importance=self.privatizer.importance(), groups=self.groups, classes=self.classes,
+            importance=importance, groups=self.groups, classes=self.classes,
             label_epsilon=None if labels is None else self.privatizer.label_epsilon,
             predict_sent=predict_sent,
         )  # fmt: skip

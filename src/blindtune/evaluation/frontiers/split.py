@@ -134,6 +134,14 @@ class Trial:
     )
     """How hard the attacker tries; `confidence` and `fresh_draws` are the sweep's own."""
 
+    def __post_init__(self) -> None:
+        """Refuse tasks that have no accuracy."""
+        if self.reading.task != "classification":
+            raise ConfigError(
+                "expected the task classification for a sweep, whose settings are compared by "
+                f"accuracy, got {self.reading.task}: tune settings of it one by one"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSetting:

@@ -22,15 +22,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blindtune.attacks.emulator_misuse import EmulatorView, HealingConfig, Stop, heal, train_on
+from blindtune.errors import MismatchError
 from blindtune.evaluation.utility.loss import Perplexity, mean_loss, window_sums
 from blindtune.evaluation.utility.paired import estimate
+from blindtune.exchange.packages.manifest import EmulatorManifest
 from blindtune.exchange.packages.signing import Trust
 from blindtune.models.decoder import Decoder
+from blindtune.models.fingerprint import fingerprint
 from blindtune.models.loading import load_model, preferred_device
 from blindtune.models.surgery import keep_layers
 from blindtune.offsite.adapter import tuned_emulator
 from blindtune.offsite.emulator import Emulator, open_emulator
-from blindtune.offsite.model_owner.emulation import uniform_choice
+from blindtune.offsite.model_owner.emulation import full_model_facts, uniform_choice
 
 Curve = tuple[tuple[int, Perplexity], ...]
 """(tokens of public text spent, loss on the test text)."""
@@ -119,16 +122,18 @@ def judge_misuse(
         on_stop: called with ("control" or "healed at RATE", tokens, nats).
 
     Raises:
+        MismatchError: the emulator was made of another model, or the adapter on another emulator.
         PackageError, ModelError, DataError: see errors.py.
     """
     judge = _Judge(emulator, test_NL, batch_size, trust, on_stop)
+    victim = judge.opened()
+    full = load_model(model, device=preferred_device())
+    check_full_model(full, victim.manifest, model)
+    untouched, left = mean_loss(*judge.score(victim.model)), _full_layers(victim)
+    del victim
     tuned = None
     if adapter is not None:
         tuned = mean_loss(*judge.score(tuned_emulator(judge.opened(), adapter, trust=trust).model))
-    victim = judge.opened()
-    untouched, left = mean_loss(*judge.score(victim.model)), _full_layers(victim)
-    del victim
-    full = load_model(model, device=preferred_device())
     scored_full = mean_loss(*judge.score(full))
     control: _Points = ()
     if attackers and left < Decoder(full).layer_count:
@@ -144,6 +149,27 @@ def judge_misuse(
         learning_rate=by.learning_rate if by else None,
         lead=_lead(healed, control, confidence) if healed and control else None,
     )
+
+
+def check_full_model(model: PreTrainedModel, emulator: EmulatorManifest, place: str | Path) -> None:
+    """Refuse another model than the one that an emulator was made of.
+
+    Args:
+        model: at `place`; without weights (on the meta device) its size alone is compared.
+
+    Raises:
+        MismatchError: it is another one.
+    """
+    found, made_of = full_model_facts(model), emulator.full_model
+    same = (found.parameters, found.layers) == (made_of.parameters, made_of.layers)
+    if same and model.device.type != "meta":
+        same = fingerprint(model) == emulator.model
+    if not same:
+        raise MismatchError(
+            f"{place}: expected the model that the emulator was made of (fingerprint "
+            f"{emulator.model[:12]}..., {made_of.layers} layers), got another one of "
+            f"{found.layers} layers: give the model of this emulator"
+        )
 
 
 _Scores = tuple[Tensor, Tensor]

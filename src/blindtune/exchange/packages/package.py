@@ -198,7 +198,7 @@ def open_package(
             f"{path}: cannot be read ({error.strerror or error}): check its permissions"
         ) from error
     _check_names(path, names)
-    manifest_bytes = _read_manifest(path)
+    manifest_bytes = read_manifest(path)
     signature = read_signature(path, manifest_bytes) if SIGNATURE_NAME in names else None
     if trust is not None:  # before a byte of what it says is parsed
         signature = trust.admit(path, signature)
@@ -308,7 +308,8 @@ def _list_names(path: Path) -> set[str]:
     return names
 
 
-def _read_manifest(path: Path) -> bytes:
+def read_manifest(path: Path) -> bytes:
+    """The bytes of a package's manifest; PackageError if its hash beside it is another."""
     handle, size = open_regular(path / MANIFEST_NAME)
     with handle:
         if size > MAX_MANIFEST_BYTES:

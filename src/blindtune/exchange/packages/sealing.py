@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from blindtune.atomic import atomic_directory, atomic_file
+from blindtune.atomic import atomic_directory, atomic_file, check_apart
 from blindtune.errors import BlindtuneError, ConfigError, OutputError, PackageError, PolicyError
 from blindtune.exchange.files import CHUNK_BYTES, open_regular, printable, read_exactly
 from blindtune.exchange.packages.keys import PrivateKey, PublicKey
@@ -64,6 +64,7 @@ def seal(
     import pyrage
 
     target = Path(out)
+    check_apart(target, [package, *Path(package).glob("*")])
     if target.is_dir() or (target.exists() and not overwrite):
         raise OutputError(
             f"{target}: expected a new file, something is there: choose another, or say that it "
@@ -118,7 +119,7 @@ def unseal(
 
     identity = pyrage.x25519.Identity.from_str(key.receiving_secret)
     path = Path(sealed)
-    check_place(Path(out), overwrite=overwrite)
+    check_place(Path(out), overwrite=overwrite, inputs=(path,))
     if not path.exists():
         raise ConfigError(f"{path}: expected a sealed file, there is none: check the path")
     handle, _size = open_regular(path)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
 from torch import Tensor
 
-from blindtune.atomic import atomic_directory
-from blindtune.errors import OutputError
+from blindtune.atomic import Place, atomic_directory, check_free
+from blindtune.errors import OutputError, PackageError
 from blindtune.exchange.files import write_durably
 from blindtune.exchange.packages.manifest import (
     MANIFEST_NAME,
     FileEntry,
     Manifest,
+    decode_manifest,
     encode_manifest,
     package_id,
 )
@@ -24,12 +25,15 @@ from blindtune.exchange.packages.package import (
     SMALL_FILES,
     can_hold,
     digest_line,
+    read_manifest,
     shard_names,
 )
 from blindtune.exchange.packages.signing import SIGNATURE_NAME, Signer
 from blindtune.exchange.tensors import serialize, shard
 
 MAX_SHARD_BYTES = 4 << 30
+FORMAT_PREFIX = "blindtune-"
+"""Before the kind of a package, in the format that its manifest names."""
 
 
 def write_package(
@@ -65,7 +69,7 @@ def write_package(
     shards = shard(tensors, max_shard_bytes)
     if len(shards) > MAX_SHARDS:
         raise OutputError(f"{len(shards)} weights files, at most {MAX_SHARDS}: make shards larger")
-    check_place(target, overwrite=overwrite)
+    check_place(target, overwrite=overwrite, kind=manifest.format.removeprefix(FORMAT_PREFIX))
     with atomic_directory(target, overwrite=overwrite, mark=MANIFEST_NAME) as partial:
         manifest_bytes = _fill(partial, manifest, shards, files, signer)
     return package_id(manifest_bytes)
@@ -94,26 +98,43 @@ def _fill(
     return manifest_bytes
 
 
-def check_place(target: Path, *, overwrite: bool) -> None:
+def check_place(
+    target: Path, *, overwrite: bool, kind: str | None = None, inputs: Iterable[Place] = ()
+) -> None:
     """Check that a package may be written at `target`: nothing but a package is ever replaced.
+
+    Args:
+        target: where it shall be.
+        overwrite: an earlier package may be replaced.
+        kind: emulator, adapter or bottom, and only such a one; None: any.
+        inputs: what it is made of, which it never replaces.
 
     Raises:
         OutputError: something is in the way, in the directory too.
     """
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise OutputError(f"{target}: expected a new directory, a file is there: choose another")
+    check_free(target, overwrite=overwrite, mark=MANIFEST_NAME, inputs=inputs)
     names = {entry.name for entry in target.iterdir()} if target.exists() else set()
-    if names and not overwrite:
-        raise OutputError(
-            f"{target}: exists and is not empty: choose another directory, or say that the package "
-            "there may be overwritten (--overwrite)"
-        )
     foreign = sorted(name for name in names if not can_hold(name))
-    if foreign or (names and MANIFEST_NAME not in names):
+    if foreign:
         raise OutputError(
             f"{target}: only an earlier package is overwritten, this directory is none "
-            f"({', '.join(foreign[:3]) or 'no ' + MANIFEST_NAME}): choose another directory"
+            f"({', '.join(foreign[:3])}): choose another directory"
         )
+    there = _kind_there(target) if names else None
+    if kind is not None and there not in (None, kind):
+        raise OutputError(
+            f"{target}: expected a package of the kind {kind} to replace, got {there}: choose "
+            "another directory, or remove that one if nobody needs it"
+        )
+
+
+def _kind_there(package: Path) -> str | None:
+    """Of a package that shall be replaced; None: nothing in it can be read any more."""
+    try:
+        manifest = decode_manifest(read_manifest(package))
+    except PackageError:
+        return None
+    return manifest.format.removeprefix(FORMAT_PREFIX)
 
 
 def _check_small_files(files: Mapping[str, bytes]) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from blindtune.atomic import check_free
-from blindtune.exchange.packages.manifest import MANIFEST_NAME, LayerEntry
+from blindtune.exchange.packages.manifest import LayerEntry
+from blindtune.exchange.packages.writing import check_place
 from blindtune.models.decoder import check_context, context_limit
 from blindtune.models.fingerprint import fingerprint
 from blindtune.models.loading import load_model, load_tokenizer, preferred_device
@@ -81,7 +81,7 @@ def emulate_by(
         ModelError, DataError, ConfigError, OutputError: see errors.py.
     """
     start = time.perf_counter()
-    check_free(Path(out), overwrite=overwrite, mark=MANIFEST_NAME)
+    check_place(Path(out), overwrite=overwrite, kind="emulator", inputs=(model, data))
     full = load_model(model, device=preferred_device())
     check_context(max_length, context_limit(full.config))
     windows_NL = public_windows(model, data, max_length)

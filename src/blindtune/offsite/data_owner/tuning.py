@@ -19,10 +19,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from blindtune.atomic import check_free, sole_writer
+from blindtune.atomic import sole_writer
 from blindtune.errors import BlindtuneError, ConfigError
-from blindtune.exchange.packages.manifest import MANIFEST_NAME, PrivacyFacts
+from blindtune.exchange.packages.manifest import PrivacyFacts
 from blindtune.exchange.packages.signing import Signer, Trust
+from blindtune.exchange.packages.writing import check_place
 from blindtune.models.decoder import Decoder, check_context, context_limit
 from blindtune.models.loading import preferred_device
 from blindtune.offsite.adapter import AdapterConfig, write_adapter
@@ -95,7 +96,7 @@ def tune(
     reading = read_privately(reading or DataConfig(), privacy, validation)
     if privacy.epsilon is not None:
         check_private(run or RunConfig())
-    check_free(out, overwrite=overwrite, mark=MANIFEST_NAME)
+    check_place(out, overwrite=overwrite, kind="adapter", inputs=(emulator, data, validation))
     opened = _opened(emulator, reading, trust)
     train, held_out = read_examples(opened.tokenizer, data, validation, reading)
     sample = _shown(train, opened, on_sample)

@@ -28,6 +28,7 @@ from blindtune.exchange.packages.manifest import (
     RawLayer,
 )
 from blindtune.exchange.packages.signing import Signer
+from blindtune.exchange.packages.writing import check_place
 from blindtune.models.blocks import Harmonizer
 from blindtune.models.decoder import Decoder
 from blindtune.models.fingerprint import fingerprint
@@ -127,6 +128,8 @@ def emulate(
     found = study if isinstance(study, Study) else open_study(study)
     replaced = replaced_layers(found, config)
     place = found.model if model is None else model
+    read = None if isinstance(study, Study) else study
+    check_place(Path(out), overwrite=overwrite, kind="emulator", inputs=(place, read))
     full = load_model(place, device=preferred_device())
     if fingerprint(full) != found.fingerprint:
         raise MismatchError(

@@ -85,8 +85,7 @@ def plug_in(
     """Put an adapter package into the full model and write a Hugging Face directory.
 
     Args:
-        model: a local directory, a hub name, or `smollm2-135m`.
-        adapter: the package's directory.
+        model, adapter: a directory, a hub name, or `smollm2-135m`; the package's directory.
         out: where to write; None checks and merges in memory only.
         dtype: of the written weights; all of them must be finite in it, in a dry run too.
         overwrite: replace what is in the way.
@@ -105,7 +104,8 @@ def plug_in(
     if dtype not in DTYPES:
         raise ConfigError(f"expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}")
     if out is not None:
-        check_free(Path(out), overwrite=overwrite, mark=CONFIG_NAME)
+        read = (model, adapter, emulator, data)
+        check_free(Path(out), overwrite=overwrite, mark=CONFIG_NAME, inputs=read)
     package = open_package(adapter, "adapter", trust=trust)
     _check_emulator(package, emulator, trust)
     full = load_model(model)

@@ -77,7 +77,7 @@ def study(
     """
     config, dynamic = config or StudyConfig(), dynamic or DynamicConfig()
     out = Path(out)
-    check_free(out, overwrite=overwrite, mark=FACTS_NAME)
+    check_free(out, overwrite=overwrite, mark=FACTS_NAME, inputs=(model, data))
     network_model = load_model(model, device=preferred_device())
     network_model.requires_grad_(False)
     decoder = Decoder(network_model)

@@ -44,7 +44,7 @@ from blindtune.exchange.wire.messages import Partition
 from blindtune.privacy.entropy import Uniforms, system_uniforms
 from blindtune.split.customer.privatizer_config import PrivatizerConfig
 from blindtune.split.customer.requests import PlannedBatch
-from blindtune.training.dp_plan import least_noise
+from blindtune.training.dp_plan import check_epsilon_given, least_noise
 from blindtune.training.private_sgd import gaussian
 
 Unit = Literal["record", "window"]
@@ -66,7 +66,7 @@ class GradientConfig:
     that spans several is protected less)."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Refuse values out of range, and options that nothing would use."""
         for name in ("epsilon", "delta", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -75,6 +75,7 @@ class GradientConfig:
             raise ConfigError(f"expected dp_delta below 1, got {self.delta}")
         if self.unit not in get_args(Unit):
             raise ConfigError(f"expected unit record or window, got {self.unit!r}")
+        check_epsilon_given(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,11 @@ from blindtune.privacy.token_importance import ContributingTokens, ImportanceCon
 from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.bottom import Bottom
 from blindtune.split.customer.private_texts import encode_texts
-from blindtune.split.customer.spared_tokens import contributing_tokens, factors_of
+from blindtune.split.customer.spared_tokens import (
+    check_labelled,
+    contributing_tokens,
+    factors_of,
+)
 from blindtune.split.partition import run_bottom
 
 
@@ -70,6 +74,8 @@ class PrivateStates:
     these and not `ids`."""
     changed_labels: float | None = None
     """Where labels were drawn anew: the share that came out as another."""
+    privatized: bool = False
+    """Whether noise or word groups hide the words of `states`."""
 
     @property
     def targets(self) -> tuple[Tensor, ...]:
@@ -120,6 +126,7 @@ class PrivateStates:
         for name in ("changed", "changed_labels"):
             if (share := getattr(self, name)) is not None:
                 tensors[name] = torch.tensor(share, dtype=torch.float64)
+        tensors["privatized"] = torch.tensor(self.privatized)
         with secret_file(path) as partial:
             save_file(tensors, partial)
 
@@ -134,6 +141,7 @@ class PrivateStates:
                 labels=found.get("labels"),
                 ids=found["ids_T"].split(lengths),
                 sent_ids=found["sent_T"].split(lengths) if "sent_T" in found else None,
+                privatized=bool(found.get("privatized", "changed" in found)),
                 **{n: float(found[n]) for n in ("changed", "changed_labels") if n in found},
             )
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
@@ -156,21 +164,19 @@ def privatize(
     on_progress: Callable[[int, int], None] = lambda _done, _texts: None,
     testing_seed: int | None = None,
 ) -> PrivateStates:
-    """Tokenise what is text, noise, and run the bottom, once.
+    """Tokenise what is text, noise, and run the bottom (from `open_bottom`), once.
 
     Args:
-        bottom: from `open_bottom`.
         texts: private, as text or as token ids [L] of the bottom's tokenizer; none without tokens.
         labels: one a text; None for texts to predict, or for language modelling.
         mechanism: the noise; None: no noise and no promise at all, for comparisons.
-        importance: CTI for training texts with classes; None: only tokens around a text are spared.
+        importance: CTI, for labels with classes; None: only tokens around a text are spared.
         groups: public; every token is its group's representative from the start, so CTI counts
             representatives, and noise replaces them by one another. None: every word is its own.
         classes: number of classes; needed with CTI and `label_epsilon`.
         label_epsilon: labels are drawn anew (`privacy.randomized_response`); None: as they are.
         predict_sent: a language model shall learn to predict the words that are sent.
-        batch_size: texts at once; changes speed only.
-        on_progress: is told how many texts of all are done.
+        batch_size, on_progress: texts at once, for speed; is told how many of all texts are done.
         testing_seed: for tests only: noise that anyone can repeat. Warns.
 
     Raises:
@@ -181,6 +187,7 @@ def privatize(
     _check(ids, labels, mechanism, predict_sent)
     labels, changed_labels = _labels(labels, classes, label_epsilon, testing_seed)
     content = _content(bottom, groups, ids)
+    check_labelled(importance, labels, classes)
     contributing = contributing_tokens(bottom, content, labels, importance, classes)
     table_VD: Any = bottom.stack.embedding.weight
     privatizer = privatizer_of(mechanism, table_VD, groups, testing_seed=testing_seed)
@@ -200,6 +207,7 @@ def privatize(
         changed=_changed(bottom, ids, sent) if replaces else None,
         sent_ids=tuple(sent) if predict_sent else None,
         changed_labels=changed_labels,
+        privatized=mechanism is not None or groups is not None,
     )
 
 

@@ -71,6 +71,7 @@ class PrivatizerConfig:
             chosen = "exponential" if self.public_text is None else "groups"
             object.__setattr__(self, "privatizer", chosen)
         self._check_targets()
+        self._check_unused()
         if (self.privatizer == "none") != self.unprotected:
             raise ConfigError(
                 "privatizer none sends states that are nearly the text: give unprotected too if "
@@ -137,6 +138,19 @@ class PrivatizerConfig:
             )
         if self.targets not in get_args(Predicted):
             raise ConfigError(f"expected targets sent or true, got {self.targets!r}")
+
+    def _check_unused(self) -> None:
+        """Refuse what is not as by default where nothing reads it."""
+        if self.wrong_guesses != type(self).wrong_guesses and self.privatizer != "groups":
+            raise ConfigError(
+                "expected public_text with wrong_guesses, got none: word groups are made of it, "
+                "and without them wrong_guesses says nothing; give it, or leave wrong_guesses"
+            )
+        if self.cti_factor != type(self).cti_factor and not self.cti_fraction:
+            raise ConfigError(
+                "expected cti_fraction above 0 with cti_factor, got 0, which spares no token: give "
+                "a fraction, or leave cti_factor"
+            )
 
     def _check_groups(self) -> None:
         if (self.privatizer == "groups") != (self.public_text is not None):

@@ -21,6 +21,22 @@ from blindtune.privacy.token_importance import (
 from blindtune.split.bottom import Bottom
 
 
+def check_labelled(
+    importance: ImportanceConfig | None, labels: Tensor | None, classes: int
+) -> None:
+    """Refuse CTI for texts of which nobody says what they contribute to.
+
+    Raises:
+        ConfigError: a fraction is to be spared, without labels or the number of classes.
+    """
+    if importance is not None and importance.fraction and (labels is None or not classes):
+        raise ConfigError(
+            "expected labels and classes (their number) with contributing tokens, got "
+            f"{'no labels' if labels is None else 'no classes'}: tokens contribute to the class of "
+            "their text; give both, or importance with fraction 0"
+        )
+
+
 def contributing_tokens(
     bottom: Bottom,
     content: Sequence[Tensor],

@@ -133,7 +133,7 @@ def split_tune(
             on_statement(statement)
         work = Work(
             job, connect, access, traffic, package, private, wanted.tuning, wanted.passes,
-            wanted.reading.task, _outputs(wanted.reading, texts), statement.gradients,
+            wanted.reading.task, _outputs(wanted, texts), statement.gradients, wanted.true_targets,
         )  # fmt: skip
         return _tune(work, statement, silent)
 
@@ -163,13 +163,19 @@ class _Wanted:
         steps = len(self.passes.steps(texts))
         return replace(self, tuning=replace(self.tuning, max_steps=steps))
 
+    @property
+    def true_targets(self) -> bool:
+        """Whether a language model shall predict the texts' own words."""
+        return self.privatizer.targets == "true"
+
     def gradients(self, texts: int) -> GradientPlan | None:
         """The noise on the gradients of so many texts."""
         return plan_gradients(self.dp, self.reading.task, texts, self.passes.epochs)
 
 
-def _outputs(reading: ReadingConfig, texts: PrivateTexts) -> int:
-    return {"classification": len(texts.names), "regression": 1, "language-model": 0}[reading.task]
+def _outputs(wanted: _Wanted, texts: PrivateTexts) -> int:
+    outputs = {"classification": len(texts.names), "regression": 1, "language-model": 0}
+    return outputs[wanted.reading.task]
 
 
 def _record(

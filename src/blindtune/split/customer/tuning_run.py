@@ -45,6 +45,8 @@ class Work:
     """Classes, or targets of regression; 0 for language models."""
     gradients: GradientPlan | None = None
     """U-shape: the noise on what is sent back."""
+    true_targets: bool = False
+    """Of language models: whether the texts' own words are predicted, as the customer asked."""
 
 
 def tune_two_part(work: Work, watch: Watch) -> None:
@@ -94,6 +96,7 @@ def tune_u_shape(work: Work, watch: Watch) -> None:
                 language_model=work.task == "language-model",
                 applied=applied,
                 noise=noise,
+                true_targets=work.true_targets,
                 on_loss=watch.loss,
             )
     finally:

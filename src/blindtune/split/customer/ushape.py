@@ -29,7 +29,7 @@ from blindtune.split.bottom import Bottom
 from blindtune.split.customer.private_gradients import GradientNoise
 from blindtune.split.customer.private_states import PrivateStates
 from blindtune.split.customer.remote import RemoteTrunk
-from blindtune.split.customer.requests import PassConfig, check_open, portions
+from blindtune.split.customer.requests import PassConfig, PlannedBatch, check_open, portions
 from blindtune.split.numbered_states import NumberedStates
 from blindtune.split.partition import (
     PooledHead,
@@ -201,6 +201,7 @@ def train_u_shape(
     language_model: bool,
     applied: int = 0,
     noise: GradientNoise | None = None,
+    true_targets: bool = False,
     on_loss: Callable[[float], None] = lambda _loss: None,
 ) -> list[float]:
     """Tune the trunk and the customer's head.
@@ -212,6 +213,7 @@ def train_u_shape(
         language_model: predict `private.targets`: the texts' own tokens, or those that were sent.
         applied: from `go_on`; 0 for a new job.
         noise: on gradients, before anything is computed from them; None: they are sent as they are.
+        true_targets: send gradients of true words: they give the text away, though it was noised.
         on_loss: is told every batch's mean loss.
 
     Returns:
@@ -219,15 +221,12 @@ def train_u_shape(
 
     Raises:
         DataError: no labels, or `applied` is not at the end of a step.
+        ConfigError: gradients would give away what the privatizer hides.
         PolicyError: a gradient would be noised twice.
     """
-    if private.labels is None and not language_model:
-        raise DataError("expected labels to train with: privatize the texts with their labels")
+    _check_targets(private, language_model, meant=noise is not None or true_targets)
     plan = list(config.numbered(len(private), "u-shape"))
-    ends = [0, *(batch.number + 1 for batch in plan if batch.ends_step)]
-    if applied not in ends:
-        earlier = max((end for end in ends if end < applied), default=0)
-        raise DataError(f"request {applied} is not the end of a step: resume at {earlier}")
+    _check_applied(applied, plan)
     trunk = RemoteTrunk(transport, applied=applied, precision=config.precision)
     losses: list[float] = []
     for batch in plan:
@@ -252,6 +251,24 @@ def train_u_shape(
     if noise is not None:
         noise.forget(trunk.applied)  # it is whole at both parties
     return losses
+
+
+def _check_applied(applied: int, plan: list[PlannedBatch]) -> None:
+    ends = [0, *(batch.number + 1 for batch in plan if batch.ends_step)]
+    if applied not in ends:
+        earlier = max((end for end in ends if end < applied), default=0)
+        raise DataError(f"request {applied} is not the end of a step: resume at {earlier}")
+
+
+def _check_targets(private: PrivateStates, language_model: bool, *, meant: bool) -> None:
+    """Refuse states without targets, and targets that would undo the states' privacy."""
+    if private.labels is None and not language_model:
+        raise DataError("expected labels to train with: privatize the texts with their labels")
+    if language_model and private.privatized and private.sent_ids is None and not meant:
+        raise ConfigError(
+            "expected the words that were sent as targets, got the true ones, whose gradients give "
+            "the text away: privatize with predict_sent=True, give noise, or say true_targets=True"
+        )
 
 
 def predict_u_shape(

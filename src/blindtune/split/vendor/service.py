@@ -25,6 +25,7 @@ from blindtune.errors import ConfigError, MismatchError, OutputError
 from blindtune.exchange.packages.manifest import BottomManifest, Dtype
 from blindtune.exchange.packages.package import open_package
 from blindtune.exchange.packages.signing import Signer
+from blindtune.exchange.packages.writing import check_place
 from blindtune.exchange.wire.codec import MessageLimits
 from blindtune.exchange.wire.credentials import CustomerFile, fingerprint
 from blindtune.exchange.wire.events import Event
@@ -110,6 +111,7 @@ def bottom(
         ConfigError: the model cannot be cut there. ModelError: it cannot be had.
         OutputError: the package cannot be written.
     """
+    check_place(Path(out), overwrite=overwrite, kind="bottom", inputs=(model,))
     loaded, tokenizer = load_any(model)
     config = config or BottomConfig()
     return _write(loaded, tokenizer, Path(out), cut, config, overwrite=overwrite, signer=signer)
