@@ -24,6 +24,7 @@ import msgspec
 
 from blindtune.atomic import atomic_directory, check_free
 from blindtune.errors import ConfigError, DataError
+from blindtune.places import data_source, located
 from blindtune.training.records import RecordShape, record_shape
 from blindtune.training.text import DataConfig, read_rows
 
@@ -140,8 +141,9 @@ def plant(
     Raises:
         DataError: the data cannot be read. ConfigError, OutputError: see errors.py.
     """
-    config, source = config or CanaryConfig(), str(data)
-    check_free(Path(out), overwrite=overwrite, mark=CANARIES_NAME, inputs=(data,))
+    config, source = config or CanaryConfig(), data_source(data)
+    out = located(out)
+    check_free(out, overwrite=overwrite, mark=CANARIES_NAME, inputs=(source,))
     plain = Path(source).suffix.lower() == ".txt"
     rows = list(read_rows(source, DataConfig(text_column=config.text_column)))
     if not rows:
@@ -165,8 +167,8 @@ def plant(
             msgspec.json.encode(Canaries(version=1, canaries=canaries))
         )
     return Planting(
-        data=Path(out) / name,
-        canaries=Path(out) / CANARIES_NAME,
+        data=out / name,
+        canaries=out / CANARIES_NAME,
         records=len(mixed),
         planted=len(added),
     )
@@ -197,7 +199,7 @@ def read_canaries(path: str | Path) -> tuple[Canary, ...]:
     Raises:
         DataError: no such file, or not what `plant` writes.
     """
-    path = Path(path)
+    path = located(path)
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise DataError(f"{path}: expected at most {_MOST_BYTES:,} bytes: plant fewer canaries")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blindtune.errors import ConfigError, DataError
+from blindtune.places import check_hub_name, data_source
 from blindtune.training.dataset import IGNORED_LABEL, TokenDataset, show_sample
 from blindtune.training.long_text import ids_in_pieces
 from blindtune.training.records import (
@@ -97,7 +98,7 @@ def load_dataset_file(
         DataError: the file is missing, empty, malformed, of an unknown kind, has none of the
             accepted columns, or most of its examples hold nothing to train on.
     """
-    source = str(path_or_hub_name)
+    source = data_source(path_or_hub_name)
     return encode_rows(read_rows(source, config), source, tokenizer, config)
 
 
@@ -242,6 +243,7 @@ def read_rows(source: str, config: DataConfig) -> Iterator[Row]:
     Raises:
         DataError: the file is missing, empty, malformed, or of an unknown kind.
     """
+    source = data_source(source)
     path = Path(source)
     extension = path.suffix.lower()
     if path.is_dir():
@@ -252,6 +254,7 @@ def read_rows(source: str, config: DataConfig) -> Iterator[Row]:
                 f"{source}: expected a data file, there is none: check the path (a name with an "
                 "ending, or in a folder that is there, is not looked for on the hub)"
             )
+        check_hub_name(source)
         return _hub_rows(source, config)
     if extension not in _EXTENSIONS:
         raise DataError(

@@ -38,6 +38,7 @@ from blindtune.offsite.model_owner.importance import DynamicConfig
 from blindtune.offsite.model_owner.plugin import plug_in
 from blindtune.offsite.model_owner.study import FACTS_NAME, Study, StudyConfig, open_study
 from blindtune.offsite.model_owner.studying import OnStage, study
+from blindtune.places import located
 from blindtune.training.loop import RunConfig, TrainingConfig, fit
 from blindtune.training.text import DataConfig, load_dataset_file
 
@@ -136,7 +137,7 @@ def frontier(
     Raises:
         ModelError, DataError, ConfigError, OutputError: see errors.py.
     """
-    config, out = config or FrontierConfig(), Path(out)
+    config, out = config or FrontierConfig(), located(out)
     sweep = _Sweep(model, data, test, out, config)
     with sweep.rows.alone():
         text = str(public or data) if made_study is None else f"what {made_study} was made from"

@@ -27,6 +27,7 @@ from blindtune.models.loading import load_model, load_tokenizer, preferred_devic
 from blindtune.offsite.adapter import tuned_emulator
 from blindtune.offsite.emulator import open_emulator
 from blindtune.offsite.model_owner.plugin import merge
+from blindtune.places import located
 from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file
 
 
@@ -141,7 +142,7 @@ def open_any(
     Returns:
         The model, its tokenizer, and what limits the tokens that it reads at once.
     """
-    if (Path(model) / MANIFEST_NAME).is_file():
+    if (located(model) / MANIFEST_NAME).is_file():
         emulator = open_emulator(model, dtype=torch.float32, trust=trust)
         if adapter is not None:
             emulator = tuned_emulator(emulator, adapter, trust=trust)

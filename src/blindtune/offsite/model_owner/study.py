@@ -26,6 +26,7 @@ from blindtune.atomic import atomic_directory, put_in_order, remove_directory
 from blindtune.errors import ConfigError
 from blindtune.models.blocks import Harmonizer
 from blindtune.offsite.model_owner.importance import DynamicConfig, DynamicState
+from blindtune.places import located
 
 VERSION = 1
 FACTS_NAME = "study.json"
@@ -159,7 +160,7 @@ def open_study(directory: str | Path) -> Study:
     Raises:
         ConfigError: the directory holds no study of this version, or a damaged one.
     """
-    directory = Path(directory)
+    directory = located(directory)
     try:
         facts = json.loads((directory / FACTS_NAME).read_text())
         tensors = load_file(directory / TENSORS_NAME)
