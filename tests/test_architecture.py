@@ -16,6 +16,7 @@ FLOORS = {
     "errors": 0,
     "version": 0,
     "places": 0.5,  # raises errors
+    "kinds": 0.5,
     "atomic": 0.7,  # knows places
     "models": 1,
     "privacy": 1,

@@ -24,6 +24,7 @@ import msgspec
 
 from blindtune.atomic import atomic_directory, check_free
 from blindtune.errors import ConfigError, DataError
+from blindtune.kinds import check_kinds
 from blindtune.places import data_source, located
 from blindtune.training.records import RecordShape, record_shape
 from blindtune.training.text import DataConfig, read_rows
@@ -56,6 +57,7 @@ class CanaryConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        check_kinds(self)
         if not self.repeats or min(self.repeats) < 0 or len(set(self.repeats)) < len(self.repeats):
             raise ConfigError(
                 f"expected different repeats of 0 or more, got {list(self.repeats)}: 0,1,4,16"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blindtune.errors import ConfigError, DataError
+from blindtune.kinds import check_kinds
 from blindtune.places import check_hub_name, data_source
 from blindtune.training.dataset import IGNORED_LABEL, TokenDataset, show_sample
 from blindtune.training.long_text import ids_in_pieces
@@ -79,6 +80,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        check_kinds(self)
         if self.max_length < 2:
             raise ConfigError(f"max_length must be at least 2, got {self.max_length}")
         if not 0.0 <= self.validation_split < 1.0:

@@ -27,6 +27,7 @@ from blindtune.errors import ConfigError
 from blindtune.evaluation.frontiers.scores import Frontier, gathered
 from blindtune.evaluation.frontiers.sweeps import KeptRows, Row, digest_of
 from blindtune.evaluation.utility.loss import loss_of_each
+from blindtune.kinds import check_kinds
 from blindtune.models.costs import decoder_cost
 from blindtune.models.decoder import Decoder, check_context, context_limit
 from blindtune.models.fingerprint import fingerprint
@@ -76,6 +77,7 @@ class FrontierConfig:
 
     def __post_init__(self) -> None:
         """Refuse empty sweeps and values out of range; each setting is checked when it is made."""
+        check_kinds(self)
         if not (self.adapter_layers and self.alpha and self.beta and self.seeds):
             raise ConfigError(
                 "expected at least one value each of adapter_layers, alpha, beta and seeds"

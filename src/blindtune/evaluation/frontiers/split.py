@@ -28,6 +28,7 @@ from blindtune.evaluation.audits.split_attacks import FEWEST_PUBLIC, public_need
 from blindtune.evaluation.audits.split_subject import read_audited, spread_texts
 from blindtune.evaluation.frontiers.sweeps import KeptRows, unbeaten
 from blindtune.exchange.wire.transport import InProcessTransport
+from blindtune.kinds import check_kinds
 from blindtune.models.encoders import load_any
 from blindtune.models.fingerprint import fingerprint
 from blindtune.models.tokenizers import tokenizer_files
@@ -74,6 +75,7 @@ class SplitFrontierConfig:
 
     def __post_init__(self) -> None:
         """Refuse empty sweeps; what else is out of range, the privatizer's config refuses."""
+        check_kinds(self)
         if not (self.cut and self.cti_fraction and (self.eta or self.changed_share)):
             raise ConfigError("expected at least one cut, cti_fraction, and eta or changed_share")
         if self.privatizer not in get_args(NoisedName):

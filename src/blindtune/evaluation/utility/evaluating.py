@@ -22,6 +22,7 @@ from blindtune.evaluation.utility.loss import Perplexity, Progress, loss_on_targ
 from blindtune.exchange.packages.manifest import MANIFEST_NAME
 from blindtune.exchange.packages.package import open_package
 from blindtune.exchange.packages.signing import Trust
+from blindtune.kinds import check_kinds
 from blindtune.models.decoder import check_context, context_limit
 from blindtune.models.loading import load_model, load_tokenizer, preferred_device
 from blindtune.offsite.adapter import tuned_emulator
@@ -49,6 +50,7 @@ class EvaluationConfig:
     memory only."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name, least in (("max_length", 2), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"expected {name} >= {least}, got {getattr(self, name)}")

@@ -29,6 +29,7 @@ from blindtune.exchange.packages.manifest import (
 )
 from blindtune.exchange.packages.signing import Signer
 from blindtune.exchange.packages.writing import check_place
+from blindtune.kinds import check_kinds
 from blindtune.models.blocks import Harmonizer
 from blindtune.models.decoder import Decoder
 from blindtune.models.fingerprint import fingerprint
@@ -64,6 +65,7 @@ class EmulatorConfig:
     """Of the weights in the package."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.adapter_layers < 1:
             raise ConfigError(f"expected adapter_layers >= 1, got {self.adapter_layers}")
         for name in ("alpha", "beta"):

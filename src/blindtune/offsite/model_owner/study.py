@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from blindtune.atomic import atomic_directory, put_in_order, remove_directory
 from blindtune.errors import ConfigError
+from blindtune.kinds import check_kinds
 from blindtune.models.blocks import Harmonizer
 from blindtune.offsite.model_owner.importance import DynamicConfig, DynamicState
 from blindtune.places import located
@@ -67,6 +68,7 @@ class StudyConfig:
     """Of the windows' order and of Dynamic LayerReplace."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         low = {"harmonizer_rank": 1, "min_adapter_layers": 1, "max_length": 2, "batch_size": 1}
         low |= {"calibration_tokens": self.max_length, "damage_tokens": self.max_length, "seed": 0}
         for name, least in low.items():

@@ -28,6 +28,7 @@ from torch.nn.functional import cross_entropy
 from blindtune.atomic import atomic_file
 from blindtune.errors import ConfigError, DataError, OutputError
 from blindtune.exchange.wire.resuming import ResumingTransport
+from blindtune.kinds import check_kinds
 from blindtune.places import located
 from blindtune.split.bottom import Bottom, open_bottom
 from blindtune.split.customer.access import (
@@ -65,6 +66,7 @@ class AskingConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        check_kinds(self)
         if self.batch_size < 1:
             raise ConfigError(f"expected batch_size above 0, got {self.batch_size}")
 

@@ -17,6 +17,7 @@ from blindtune.exchange.wire.credentials import (
     make_development_certificate,
     remove_customer,
 )
+from blindtune.kinds import check_kinds
 from blindtune.places import located
 
 CUSTOMERS = "customers.json"
@@ -47,6 +48,7 @@ class CertificateConfig:
 
     def __post_init__(self) -> None:
         """Refuse contradictions."""
+        check_kinds(self)
         given = [name is not None for name in (self.certificate, self.key)]
         if given[0] != given[1] or (given[0] and self.self_signed):
             raise ConfigError("expected a certificate and its key, or self_signed without both")
