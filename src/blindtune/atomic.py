@@ -21,6 +21,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from blindtune.errors import OutputError
+from blindtune.places import located
 
 _REMEDIES = {
     errno.ENOSPC: "free some space there or choose another disk",
@@ -65,9 +66,9 @@ def check_apart(target: Path, inputs: Iterable[Place]) -> None:
     """
     final = target.resolve()
     for one in inputs:
-        if not isinstance(one, str | Path) or not os.path.exists(one):  # noqa: PTH110  # any text
+        if not isinstance(one, str | Path) or not os.path.exists(located(one)):  # noqa: PTH110  # text
             continue
-        read = Path(one).resolve()
+        read = located(one).resolve()
         if final == read or final in read.parents:
             raise OutputError(
                 f"{target}: expected a place apart from what is read, {one} would be replaced by "
@@ -134,7 +135,7 @@ def sole_writer(target: str | Path) -> Iterator[None]:
     Raises:
         OutputError: another one is writing it, or its directory cannot be written.
     """
-    final = Path(target).absolute()
+    final = located(target).absolute()
     if final in _held.get() or os.environ.get("RANK", "0") != "0":
         yield
         return
@@ -204,7 +205,7 @@ def atomic_directory(
     Raises:
         OutputError: something is in the way, or the disk refuses; nothing stays in either case.
     """
-    final = Path(target).absolute()
+    final = located(target).absolute()
     partial = _beside(final, "partial")
     with sole_writer(final):
         check_free(final, overwrite=overwrite, mark=mark)
@@ -243,7 +244,7 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
     Raises:
         OutputError: the disk refuses; the old file, if any, stays.
     """
-    final = Path(target).absolute()
+    final = located(target).absolute()
     partial = _beside(final, "partial")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -67,6 +67,21 @@ def test_a_strange_record_is_named(tune, tmp_path):
     refused(tune(data), USAGE, f"{data}:2")
 
 
+def test_text_in_the_place_of_a_file(tune):
+    done = tune("Jane Doe lives in Utrecht. " * 20)
+    refused(done, USAGE, "got text of 540 characters")
+    assert "Jane" not in done.err
+
+
+def test_a_file_of_options_knows_the_home_directory(made, blindtune, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("out: ~/e\n")
+    assert blindtune("emulate", made / "study", "--config", "run.yaml").code == 0
+    assert (tmp_path / "e" / "manifest.json").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 def test_a_delta_without_an_epsilon(tune, made):
     done = tune(made / "private.jsonl", "--dp-delta", "1e-5")
     refused(done, USAGE, "expected --dp-epsilon with --dp-delta")

@@ -7,7 +7,8 @@ import pytest
 from blindtune.errors import DataError
 from blindtune.evaluation.utility.choices import read_items
 from blindtune.split.customer.labelled_text import read_labelled
-from blindtune.training.text import DataConfig, encode_rows, read_rows
+from blindtune.training.canaries import plant
+from blindtune.training.text import DataConfig, encode_rows, load_dataset_file, read_rows
 from tiny_models import tiny_tokenizer
 
 SECRET = "Jane Doe lives in Utrecht"
@@ -51,6 +52,25 @@ def test_files(tmp_path, name, content):
     for read in (lambda p: list(read_rows(str(p), DataConfig())), read_items, read_labelled):
         with pytest.raises(DataError) as raised:
             read(path)
+        assert not shared_words(str(raised.value))
+
+
+@pytest.mark.parametrize(
+    "given", [SECRET, SECRET * 20, f"{SECRET}\n{SECRET}", [SECRET], (SECRET,), {"text": SECRET}],
+    ids=range(6),
+)  # fmt: skip
+def test_texts_in_the_place_of_a_path(given):
+    """The system's error quoted them, and short ones went to the hub as a name."""
+    for read in (
+        lambda data: load_dataset_file(data, tiny_tokenizer(), DataConfig()), read_labelled,
+        read_items, lambda data: plant(data, "out"),
+        lambda data: list(read_rows(data, DataConfig())),
+    ):  # fmt: skip
+        with pytest.raises(DataError) as raised:
+            read(given)
+        if read is read_items and given == SECRET:
+            continue  # a path like any other
+        assert "expected the path of a data file" in str(raised.value)
         assert not shared_words(str(raised.value))
 
 

@@ -21,6 +21,7 @@ from blindtune import __version__
 from blindtune.cli.configfile import options_path
 from blindtune.cli.printing import json_line, plain
 from blindtune.errors import OutputError
+from blindtune.places import located
 
 Facts = dict[str, Any]
 """What an act returned, as plain JSON values."""
@@ -199,8 +200,8 @@ def request(
     bytes_of: dict[str, str | None] = {}
     for name in inputs:
         value = values.get(name)
-        place = Path(value).expanduser() if isinstance(value, str | Path) else None
-        if place is not None and name != "out" and place.exists():
+        place = located(value) if isinstance(value, str | Path) else None
+        if place is not None and name != "out" and os.path.exists(place):  # noqa: PTH110  # any text
             bytes_of[name] = digest(place)
     options = {name: value for name, value in values.items() if name not in _NO_IDENTITY}
     identity = {"verb": verb, "version": __version__, "options": options, "inputs": bytes_of}

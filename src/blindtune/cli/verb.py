@@ -24,6 +24,7 @@ from blindtune.cli.options import Field, Group, as_typed, option_name
 from blindtune.cli.output import Facts, Request, check_parent, check_place, request, write_facts
 from blindtune.cli.printing import print_estimate, print_json, stdout_console
 from blindtune.errors import BlindtuneError, OutputError
+from blindtune.places import located
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -199,10 +200,15 @@ def process_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def _at_home(value: Any) -> Any:
+    """A path in the home directory, which no shell looks into in a file of options."""
+    return str(located(value)) if isinstance(value, str) and value.startswith("~/") else value
+
+
 def _run(verb: Verb, values: dict[str, Any]) -> None:
     flags = {name: values.pop(name, False) for name in _FLAGS}
     resolved: dict[str, Any] = {
-        name: tuple(values[name]) if isinstance(values[name], list) else values[name]
+        name: tuple(values[name]) if isinstance(values[name], list) else _at_home(values[name])
         for name in verb.known()
         if name not in flags
     }

@@ -24,6 +24,7 @@ from blindtune.exchange.packages.package import Package, open_package
 from blindtune.exchange.packages.signing import Signer, Trust
 from blindtune.exchange.packages.writing import write_package
 from blindtune.exchange.tensors import Expected, is_finite
+from blindtune.kinds import check_kinds
 from blindtune.models.decoder import Decoder
 from blindtune.offsite.emulator import DTYPES, Emulator, adapter_parameters
 
@@ -45,6 +46,7 @@ class AdapterConfig:
     """Module paths inside a layer, such as self_attn.q_proj; empty: every linear map."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.lora_rank < 0 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
             raise ConfigError(
                 "expected lora_rank >= 0, lora_alpha > 0 and lora_dropout in [0, 1), got "

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from blindtune.errors import ConfigError, PolicyError
+from blindtune.kinds import check_kinds
 from blindtune.split.partition import Pooling
 from blindtune.training.optimizers import SCHEDULES, ScheduleName
 
@@ -51,6 +52,7 @@ class TuningConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        check_kinds(self)
         numbers = (self.learning_rate, self.weight_decay, self.max_grad_norm, self.lora_alpha)
         if self.lora_rank < 1 or not 0 <= self.lora_dropout < 1 or not self.lora_alpha > 0:
             raise ConfigError(
@@ -122,6 +124,7 @@ class VendorLimits:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        check_kinds(self)
         for field in fields(self):
             value = getattr(self, field.name)
             if value is not None and not value > 0:

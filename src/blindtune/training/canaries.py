@@ -24,6 +24,8 @@ import msgspec
 
 from blindtune.atomic import atomic_directory, check_free
 from blindtune.errors import ConfigError, DataError
+from blindtune.kinds import check_kinds
+from blindtune.places import data_source, located
 from blindtune.training.records import RecordShape, record_shape
 from blindtune.training.text import DataConfig, read_rows
 
@@ -55,6 +57,7 @@ class CanaryConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        check_kinds(self)
         if not self.repeats or min(self.repeats) < 0 or len(set(self.repeats)) < len(self.repeats):
             raise ConfigError(
                 f"expected different repeats of 0 or more, got {list(self.repeats)}: 0,1,4,16"
@@ -140,8 +143,9 @@ def plant(
     Raises:
         DataError: the data cannot be read. ConfigError, OutputError: see errors.py.
     """
-    config, source = config or CanaryConfig(), str(data)
-    check_free(Path(out), overwrite=overwrite, mark=CANARIES_NAME, inputs=(data,))
+    config, source = config or CanaryConfig(), data_source(data)
+    out = located(out)
+    check_free(out, overwrite=overwrite, mark=CANARIES_NAME, inputs=(source,))
     plain = Path(source).suffix.lower() == ".txt"
     rows = list(read_rows(source, DataConfig(text_column=config.text_column)))
     if not rows:
@@ -165,8 +169,8 @@ def plant(
             msgspec.json.encode(Canaries(version=1, canaries=canaries))
         )
     return Planting(
-        data=Path(out) / name,
-        canaries=Path(out) / CANARIES_NAME,
+        data=out / name,
+        canaries=out / CANARIES_NAME,
         records=len(mixed),
         planted=len(added),
     )
@@ -197,7 +201,7 @@ def read_canaries(path: str | Path) -> tuple[Canary, ...]:
     Raises:
         DataError: no such file, or not what `plant` writes.
     """
-    path = Path(path)
+    path = located(path)
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise DataError(f"{path}: expected at most {_MOST_BYTES:,} bytes: plant fewer canaries")

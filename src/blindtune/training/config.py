@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from blindtune.errors import ConfigError
+from blindtune.kinds import check_kinds
 from blindtune.training.optimizers import SCHEDULES, ScheduleName
 
 
@@ -41,6 +42,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        check_kinds(self)
         positive: dict[str, float | None] = {
             "learning_rate": self.learning_rate,
             "max_steps": self.max_steps,
@@ -92,6 +94,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        check_kinds(self)
         positive: dict[str, float | None] = {
             "per_device_eval_batch_size": self.per_device_eval_batch_size,
             "eval_steps": self.eval_steps,

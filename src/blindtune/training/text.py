@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from blindtune.errors import ConfigError, DataError
+from blindtune.kinds import check_kinds
+from blindtune.places import check_hub_name, data_source
 from blindtune.training.dataset import IGNORED_LABEL, TokenDataset, show_sample
 from blindtune.training.long_text import ids_in_pieces
 from blindtune.training.records import (
@@ -78,6 +80,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        check_kinds(self)
         if self.max_length < 2:
             raise ConfigError(f"max_length must be at least 2, got {self.max_length}")
         if not 0.0 <= self.validation_split < 1.0:
@@ -97,7 +100,7 @@ def load_dataset_file(
         DataError: the file is missing, empty, malformed, of an unknown kind, has none of the
             accepted columns, or most of its examples hold nothing to train on.
     """
-    source = str(path_or_hub_name)
+    source = data_source(path_or_hub_name)
     return encode_rows(read_rows(source, config), source, tokenizer, config)
 
 
@@ -242,6 +245,7 @@ def read_rows(source: str, config: DataConfig) -> Iterator[Row]:
     Raises:
         DataError: the file is missing, empty, malformed, or of an unknown kind.
     """
+    source = data_source(source)
     path = Path(source)
     extension = path.suffix.lower()
     if path.is_dir():
@@ -252,6 +256,7 @@ def read_rows(source: str, config: DataConfig) -> Iterator[Row]:
                 f"{source}: expected a data file, there is none: check the path (a name with an "
                 "ending, or in a folder that is there, is not looked for on the hub)"
             )
+        check_hub_name(source)
         return _hub_rows(source, config)
     if extension not in _EXTENSIONS:
         raise DataError(

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from blindtune.errors import ConfigError
+from blindtune.kinds import check_kinds
 
 Kind = Literal["emulator", "adapter", "split"]
 
@@ -52,6 +53,7 @@ class AuditConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        check_kinds(self)
         for name in ("confidence", "false_positive_rate"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"expected {name} between 0 and 1, got {getattr(self, name)}")

@@ -43,6 +43,7 @@ from blindtune.models.decoder import Decoder, context_limit
 from blindtune.models.loading import load_tokenizer
 from blindtune.offsite.data_owner.tuning_estimate import ADAMW_SECONDS
 from blindtune.offsite.model_owner.package_estimates import shape_of
+from blindtune.places import located
 from blindtune.split.bottom import open_bottom
 from blindtune.split.customer.job import MARK, CustomerJob
 from blindtune.split.customer.private_texts import ReadingConfig
@@ -167,7 +168,7 @@ def estimate_audit_split(
     """
     config, reading = config or AuditConfig(), reading or ReadingConfig()
     adversary, privatizer = adversary or AdversaryConfig(), privatizer or PrivatizerConfig()
-    job = CustomerJob(subject) if (Path(subject) / MARK).is_file() else None
+    job = CustomerJob(subject) if (located(subject) / MARK).is_file() else None
     if job is not None:
         bottom = bottom or job.record.bottom_path
         privatizer = job.config(PrivatizerConfig, "privatizer")
@@ -197,7 +198,7 @@ def estimate_audit_split(
         parts["dummy embeddings, at most"] = config.attack_seconds
     if adversary.attribute_column is not None:
         # Of a transcript any text may be attacked. Raises as the audit would.
-        some = chosen if Path(subject).is_dir() else range(len(mine))
+        some = chosen if located(subject).is_dir() else range(len(mine))
         known = spread_texts(theirs, config.public_tokens)
         attributes(adversary, some, known, public, data, reading)
         made = rate.seconds(AttributeConfig().draws * config.public_tokens * search)

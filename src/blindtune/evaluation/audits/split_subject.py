@@ -25,6 +25,7 @@ from blindtune.evaluation.leakage.empirical_privacy import contributing_masks
 from blindtune.evaluation.leakage.owners import Owners, owners_of
 from blindtune.exchange.packages.signing import Trust
 from blindtune.exchange.wire.transcript import Transcript, open_transcript
+from blindtune.places import data_source, located
 from blindtune.privacy.metric_dp import Mechanism
 from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.bottom import Bottom, open_bottom
@@ -150,7 +151,7 @@ def open_subject(
     trust: Trust | None,
 ) -> SplitSubject:
     """Open whatever it is; see `audit_split` for the arguments and errors."""
-    place = Path(subject)
+    place = located(subject)
     if (place / MARK).exists():
         if data is not None or privatizer not in (None, PrivatizerConfig()):
             raise ConfigError(f"{place}: a job has its texts and its privatizer: leave both")
@@ -184,7 +185,7 @@ def read_audited(bottom: Bottom, path: str | Path, reading: ReadingConfig) -> Pr
     Raises:
         DataError, ConfigError: as for `read_unseen`.
     """
-    if reading.task != "language-model" and Path(path).suffix.lower() == ".txt":
+    if reading.task != "language-model" and Path(data_source(path)).suffix.lower() == ".txt":
         rows = [str(row["text"]) for _, row in read_rows(str(path), DataConfig())]
         lines = [line for text in rows for line in text.splitlines() if line.strip()]
         ids, shortened = cut_texts(bottom, lines, reading)

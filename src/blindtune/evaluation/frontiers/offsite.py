@@ -27,6 +27,7 @@ from blindtune.errors import ConfigError
 from blindtune.evaluation.frontiers.scores import Frontier, gathered
 from blindtune.evaluation.frontiers.sweeps import KeptRows, Row, digest_of
 from blindtune.evaluation.utility.loss import loss_of_each
+from blindtune.kinds import check_kinds
 from blindtune.models.costs import decoder_cost
 from blindtune.models.decoder import Decoder, check_context, context_limit
 from blindtune.models.fingerprint import fingerprint
@@ -38,6 +39,7 @@ from blindtune.offsite.model_owner.importance import DynamicConfig
 from blindtune.offsite.model_owner.plugin import plug_in
 from blindtune.offsite.model_owner.study import FACTS_NAME, Study, StudyConfig, open_study
 from blindtune.offsite.model_owner.studying import OnStage, study
+from blindtune.places import located
 from blindtune.training.loop import RunConfig, TrainingConfig, fit
 from blindtune.training.text import DataConfig, load_dataset_file
 
@@ -75,6 +77,7 @@ class FrontierConfig:
 
     def __post_init__(self) -> None:
         """Refuse empty sweeps and values out of range; each setting is checked when it is made."""
+        check_kinds(self)
         if not (self.adapter_layers and self.alpha and self.beta and self.seeds):
             raise ConfigError(
                 "expected at least one value each of adapter_layers, alpha, beta and seeds"
@@ -136,7 +139,7 @@ def frontier(
     Raises:
         ModelError, DataError, ConfigError, OutputError: see errors.py.
     """
-    config, out = config or FrontierConfig(), Path(out)
+    config, out = config or FrontierConfig(), located(out)
     sweep = _Sweep(model, data, test, out, config)
     with sweep.rows.alone():
         text = str(public or data) if made_study is None else f"what {made_study} was made from"

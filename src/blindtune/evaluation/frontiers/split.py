@@ -28,9 +28,11 @@ from blindtune.evaluation.audits.split_attacks import FEWEST_PUBLIC, public_need
 from blindtune.evaluation.audits.split_subject import read_audited, spread_texts
 from blindtune.evaluation.frontiers.sweeps import KeptRows, unbeaten
 from blindtune.exchange.wire.transport import InProcessTransport
+from blindtune.kinds import check_kinds
 from blindtune.models.encoders import load_any
 from blindtune.models.fingerprint import fingerprint
 from blindtune.models.tokenizers import tokenizer_files
+from blindtune.places import data_source, located
 from blindtune.split.bottom import open_bottom, write_bottom
 from blindtune.split.customer.labelled_text import read_texts
 from blindtune.split.customer.own_groups import public_words
@@ -73,6 +75,7 @@ class SplitFrontierConfig:
 
     def __post_init__(self) -> None:
         """Refuse empty sweeps; what else is out of range, the privatizer's config refuses."""
+        check_kinds(self)
         if not (self.cut and self.cti_fraction and (self.eta or self.changed_share)):
             raise ConfigError("expected at least one cut, cti_fraction, and eta or changed_share")
         if self.privatizer not in get_args(NoisedName):
@@ -278,8 +281,9 @@ def split_frontier(
         ModelError, DataError, ConfigError, OutputError: see errors.py.
     """
     config, trial = config or SplitFrontierConfig(), trial or Trial()
-    text = None if public is None else Path(public)
-    sweep = _Sweep(str(model), Path(data), Path(test), text, Path(out), config, trial)
+    text = None if public is None else Path(data_source(public))
+    files = (Path(data_source(data)), Path(data_source(test)), text)
+    sweep = _Sweep(str(model), *files, located(out), config, trial)
     tried = [(cut, p) for cut in sorted(set(config.cut)) for p in config.privatizers]
     settings = []
     with sweep.rows.alone():
@@ -320,7 +324,7 @@ class _Sweep:
         files = [path for path in (data, test, public) if path is not None]
         words = [sha256(content).hexdigest() for content in tokenizer_files(tokenizer).values()]
         # What word groups are made of decides by its content, and not by its name.
-        self._public_text = config.public_text and _digest(Path(config.public_text))
+        self._public_text = config.public_text and _digest(located(config.public_text))
         self._decides = [fingerprint(loaded), words, *map(_digest, files), asdict(self.trial)]
 
     def _check_texts(self) -> None:
@@ -382,7 +386,7 @@ class _Sweep:
 def check_files(*paths: str | Path | None) -> None:
     """Raise DataError for what is no file: rows are kept by what files hold, not by names."""
     for path in paths:
-        if path is not None and not Path(path).is_file():
+        if path is not None and not Path(data_source(path)).is_file():
             raise DataError(
                 f"{path}: expected a file, there is none: a sweep reads no data set of the hub, "
                 "check the path or save it first"

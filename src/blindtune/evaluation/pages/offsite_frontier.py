@@ -13,6 +13,7 @@ from blindtune.evaluation.frontiers.scores import Frontier, Setting
 from blindtune.evaluation.pages import plots, report
 from blindtune.evaluation.pages.report import Report, Section, Table
 from blindtune.evaluation.utility.scoreboard import as_perplexity
+from blindtune.places import located
 
 JSON_NAME, PAGE_NAME = "frontier.json", "frontier.html"
 
@@ -44,9 +45,9 @@ def write_frontier(
         "sentence": answer_sentence(found, answer, recovery, gap) if asked else None,
         "config": asdict(config),
     }
-    with atomic_file(Path(out) / JSON_NAME) as partial:
+    with atomic_file(located(out) / JSON_NAME) as partial:
         partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    report.write(_page(found, config, answer, recovery, gap), Path(out) / PAGE_NAME)
+    report.write(_page(found, config, answer, recovery, gap), located(out) / PAGE_NAME)
     return facts
 
 

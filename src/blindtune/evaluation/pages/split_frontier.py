@@ -16,6 +16,7 @@ from blindtune.evaluation.frontiers.split import (
 )
 from blindtune.evaluation.pages import plots, report
 from blindtune.evaluation.pages.report import Report, Section, Table
+from blindtune.places import located
 
 JSON_NAME, PAGE_NAME = "split-frontier.json", "split-frontier.html"
 NOT_LEARNED = "No public text was given: attacks that learn from text were not run."
@@ -52,7 +53,7 @@ def write_split_frontier(
         "config": asdict(found.config),
         "trial": asdict(found.trial),
     }
-    with atomic_file(Path(out) / JSON_NAME) as partial:
+    with atomic_file(located(out) / JSON_NAME) as partial:
         partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     page = Report(
         title="Privacy-utility frontier of split tuning",
@@ -62,7 +63,7 @@ def write_split_frontier(
         sections=[_drawn(found, answer, ep), _table(found, answer)],
         facts={"Sweep": asdict(found.config), **_how(found.trial)},
     )
-    report.write(page, Path(out) / PAGE_NAME)
+    report.write(page, located(out) / PAGE_NAME)
     return facts
 
 

@@ -22,6 +22,7 @@ import torch
 from blindtune.errors import DataError
 from blindtune.evaluation.utility.loss import Progress, scoring, target_log_probs
 from blindtune.models.decoder import UNLIMITED_CONTEXT, context_limit
+from blindtune.places import data_source
 from blindtune.training.records import Item, open_ended_ids, read_item
 from blindtune.training.rows import json_rows
 
@@ -149,7 +150,7 @@ def read_items(path: str | Path) -> list[Item]:
     Raises:
         DataError: the file cannot be read or is empty, or a line is malformed (named).
     """
-    items = [read_item(record, where) for where, record in json_rows(Path(path))]
+    items = [read_item(record, where) for where, record in json_rows(Path(data_source(path)))]
     if not items:
         raise DataError(f"expected at least one item, {path} is empty: give a file with questions")
     return items

@@ -22,11 +22,13 @@ from blindtune.evaluation.utility.loss import Perplexity, Progress, loss_on_targ
 from blindtune.exchange.packages.manifest import MANIFEST_NAME
 from blindtune.exchange.packages.package import open_package
 from blindtune.exchange.packages.signing import Trust
+from blindtune.kinds import check_kinds
 from blindtune.models.decoder import check_context, context_limit
 from blindtune.models.loading import load_model, load_tokenizer, preferred_device
 from blindtune.offsite.adapter import tuned_emulator
 from blindtune.offsite.emulator import open_emulator
 from blindtune.offsite.model_owner.plugin import merge
+from blindtune.places import located
 from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file
 
 
@@ -48,6 +50,7 @@ class EvaluationConfig:
     memory only."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name, least in (("max_length", 2), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"expected {name} >= {least}, got {getattr(self, name)}")
@@ -141,7 +144,7 @@ def open_any(
     Returns:
         The model, its tokenizer, and what limits the tokens that it reads at once.
     """
-    if (Path(model) / MANIFEST_NAME).is_file():
+    if (located(model) / MANIFEST_NAME).is_file():
         emulator = open_emulator(model, dtype=torch.float32, trust=trust)
         if adapter is not None:
             emulator = tuned_emulator(emulator, adapter, trust=trust)

@@ -54,6 +54,7 @@ from blindtune.exchange.tensors import (
     read_header,
     read_tensors,
 )
+from blindtune.places import located
 
 DIGEST_NAME = "manifest.sha256"
 MAX_PACKAGE_BYTES = 256 << 30
@@ -190,7 +191,7 @@ def open_package(
         MismatchError: it is a sound manifest of another kind.
         PolicyError: nobody whom `trust` names signed it, or it is older than one seen before.
     """
-    path = Path(directory)
+    path = located(directory)
     try:
         names = _list_names(path)
     except OSError as error:

@@ -33,6 +33,7 @@ from blindtune.exchange.packages.package import (
 )
 from blindtune.exchange.packages.signing import Signature, Trust
 from blindtune.exchange.packages.writing import check_place
+from blindtune.places import located
 
 MAX_RECIPIENTS = 256
 _MAX_HEADER_BYTES = 64 << 10
@@ -63,8 +64,8 @@ def seal(
     """
     import pyrage
 
-    target = Path(out)
-    check_apart(target, [package, *Path(package).glob("*")])
+    target = located(out)
+    check_apart(target, [package, *located(package).glob("*")])
     if target.is_dir() or (target.exists() and not overwrite):
         raise OutputError(
             f"{target}: expected a new file, something is there: choose another, or say that it "
@@ -118,8 +119,8 @@ def unseal(
     import pyrage
 
     identity = pyrage.x25519.Identity.from_str(key.receiving_secret)
-    path = Path(sealed)
-    check_place(Path(out), overwrite=overwrite, inputs=(path,))
+    path = located(sealed)
+    check_place(located(out), overwrite=overwrite, inputs=(path,))
     if not path.exists():
         raise ConfigError(f"{path}: expected a sealed file, there is none: check the path")
     handle, _size = open_regular(path)

@@ -30,6 +30,7 @@ from blindtune.exchange.packages.package import (
 )
 from blindtune.exchange.packages.signing import SIGNATURE_NAME, Signer
 from blindtune.exchange.tensors import serialize, shard
+from blindtune.places import located
 
 MAX_SHARD_BYTES = 4 << 30
 FORMAT_PREFIX = "blindtune-"
@@ -63,7 +64,7 @@ def write_package(
         OutputError: it cannot be written, something is in the way, or the manifest, a tensor or
             a file is one that no reader would accept.
     """
-    target = Path(directory).absolute()
+    target = located(directory).absolute()
     _check_small_files(files)
     encode_manifest(manifest)
     shards = shard(tensors, max_shard_bytes)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 from blindtune.errors import ConfigError
+from blindtune.kinds import check_kinds
 
 PUSHBACK = "grpc-retry-pushback-ms"
 """gRPC's own name for the time after which a refused call may be tried again."""
@@ -47,6 +48,7 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        check_kinds(self)
         for name in self.__dataclass_fields__:
             if not 0 < (value := getattr(self, name)) < 2**31 / 1000:
                 raise ConfigError(f"expected {name} above 0 and below 2147483, got {value}")

@@ -29,6 +29,7 @@ from blindtune.exchange.wire.network import SERVICE, Health, channel_options, im
 from blindtune.exchange.wire.request_memory import RequestMemory, Share
 from blindtune.exchange.wire.stream import Stream
 from blindtune.exchange.wire.transport import Handler
+from blindtune.kinds import check_kinds
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        check_kinds(self)
         least = min(
             self.max_streams, self.max_streams_per_customer, self.stall_timeout_seconds,
             self.idle_timeout_seconds, self.keepalive_seconds,

@@ -28,6 +28,7 @@ from blindtune.offsite.competitors.gradot import GradotConfig, gradot
 from blindtune.offsite.competitors.layer_drop import LayerDropConfig, drop_layers
 from blindtune.offsite.emulator import write_emulator
 from blindtune.offsite.model_owner.emulation import full_model_facts
+from blindtune.places import located
 from blindtune.training.text import DataConfig
 from blindtune.training.windows import full_windows, shuffled
 
@@ -81,7 +82,7 @@ def emulate_by(
         ModelError, DataError, ConfigError, OutputError: see errors.py.
     """
     start = time.perf_counter()
-    check_place(Path(out), overwrite=overwrite, kind="emulator", inputs=(model, data))
+    check_place(located(out), overwrite=overwrite, kind="emulator", inputs=(model, data))
     full = load_model(model, device=preferred_device())
     check_context(max_length, context_limit(full.config))
     windows_NL = public_windows(model, data, max_length)
@@ -100,7 +101,7 @@ def emulate_by(
     )
     return CompetitorEmulation(
         id=package_id,
-        path=Path(out),
+        path=located(out),
         config=config,
         layers=tuple(layers),
         parameters=full.num_parameters(),

@@ -28,6 +28,7 @@ from blindtune.models.decoder import Decoder, check_context, context_limit
 from blindtune.models.loading import preferred_device
 from blindtune.offsite.adapter import AdapterConfig, write_adapter
 from blindtune.offsite.emulator import Emulator, open_emulator
+from blindtune.places import located
 from blindtune.privacy.entropy import system_uniforms
 from blindtune.training import checkpoint
 from blindtune.training.dp_plan import DpConfig, DpPlan, plan_noise
@@ -92,7 +93,7 @@ def tune(
         PolicyError, PackageError, DataError, ConfigError, OutputError: see errors.py.
     """
     adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
-    privacy, out = privacy or DpConfig(), Path(out)
+    privacy, out = privacy or DpConfig(), located(out)
     reading = read_privately(reading or DataConfig(), privacy, validation)
     if privacy.epsilon is not None:
         check_private(run or RunConfig())

@@ -29,6 +29,7 @@ from blindtune.exchange.packages.manifest import (
 )
 from blindtune.exchange.packages.signing import Signer
 from blindtune.exchange.packages.writing import check_place
+from blindtune.kinds import check_kinds
 from blindtune.models.blocks import Harmonizer
 from blindtune.models.decoder import Decoder
 from blindtune.models.fingerprint import fingerprint
@@ -37,6 +38,7 @@ from blindtune.models.surgery import keep_layers, replace_layer
 from blindtune.offsite.emulator import write_emulator
 from blindtune.offsite.model_owner.compression import Reading, compress_layer
 from blindtune.offsite.model_owner.study import Study, open_study
+from blindtune.places import located
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ class EmulatorConfig:
     """Of the weights in the package."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.adapter_layers < 1:
             raise ConfigError(f"expected adapter_layers >= 1, got {self.adapter_layers}")
         for name in ("alpha", "beta"):
@@ -127,20 +130,20 @@ def emulate(
     config, start = config or EmulatorConfig(), time.perf_counter()
     found = study if isinstance(study, Study) else open_study(study)
     replaced = replaced_layers(found, config)
-    place = found.model if model is None else model
+    source = found.model if model is None else model
     read = None if isinstance(study, Study) else study
-    check_place(Path(out), overwrite=overwrite, kind="emulator", inputs=(place, read))
-    full = load_model(place, device=preferred_device())
+    check_place(located(out), overwrite=overwrite, kind="emulator", inputs=(source, read))
+    full = load_model(source, device=preferred_device())
     if fingerprint(full) != found.fingerprint:
         raise MismatchError(
-            f"expected the model that was studied, got another one at {place}: study it "
+            f"expected the model that was studied, got another one at {source}: study it "
             "again, or restore it"
         )
     facts = full_model_facts(full)
     layers = reshape(full, found, replaced, config)
     package_id = write_emulator(
         full,
-        load_tokenizer(place),
+        load_tokenizer(source),
         layers,
         out,
         model_fingerprint=found.fingerprint,
@@ -152,7 +155,7 @@ def emulate(
     )
     return Emulation(
         id=package_id,
-        path=Path(out),
+        path=located(out),
         config=config,
         layers=tuple(layers),
         parameters=full.num_parameters(),

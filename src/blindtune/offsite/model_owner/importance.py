@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from blindtune.errors import ConfigError
+from blindtune.kinds import check_kinds
 from blindtune.offsite.model_owner.mixed_network import MixedNetwork, Objective
 
 Reward = Literal["paper", "scale-free"]
@@ -61,6 +62,7 @@ class DynamicConfig:
     """Windows a step."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name, low in (("steps", 0), ("groups", 1), ("candidates", 0), ("batch_size", 1)):
             if getattr(self, name) < low:
                 raise ConfigError(f"expected {name} >= {low}, got {getattr(self, name)}")

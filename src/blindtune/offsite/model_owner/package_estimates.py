@@ -34,6 +34,7 @@ from blindtune.offsite.emulator import DTYPES, package_sketch, tokenizer_of
 from blindtune.offsite.model_owner.compression import compressed_rank, saves_space
 from blindtune.offsite.model_owner.emulation import EmulatorConfig, replaced_layers
 from blindtune.offsite.model_owner.study import Study, open_study
+from blindtune.places import located
 from blindtune.training.records import token_ids
 from blindtune.training.text import DataConfig, load_dataset_file
 
@@ -105,7 +106,7 @@ def estimate_inspect(package: str | Path) -> Estimate:
     Raises:
         ConfigError: there is no such directory.
     """
-    folder = Path(package)
+    folder = located(package)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: expected a package's directory, found none: check the path")
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
@@ -184,7 +185,7 @@ def shape_of(
     Raises:
         ModelError, PackageError: as for `evaluate`.
     """
-    if not (Path(model) / MANIFEST_NAME).is_file():
+    if not (located(model) / MANIFEST_NAME).is_file():
         return load_tokenizer(model), sketch(model)
     package = open_package(model, "emulator", trust=trust)
     shape = package_sketch(package)

@@ -39,6 +39,7 @@ from blindtune.offsite.model_owner.vetting import (
     measure_changes,
     public_loss,
 )
+from blindtune.places import located
 
 CONFIG_NAME = "config.json"
 _ID = "sha256:"
@@ -105,7 +106,7 @@ def plug_in(
         raise ConfigError(f"expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}")
     if out is not None:
         read = (model, adapter, emulator, data)
-        check_free(Path(out), overwrite=overwrite, mark=CONFIG_NAME, inputs=read)
+        check_free(located(out), overwrite=overwrite, mark=CONFIG_NAME, inputs=read)
     package = open_package(adapter, "adapter", trust=trust)
     _check_emulator(package, emulator, trust)
     full = load_model(model)
@@ -120,7 +121,7 @@ def plug_in(
             full.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
     return PlugIn(
-        path=None if out is None else Path(out),
+        path=None if out is None else located(out),
         model=full,
         adapter_id=package.id,
         kind=package.manifest.kind,

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 
 from blindtune.atomic import atomic_directory, put_in_order, remove_directory
 from blindtune.errors import ConfigError
+from blindtune.kinds import check_kinds
 from blindtune.models.blocks import Harmonizer
 from blindtune.offsite.model_owner.importance import DynamicConfig, DynamicState
+from blindtune.places import located
 
 VERSION = 1
 FACTS_NAME = "study.json"
@@ -66,6 +68,7 @@ class StudyConfig:
     """Of the windows' order and of Dynamic LayerReplace."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         low = {"harmonizer_rank": 1, "min_adapter_layers": 1, "max_length": 2, "batch_size": 1}
         low |= {"calibration_tokens": self.max_length, "damage_tokens": self.max_length, "seed": 0}
         for name, least in low.items():
@@ -159,7 +162,7 @@ def open_study(directory: str | Path) -> Study:
     Raises:
         ConfigError: the directory holds no study of this version, or a damaged one.
     """
-    directory = Path(directory)
+    directory = located(directory)
     try:
         facts = json.loads((directory / FACTS_NAME).read_text())
         tensors = load_file(directory / TENSORS_NAME)

@@ -35,6 +35,7 @@ from blindtune.offsite.model_owner.study import (
     WorkDirectory,
     save_study,
 )
+from blindtune.places import located
 from blindtune.training.text import DataConfig
 from blindtune.training.windows import full_windows, shuffled
 
@@ -76,7 +77,7 @@ def study(
         ModelError, DataError, ConfigError, OutputError: see errors.py.
     """
     config, dynamic = config or StudyConfig(), dynamic or DynamicConfig()
-    out = Path(out)
+    out = located(out)
     check_free(out, overwrite=overwrite, mark=FACTS_NAME, inputs=(model, data))
     network_model = load_model(model, device=preferred_device())
     network_model.requires_grad_(False)
@@ -117,7 +118,7 @@ def _begin(
             "--dynamic-steps 0, or a smaller --min-adapter-layers"
         )
     return Study(
-        model=str(Path(model).absolute()) if Path(model).is_dir() else str(model),
+        model=str(located(model).absolute()) if located(model).is_dir() else str(model),
         fingerprint=fingerprint(decoder.model),
         layer_count=decoder.layer_count,
         first=middle.start,

@@ -33,6 +33,7 @@ from torch import Tensor
 from blindtune.atomic import atomic_directory, remove_left_overs, secret_file
 from blindtune.errors import ConfigError, DataError, OutputError
 from blindtune.exchange.wire.messages import JobToken, Partition
+from blindtune.places import located
 from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.customer.privacy_statement import PrivacyStatement
 from blindtune.split.customer.private_gradients import GradientConfig
@@ -73,7 +74,7 @@ class CustomerJob:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = located(path)
         try:
             content = (self.path / MARK).read_bytes()
             self.record = msgspec.json.decode(content, type=JobRecord)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import DataError
+from blindtune.places import data_source
 from blindtune.training.records import kind_of_value
 from blindtune.training.rows import csv_rows, json_rows
 from blindtune.training.text import DataConfig, read_rows
@@ -129,6 +130,7 @@ def read_texts(
 
 def _read(path: str | Path, text_column: str, label_column: str, *, required: bool) -> FoundTexts:
     texts, labels, numbers, places = [], [], [], []
+    path = data_source(path)
     for number, (where, row) in enumerate(_rows(path), 1):
         text, label = row.get(text_column), row.get(label_column)
         label = None if label == "" else label  # how .csv says that there is none
@@ -182,7 +184,7 @@ def _number(label: Any, where: str) -> float:
     return value
 
 
-def _rows(path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     suffix = Path(path).suffix.lower()
     if suffix == ".jsonl":
         yield from json_rows(Path(path))
@@ -190,7 +192,7 @@ def _rows(path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for number, cells in csv_rows(Path(path)):
             yield f"{path}, row {number}", cells
     elif suffix == ".parquet" or not Path(path).exists():  # or the name of a hub data set
-        yield from read_rows(str(path), DataConfig())
+        yield from read_rows(path, DataConfig())
     else:
         raise DataError(
             f"{path}: expected a file ending in .jsonl, .csv or .parquet: convert or rename it"

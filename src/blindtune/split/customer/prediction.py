@@ -28,6 +28,8 @@ from torch.nn.functional import cross_entropy
 from blindtune.atomic import atomic_file
 from blindtune.errors import ConfigError, DataError, OutputError
 from blindtune.exchange.wire.resuming import ResumingTransport
+from blindtune.kinds import check_kinds
+from blindtune.places import located
 from blindtune.split.bottom import Bottom, open_bottom
 from blindtune.split.customer.access import (
     AccessConfig,
@@ -64,6 +66,7 @@ class AskingConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        check_kinds(self)
         if self.batch_size < 1:
             raise ConfigError(f"expected batch_size above 0, got {self.batch_size}")
 
@@ -136,9 +139,9 @@ def predict(
             told, scores = _ask(found, package, texts, private, transport, asking, on_progress)
             told.sort(key=itemgetter("row"))
     if out is not None:
-        _write(Path(out), told)
+        _write(located(out), told)
     return Prediction(
-        path=None if out is None else Path(out),
+        path=None if out is None else located(out),
         texts=tuple(told),
         scores=scores,
         privacy=statement,
@@ -150,7 +153,7 @@ def predict(
 
 
 def _check_new(out: str | Path | None) -> None:
-    if out is not None and Path(out).exists():
+    if out is not None and located(out).exists():
         raise OutputError(f"{out}: expected a new file, something is there: choose another --out")
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import ConfigError, DataError
+from blindtune.kinds import check_kinds
 from blindtune.models.decoder import UNLIMITED_CONTEXT, Decoder, context_limit
 from blindtune.split.bottom import Bottom
 from blindtune.split.customer.labelled_text import (
@@ -55,6 +56,7 @@ class ReadingConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        check_kinds(self)
         if self.task not in get_args(Purpose):
             raise ConfigError(f"expected task {', '.join(get_args(Purpose))}, got {self.task!r}")
         if self.max_length is not None and self.max_length < 2:

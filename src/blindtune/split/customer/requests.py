@@ -49,6 +49,7 @@ from blindtune.exchange.wire.messages import (
 )
 from blindtune.exchange.wire.resuming import ResumingTransport, RetryConfig
 from blindtune.exchange.wire.transport import Transport
+from blindtune.kinds import check_kinds
 from blindtune.split.bottom import Bottom
 from blindtune.split.customer.private_states import PrivateStates
 from blindtune.split.terms import PADDED, TuningConfig
@@ -107,6 +108,7 @@ class PassConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        check_kinds(self)
         if min(self.epochs, self.batch_size, self.accumulate, self.checkpoint_steps) < 1:
             raise ConfigError("epochs, batch_size, accumulate, checkpoint_steps must be above 0")
         if self.precision not in get_args(Precision):

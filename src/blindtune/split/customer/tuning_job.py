@@ -20,6 +20,7 @@ import msgspec
 
 from blindtune.errors import DataError, OutputError, PolicyError
 from blindtune.exchange.packages.signing import Trust
+from blindtune.places import located
 from blindtune.privacy.entropy import system_uniforms
 from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.bottom import Bottom, open_bottom
@@ -126,7 +127,7 @@ def split_tune(
     texts = read_training(package, data, wanted.reading)
     wanted = wanted.with_length(len(texts.ids))
     record = _record(package, bottom, texts, wanted)
-    job = _begin_or_find(package, Path(out), record, wanted, texts, resume, on_part)
+    job = _begin_or_find(package, located(out), record, wanted, texts, resume, on_part)
     with job.working():
         private, statement = _prepare(job, package, texts, wanted, on_part)
         if on_statement is not None:
@@ -188,7 +189,7 @@ def _record(
     return JobRecord(
         partition=package.cut.partition,
         bottom=package.id,
-        bottom_path=str(Path(place).absolute()),
+        bottom_path=str(located(place).absolute()),
         data=texts_hash(texts.ids, labels, "\0".join(texts.names).encode()),
         options=asdict(wanted),
         eta=wanted.privatizer.eta,

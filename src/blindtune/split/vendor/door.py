@@ -17,6 +17,8 @@ from blindtune.exchange.wire.credentials import (
     make_development_certificate,
     remove_customer,
 )
+from blindtune.kinds import check_kinds
+from blindtune.places import located
 
 CUSTOMERS = "customers.json"
 """The file of customers in a vendor's directory; every vendor's directory has one."""
@@ -46,6 +48,7 @@ class CertificateConfig:
 
     def __post_init__(self) -> None:
         """Refuse contradictions."""
+        check_kinds(self)
         given = [name is not None for name in (self.certificate, self.key)]
         if given[0] != given[1] or (given[0] and self.self_signed):
             raise ConfigError("expected a certificate and its key, or self_signed without both")
@@ -141,7 +144,7 @@ def admit(name: str, out: str | Path, *, token_file: str | Path | None = None) -
     target = None if token_file is None else Path(token_file)
     if target is not None and target.exists():
         raise OutputError(f"{target}: expected a new file for the token, something is there")
-    customers = prepare(Path(out))
+    customers = prepare(located(out))
 
     def deliver(token: str) -> None:
         if target is not None:
@@ -165,7 +168,7 @@ def revoke(name: str, out: str | Path) -> None:
     Raises:
         ConfigError: there is no such customer, or no vendor's directory.
     """
-    customers = Path(out) / CUSTOMERS
+    customers = located(out) / CUSTOMERS
     if not customers.exists():
         raise ConfigError(f"{out}: expected a vendor's directory, there is no {CUSTOMERS} in it")
     with FileLock(customers.with_suffix(".lock"), mode=0o600):

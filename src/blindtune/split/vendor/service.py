@@ -35,6 +35,7 @@ from blindtune.exchange.wire.serving import Server, ServerConfig
 from blindtune.models import fingerprint as models
 from blindtune.models.encoders import load_any
 from blindtune.models.loading import preferred_device
+from blindtune.places import located
 from blindtune.split.bottom import write_bottom
 from blindtune.split.partition import Cut, stack_of
 from blindtune.split.terms import VendorLimits
@@ -111,10 +112,10 @@ def bottom(
         ConfigError: the model cannot be cut there. ModelError: it cannot be had.
         OutputError: the package cannot be written.
     """
-    check_place(Path(out), overwrite=overwrite, kind="bottom", inputs=(model,))
+    check_place(located(out), overwrite=overwrite, kind="bottom", inputs=(model,))
     loaded, tokenizer = load_any(model)
     config = config or BottomConfig()
-    return _write(loaded, tokenizer, Path(out), cut, config, overwrite=overwrite, signer=signer)
+    return _write(loaded, tokenizer, located(out), cut, config, overwrite=overwrite, signer=signer)
 
 
 def _write(
@@ -320,7 +321,7 @@ def serve(
     """
     return Service(
         model,
-        Path(out),
+        located(out),
         cut,
         config or BottomConfig(),
         access,
