@@ -52,7 +52,8 @@ class AdapterConfig:
                 "expected lora_rank >= 0, lora_alpha > 0 and lora_dropout in [0, 1), got "
                 f"{self.lora_rank}, {self.lora_alpha}, {self.lora_dropout}"
             )
-        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        # Without a rank there is no dropout either: 0 says what is so.
+        given = [f.name for f in fields(self) if getattr(self, f.name) not in (f.default, 0)]
         if given and not self.lora_rank:
             raise ConfigError(
                 f"expected lora_rank above 0 with {', '.join(given)}, got 0, which trains all "

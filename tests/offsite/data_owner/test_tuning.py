@@ -53,7 +53,7 @@ def test_other_lora_settings_do_not_go_on(tune):
 
 
 @pytest.mark.parametrize(
-    "given", [{"lora_targets": ("self_attn.q_proj",)}, {"lora_alpha": 8.0}, {"lora_dropout": 0.0}]
+    "given", [{"lora_targets": ("self_attn.q_proj",)}, {"lora_alpha": 8.0}, {"lora_dropout": 0.2}]
 )
 def test_lora_settings_without_a_rank_are_refused(given):
     """All weights were trained instead, far more than was asked for."""
@@ -61,6 +61,7 @@ def test_lora_settings_without_a_rank_are_refused(given):
         AdapterConfig(**given)
     AdapterConfig(lora_rank=2, **given)
     AdapterConfig(lora_alpha=32.0, lora_dropout=0.1, lora_targets=())
+    AdapterConfig(lora_dropout=0)
 
 
 @pytest.mark.usefixtures("interrupted")
