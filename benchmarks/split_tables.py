@@ -172,7 +172,7 @@ def _label_privacy(row, classes):
 def _least_privacy(row, classes):
     """The same, or the EP of an attack that has the vendor's own outputs, whichever is less."""
     by_outputs = [row[name] for name in ("EP activations", "EP corrected") if name in row]
-    return min(_label_privacy(row, classes), *by_outputs)
+    return min([_label_privacy(row, classes), *by_outputs])
 
 
 def word_table(found):

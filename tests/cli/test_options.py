@@ -1,12 +1,10 @@
 """Options are read from source: the reading agrees with the dataclasses themselves."""
 
-import ast
 import dataclasses
 import re
 import types
 import typing
 from importlib import import_module
-from pathlib import Path
 
 import click
 import pytest
@@ -102,19 +100,6 @@ def test_names_that_several_options_have_are_left_or_are_the_option_of_that_name
 def test_help_of_an_option_with_a_default_leaves_none_out(told, said):
     shown = Field(name="most", kind=int, default=None, help=told, optional=True)
     assert _help_of(shown, {"most": shown}, 7) == said
-
-
-def test_tune_reads_windows_as_the_function_does():
-    from blindtune.offsite.data_owner import tuning
-
-    group = next(g for g in VERB_OBJECTS["tune"].groups if g.name == "DataConfig")
-    calls = [
-        node
-        for node in ast.walk(ast.parse(Path(tuning.__file__).read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "DataConfig"
-    ]
-    assert len(calls) == 1
-    assert {k.arg: ast.literal_eval(k.value) for k in calls[0].keywords} == group.defaults
 
 
 @pytest.mark.parametrize("name", VERB_OBJECTS)

@@ -42,7 +42,8 @@ def test_what_a_party_writes_is_signed_and_opened_by_itself(made, blindtune):
         ["evaluate", "emulator", "--data", "private.jsonl"],
         ["audit", "emulator", "--model", "llama", "--public", "public.txt", "--test", "public.txt",
          "--out", "new"],
-        ["audit", "adapter", "--model", "emulator", "--data", "private.jsonl", "--out", "new"],
+        ["audit", "adapter", "--model", "emulator", "--data", "private.jsonl", "--out", "new",
+         "--max-length", "64"],
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )  # fmt: skip

@@ -184,7 +184,6 @@ VERB = Verb(
             module="blindtune.training.text",
             name="DataConfig",
             renamed={"seed": "split_seed"},
-            defaults={"max_length": 128},
         ),
         Group(
             heading="Speed and bookkeeping",

@@ -166,7 +166,7 @@ def test_copies_of_one_record_are_no_leak(data, tmp_path):
         data / "copied", data / "emulator", tmp_path / "copies.jsonl",
         others=data / "strangers.jsonl", reading=READING,
     )  # fmt: skip
-    assert found.facts["trained records"].startswith("24 different ones of 124")
+    assert found.facts["trained records"].startswith("24 different of 124")
     assert found.findings == tuned.findings
 
 
@@ -186,7 +186,7 @@ def test_what_tuning_set_aside_serves_as_others(data):
     found = audit_adapter(
         data / "adapter", data / "emulator", data / "members.jsonl", reading=reading
     )
-    assert found.facts["trained records"].startswith("18 different ones of 18")
+    assert found.facts["trained records"].startswith("18 different of 18")
     assert found.facts["other records"] == "6 set aside by the tuning"
 
 

@@ -56,7 +56,7 @@ def test_what_is_spent_is_planned_stated_and_shown(world, tmp_path, lora_rank):
     assert READING.pack
     assert READING.validation_split  # and yet all are one record each, and none is a stranger
     audit = audit_adapter(*asked, **options)
-    assert audit.facts["trained records"] == "40 different ones of 40 in records.jsonl"
+    assert audit.facts["trained records"] == "40 different of 40 in records.jsonl"
     assert audit.facts["other records"] == "6 of others.jsonl"
     read = sum(
         load_dataset_file(
@@ -112,8 +112,7 @@ def test_a_text_file_is_one_record_unless_windows_are_the_unit(world, tmp_path):
     )
     packed = load_dataset_file(text, tiny_tokenizer(), READING)
     assert (
-        audit.facts["trained records"]
-        == f"{len(packed)} different ones of {len(packed)} in private.txt"
+        audit.facts["trained records"] == f"{len(packed)} different of {len(packed)} in private.txt"
     )
     for audit_of in (audit_adapter, estimate_audit_adapter):
         with pytest.raises(ConfigError, match="expected --others for an adapter tuned with diff"):

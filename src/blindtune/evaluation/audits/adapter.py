@@ -104,8 +104,7 @@ def audit_adapter(
     )
     origin = "set aside by the tuning" if others is None else f"of {Path(others).name}"
     facts = {
-        "trained records": f"{len(members):,} different ones of {len(trained):,} in "
-        f"{Path(data).name}",
+        "trained records": f"{len(members):,} different of {len(trained):,} in {Path(data).name}",
         "other records": f"{len(strangers):,} {origin}",
         "measured in": str(model),
     } | _how_sure(config, len(strangers))
