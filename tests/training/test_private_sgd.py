@@ -207,17 +207,6 @@ def test_settings_out_of_range_are_refused(field, value):
         DpConfig(**{field: value})
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("delta", 1e-5), ("max_grad_norm", 0.5), ("unit", "window")]
-)
-def test_without_an_epsilon_the_others_are_refused(field, value):
-    """They were ignored, and a run that asked for privacy had none."""
-    with pytest.raises(ConfigError, match=f"expected dp_epsilon with dp_{field}"):
-        DpConfig(**{field: value})
-    DpConfig(**{field: value}, epsilon=1.0)
-    DpConfig(**{field: getattr(DpConfig(), field)})
-
-
 class Killed(Exception):
     pass
 

@@ -113,7 +113,8 @@ def labels_from_activations(
 
 def _standardised(activation_ND: Tensor) -> Tensor:
     """Each feature with mean 0, all together of norm 1 on average; and a constant one: [N, D+1]."""
-    centred_ND = activation_ND.double().cpu() - activation_ND.double().cpu().mean(0)
+    activation_ND = activation_ND.double().cpu()
+    centred_ND = activation_ND - activation_ND.mean(0)
     scaled_ND = centred_ND / centred_ND.std(0).clamp_min(1e-12) / centred_ND.shape[1] ** 0.5
     return torch.cat([scaled_ND, torch.ones(len(scaled_ND), 1, dtype=torch.float64)], 1)
 

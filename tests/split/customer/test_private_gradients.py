@@ -36,6 +36,7 @@ from blindtune.split.customer.private_texts import ReadingConfig
 from blindtune.split.customer.privatizer_config import PrivatizerConfig
 from blindtune.split.customer.requests import PassConfig, PlannedBatch, new_token
 from blindtune.split.customer.ushape import Top, customers_head, go_on, train_u_shape
+from blindtune.training.dp_plan import DpConfig
 
 PLAN = PassConfig(epochs=3, batch_size=4, precision="float32", checkpoint_steps=2)
 DP = GradientConfig(epsilon=8.0, delta=1e-5)
@@ -558,15 +559,16 @@ def test_units_and_deltas_out_of_range_are_refused():
         GradientConfig(delta=1.0)
 
 
+@pytest.mark.parametrize("config", [GradientConfig, DpConfig])
 @pytest.mark.parametrize(
     ("field", "value"), [("delta", 1e-5), ("max_grad_norm", 0.5), ("unit", "window")]
 )
-def test_without_an_epsilon_the_others_are_refused(field, value):
+def test_without_an_epsilon_the_others_are_refused(config, field, value):
     """They were ignored, and a run that asked for privacy had none."""
     with pytest.raises(ConfigError, match=f"expected dp_epsilon with dp_{field}"):
-        GradientConfig(**{field: value})
-    GradientConfig(**{field: value}, epsilon=1.0)
-    GradientConfig(**{field: getattr(GradientConfig(), field)})
+        config(**{field: value})
+    config(**{field: value}, epsilon=1.0)
+    config(**{field: getattr(config(), field)})
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])

@@ -42,7 +42,7 @@ from blindtune.models.costs import (
 from blindtune.models.decoder import Decoder, context_limit
 from blindtune.models.loading import load_tokenizer
 from blindtune.offsite.data_owner.tuning_estimate import ADAMW_SECONDS
-from blindtune.offsite.model_owner.package_estimates import shape_of
+from blindtune.offsite.model_owner.package_estimates import package_shape, shape_of
 from blindtune.places import located
 from blindtune.split.bottom import open_bottom
 from blindtune.split.customer.job import MARK, CustomerJob
@@ -77,8 +77,9 @@ def estimate_audit_emulator(
     """
     config, reading = config or AuditConfig(), reading or DataConfig()
     length, full = reading.max_length, sketch(model)
-    check_full_model(full, open_package(emulator, "emulator", trust=trust).manifest, model)
-    decoder, emulated = Decoder(full), Decoder(shape_of(emulator, trust)[1])
+    package = open_package(emulator, "emulator", trust=trust)
+    check_full_model(full, package.manifest, model)
+    decoder, emulated = Decoder(full), Decoder(package_shape(package)[1])
     rate, cost = matmul_rate(decoder.hidden_size), decoder_cost(decoder, length)
     small = decoder_cost(emulated, length)
     raw = sum(emulated.is_raw(i) for i in range(emulated.layer_count)) / decoder.layer_count

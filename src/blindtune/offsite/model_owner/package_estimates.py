@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blindtune.errors import ConfigError
-from blindtune.exchange.packages.manifest import MANIFEST_NAME
-from blindtune.exchange.packages.package import open_package
+from blindtune.exchange.packages.manifest import MANIFEST_NAME, EmulatorManifest
+from blindtune.exchange.packages.package import Package, open_package
 from blindtune.exchange.packages.signing import Trust
 from blindtune.models.costs import (
     EIGH_FLOPS,
@@ -187,6 +187,12 @@ def shape_of(
     """
     if not (located(model) / MANIFEST_NAME).is_file():
         return load_tokenizer(model), sketch(model)
-    package = open_package(model, "emulator", trust=trust)
+    return package_shape(open_package(model, "emulator", trust=trust))
+
+
+def package_shape(
+    package: Package[EmulatorManifest],
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """`shape_of` an emulator package that is open: opening it hashes all of its files."""
     shape = package_sketch(package)
     return tokenizer_of(package, shape), shape
