@@ -133,4 +133,4 @@ def test_priors_that_are_joined_must_agree():
         one.log_probabilities(before_BL, word_BK) + two.log_probabilities(before_BL, word_BK),
     )
     joined.forget()
-    assert one._cache is None
+    assert one._reading._cache is two._reading._cache is None

@@ -13,7 +13,7 @@ Beams of several texts, or of all weights of a rehearsed text, grow together by 
 model reads them in one batch, each beginning that several of them share once, and of each but its
 last word nothing anew.
 
-Shapes: B beams, K candidates, L length, R beginnings, V vocabulary.
+Shapes: B beams, K candidates, L length, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import Protocol, final
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from blindtune.attacks.adversary import Candidates, Guess, unigram
+from blindtune.attacks.causal_reading import CausalReading
 from blindtune.errors import ConfigError, DataError
-from blindtune.models.decoder import Decoder, context_limit
+from blindtune.models.decoder import Decoder
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
 SHORTER = 2.0
@@ -100,10 +100,6 @@ class NgramPrior:
 class CausalPrior:
     """A causal language model.
 
-    It keeps what the model made of the beginnings that it was asked for last (keys and values), so
-    beginnings that go on from these cost a pass over their new words alone. Of a beginning longer
-    than the model reads at once it sees the end, which moves, so each word costs a pass over all.
-
     Args:
         model: its vocabulary is the bottom's; ids beyond it (a table may have more rows than there
             are words) are taken for no words.
@@ -111,52 +107,20 @@ class CausalPrior:
     """
 
     def __init__(self, model: Decoder, begin_id: int | None = None) -> None:
-        self._model, self._begin_id = model, begin_id
+        self._reading = CausalReading(model)
+        self._begin = () if begin_id is None else (begin_id,)
         self._words = int(model.config.vocab_size)
-        self._limit = context_limit(model.config)
-        self._cache: DynamicCache | None = None
-        self._rows: dict[tuple[int, ...], int] = {}
-        self._length = 0
 
-    @torch.no_grad()
     def log_probabilities(self, before_BL: Tensor, word_BK: Tensor) -> Tensor:
         """See `Prior`."""
-        if self._begin_id is not None:
-            begin_B1 = before_BL.new_full((len(before_BL), 1), self._begin_id)
-            before_BL = torch.cat([begin_B1, before_BL], 1)
-        if self._limit is not None:
-            before_BL = before_BL[:, -self._limit :]
-        said_BK = torch.zeros(word_BK.shape)
-        if before_BL.shape[1]:
-            before = [tuple(row) for row in before_BL.clamp(max=self._words - 1).tolist()]
-            rows = {beginning: row for row, beginning in enumerate(dict.fromkeys(before))}
-            row_B = torch.tensor([rows[beginning] for beginning in before])
-            said_BK = self._said(rows)[row_B[:, None], word_BK.clamp(max=self._words - 1)]
+        before = [(*self._begin, *row) for row in before_BL.clamp(max=self._words - 1).tolist()]
+        known_BK = word_BK.clamp(max=self._words - 1)
+        said_BK = self._reading.log_probabilities(before, [0] * len(before), known_BK)
         return said_BK.masked_fill(word_BK >= self._words, NO_WORD)
 
     def forget(self) -> None:
         """See `Prior`."""
-        self._cache, self._rows, self._length = None, {}, 0
-
-    def _said(self, rows: dict[tuple[int, ...], int]) -> Tensor:
-        """log P of every word after each of these beginnings [R, V]."""
-        device = next(self._model.model.parameters()).device
-        ids_RL = torch.tensor(list(rows), device=device)
-        parents = [self._rows.get(beginning[: self._length], -1) for beginning in rows]
-        if self._cache is None or self._length >= ids_RL.shape[1] or min(parents) < 0:
-            self._cache, self._length = DynamicCache(config=self._model.config), 0
-        else:
-            self._cache.reorder_cache(torch.tensor(parents, device=device))
-        logits_RLV = self._model.model(
-            input_ids=ids_RL[:, self._length :],
-            attention_mask=torch.ones_like(ids_RL),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        self._rows, self._length = rows, ids_RL.shape[1]
-        said_RV: Tensor = logits_RLV[:, -1].float().log_softmax(1).cpu()
-        return said_RV
+        self._reading.forget()
 
 
 @final

@@ -9,19 +9,20 @@ of that spelling, but for the rest of its last word.
 A text may have another spelling that the model likes better (pieces of a word that it knows whole);
 that errs to the defender's side.
 
-Shapes: B beams, K candidates, L words before, R beginnings, T tokens.
+Shapes: B beams, K candidates, L words before, V words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import chain
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from blindtune.attacks.causal_reading import CausalReading
 from blindtune.attacks.language_prior import NO_WORD
-from blindtune.models.decoder import Decoder, context_limit
+from blindtune.models.decoder import Decoder
 
 Spelling = tuple[tuple[int, ...], ...]
 """The tokens of every word, by the word's id; none for words that are never said."""
@@ -38,54 +39,26 @@ class SpelledPrior:
     """
 
     def __init__(self, model: Decoder, spelling: Spelling, begin_id: int | None = None) -> None:
-        self._model, self._spelling = model, spelling
+        self._reading, self._spelling = CausalReading(model), spelling
         self._begin = () if begin_id is None else (begin_id,)
-        self._limit = context_limit(model.config)
         first = [tokens[0] if tokens else -1 for tokens in spelling]
         self._first_V = torch.tensor([*first, -1])  # the last stands for rows that are no words
 
     def log_probabilities(self, before_BL: Tensor, word_BK: Tensor) -> Tensor:
         """See `Prior`."""
-        beginnings = [self._spelled(row) for row in before_BL.tolist()]
+        spelled = [[self._spelt(word) for word in row] for row in before_BL.tolist()]
+        before = [(*self._begin, *chain.from_iterable(words)) for words in spelled]
+        rest = [len(words[-1]) - 1 if words else 0 for words in spelled]
         first_BK = self._first_V[word_BK.clamp(max=len(self._spelling))]
-        said_BK = torch.zeros(word_BK.shape)
-        for length in {len(tokens) for tokens, _ in beginnings} - {0}:
-            places = [i for i, (tokens, _) in enumerate(beginnings) if len(tokens) == length]
-            mine = [beginnings[i] for i in places]
-            rows = {beginning: row for row, beginning in enumerate(dict.fromkeys(mine))}
-            log_RV, rest_R = self._read(list(rows))
-            row_N = torch.tensor([rows[beginning] for beginning in mine])
-            chosen_NK = first_BK[places].clamp(min=0)
-            said_BK[places] = log_RV[row_N[:, None], chosen_NK] + rest_R[row_N][:, None]
+        said_BK = self._reading.log_probabilities(before, rest, first_BK.clamp(min=0))
         return said_BK.masked_fill(first_BK < 0, NO_WORD)
 
     def forget(self) -> None:
-        """See `Prior`; it keeps nothing."""
+        """See `Prior`."""
+        self._reading.forget()
 
-    def _spelled(self, words: Sequence[int]) -> tuple[tuple[int, ...], int]:
-        """The tokens of a beginning, and how many of them are the rest of its last word."""
-        spelled = [self._spelling[word] if word < len(self._spelling) else () for word in words]
-        tokens = (*self._begin, *(token for word in spelled for token in word))
-        rest = max(0, len(spelled[-1]) - 1) if spelled else 0
-        if self._limit is not None:
-            tokens = tokens[-self._limit :]
-        return tokens, min(rest, max(0, len(tokens) - 1))
-
-    @torch.no_grad()
-    def _read(self, beginnings: Sequence[tuple[tuple[int, ...], int]]) -> tuple[Tensor, Tensor]:
-        """log P of every token after each beginning [R, V], and of its last word's rest [R]."""
-        device = next(self._model.model.parameters()).device
-        ids_RT = torch.tensor([tokens for tokens, _ in beginnings], device=device)
-        kept = 1 + max(rest for _, rest in beginnings)
-        logits_RKV = self._model.model(
-            input_ids=ids_RT, attention_mask=torch.ones_like(ids_RT), logits_to_keep=kept
-        ).logits[:, -kept:]
-        log_RKV = logits_RKV.float().log_softmax(2).cpu()
-        rest_R = torch.zeros(len(beginnings))
-        for row, (tokens, rest) in enumerate(beginnings):
-            for back in range(1, rest + 1):  # the token `back` from the end, by the one before it
-                rest_R[row] += log_RKV[row, -1 - back, tokens[-back]]
-        return log_RKV[:, -1], rest_R
+    def _spelt(self, word: int) -> tuple[int, ...]:
+        return self._spelling[word] if word < len(self._spelling) else ()
 
 
 def spelling_of(words: Any, model: Any) -> Spelling:
