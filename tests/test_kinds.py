@@ -17,6 +17,8 @@ from blindtune.errors import ConfigError
         ("FrontierConfig", {"alpha": 0.25}, r"alpha to be a tuple, got 0.25: write \(0.25,\)"),
         ("AuditConfig", {"healing_learning_rate": 1e-4}, "healing_learning_rate to be a tuple"),
         ("CanaryConfig", {"repeats": 4}, "repeats to be a tuple"),
+        ("BottomConfig", {"last": 1.0}, "last to be a whole number, got 1.0"),
+        ("WatchConfig", {"metrics_port": "80"}, "metrics_port to be a whole number, got '80'"),
         ("AdapterConfig", {"lora_rank": 2, "lora_targets": "q_proj"}, "lora_targets to be a tuple"),
     ],
 )

@@ -17,7 +17,7 @@ from blindtune.models.costs import (
     weight_bytes,
 )
 from blindtune.split.numbered_states import KEPT_STATES
-from blindtune.split.partition import Stack, stack_of
+from blindtune.split.partition import Stack, feature_size, stack_of
 from blindtune.split.terms import VendorLimits
 from blindtune.split.vendor.lora import freeze
 from blindtune.split.vendor.service import BottomConfig
@@ -51,10 +51,10 @@ def estimate_serve(
 ) -> Estimate:
     """Estimate `serve`: until it serves, and what every further job takes.
 
-    Jobs are counted at the largest rank that `limits` allows, with LoRA in every linear map; memory
-    is for as many of them as it allows, and one message of the largest size at work. In the U-shape
-    there are open forwards besides: graphs of as many tokens as one message has, and every job's
-    inputs.
+    Jobs are counted at the largest rank and head that `limits` allows, with LoRA in every linear
+    map; memory is for as many of them as it allows, and one message of the largest size at work. In
+    the U-shape there are open forwards besides: graphs of as many tokens as one message has, and
+    every job's inputs.
     Replies that a job remembers are counted at their bound: each may hold as many rows as a message
     has, where gradients of the inputs are asked for. Customers of this project ask for none.
 
@@ -70,9 +70,11 @@ def estimate_serve(
         tuple(stack.model.get_submodule(path).weight.shape)
         for path in (*served.attention, *served.feed_forward)
     ]
-    lora = FLOAT * rank * sum(sum(shape) for shape in shapes)
-    job = (2 + _MOMENTS) * lora  # weights and gathered gradients, and the optimizer's
-    state = (1 + _MOMENTS) * lora
+    learned = FLOAT * rank * sum(sum(shape) for shape in shapes)
+    if where.partition == "two-part":
+        learned += FLOAT * limits.max_outputs * (feature_size(stack) + 1)
+    job = (2 + _MOMENTS) * learned  # weights and gathered gradients, and the optimizer's
+    state = (1 + _MOMENTS) * learned
     work = (
         FLOAT * _ACTIVATIONS * stack.hidden_size
         * len(where.vendor_layers) * limits.max_message_tokens

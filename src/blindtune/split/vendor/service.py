@@ -32,6 +32,7 @@ from blindtune.exchange.wire.events import Event
 from blindtune.exchange.wire.guard import GuardConfig
 from blindtune.exchange.wire.messages import Partition
 from blindtune.exchange.wire.serving import Server, ServerConfig
+from blindtune.kinds import check_kinds
 from blindtune.models import fingerprint as models
 from blindtune.models.encoders import load_any
 from blindtune.models.loading import preferred_device
@@ -61,6 +62,10 @@ class BottomConfig:
     max_length: int | None = None
     """Longest sequence in tokens; None: as long as the model takes."""
 
+    def __post_init__(self) -> None:
+        """Refuse fractions of blocks and tokens."""
+        check_kinds(self)
+
     def cut(self, layers: int, cut: int) -> Cut:
         """The cut of a model of so many layers."""
         return Cut(partition=self.partition, layers=layers, cut=cut, last=self.last)
@@ -76,6 +81,10 @@ class WatchConfig:
     """Address for them; they are not encrypted and ask for no password."""
     log_file: str | None = None
     """Append JSON lines here; None: they go to standard error."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no port."""
+        check_kinds(self)
 
 
 @final
