@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from blindtune.evaluation.utility.paired import estimate, ratio_low, student
+from blindtune.evaluation.utility.paired import mean_of, ratio_low, student
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def random(*shape, seed=0):
 
 def test_texts_of_one_length_have_the_usual_standard_error():
     nats_KN = 3 + random(1, 7)
-    found = estimate(nats_KN, torch.full((7,), 10.0))
+    found = mean_of(nats_KN, torch.full((7,), 10.0))
     assert found.value == pytest.approx(float(nats_KN.mean()) / 10)
     error = float(nats_KN.std()) / math.sqrt(7) / 10
     assert found.low == pytest.approx(found.value - student(6) * error)
@@ -39,7 +39,7 @@ def test_texts_of_one_length_have_the_usual_standard_error():
 
 def test_texts_of_any_length_are_left_out_one_by_one():
     nats_N, tokens_N = random(5).exp(), torch.tensor([3.0, 50.0, 8.0, 1.0, 9.0])
-    found = estimate(nats_N[None], tokens_N)
+    found = mean_of(nats_N[None], tokens_N)
     mean = float(nats_N.sum() / tokens_N.sum())
     without = [
         float((nats_N.sum() - nats) / (tokens_N.sum() - tokens))
@@ -53,30 +53,30 @@ def test_texts_of_any_length_are_left_out_one_by_one():
 def test_seeds_add_their_own_spread():
     tokens_N = torch.full((6,), 4.0)
     nats_KN = random(1, 6) + torch.tensor([[1.0], [2.0], [4.0]])
-    found = estimate(nats_KN, tokens_N)
-    texts = estimate(nats_KN.mean(0, keepdim=True), tokens_N)
+    found = mean_of(nats_KN, tokens_N)
+    texts = mean_of(nats_KN.mean(0, keepdim=True), tokens_N)
     seeds = student(2) * float(torch.tensor([1.0, 2.0, 4.0]).std()) / math.sqrt(3) / 4
     assert found.value == pytest.approx(texts.value)
     assert found.value - found.low == pytest.approx(math.hypot(texts.value - texts.low, seeds))
 
 
 def test_one_text_tells_nothing():
-    assert estimate(torch.ones(2, 1), torch.ones(1)).low == -math.inf
+    assert mean_of(torch.ones(2, 1), torch.ones(1)).low == -math.inf
 
 
 def test_a_ratios_lower_end_is_where_the_difference_may_be_0():
     tokens_N = torch.tensor([3.0, 5.0, 8.0, 4.0, 9.0, 6.0], dtype=torch.float64)
     whole_KN = tokens_N + 0.3 * random(2, 6)
     part_KN = 0.7 * whole_KN + 0.2 * random(2, 6, seed=1)
-    low = ratio_low(estimate(part_KN, tokens_N), estimate(whole_KN, tokens_N))
+    low = ratio_low(mean_of(part_KN, tokens_N), mean_of(whole_KN, tokens_N))
     assert low < float(part_KN.sum() / whole_KN.sum())
 
     def least(share):
-        return estimate(part_KN - share * whole_KN, tokens_N).low
+        return mean_of(part_KN - share * whole_KN, tokens_N).low
 
     assert least(low) == pytest.approx(0, abs=1e-9)
     assert least(low - 1e-4) > 0 > least(low + 1e-4)
-    exact = ratio_low(estimate(0.7 * whole_KN, tokens_N), estimate(whole_KN, tokens_N))
+    exact = ratio_low(mean_of(0.7 * whole_KN, tokens_N), mean_of(whole_KN, tokens_N))
     assert exact == pytest.approx(0.7)
 
 
@@ -100,7 +100,7 @@ def test_lower_ends_hold_as_often_as_they_say(seeds, texts, by_seed):
 
         gain_KN = per_token(1.0, 0.3) * tokens_N
         part_KN = 0.8 * gain_KN + per_token(0.0, 0.1) * tokens_N
-        part, gain = estimate(part_KN, tokens_N), estimate(gain_KN, tokens_N)
+        part, gain = mean_of(part_KN, tokens_N), mean_of(gain_KN, tokens_N)
         held += gain.low <= 1.0
         recovered += gain.low <= 0 or ratio_low(part, gain) <= 0.8
     least = 0.95 - 3 * math.sqrt(0.05 * 0.95 / rounds)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from blindtune.evaluation.frontiers.sweeps import Row, unbeaten
-from blindtune.evaluation.utility.paired import estimate, ratio_low
+from blindtune.evaluation.utility.paired import mean_of, ratio_low
 from blindtune.evaluation.utility.scoreboard import LEAST_GAIN
 from blindtune.offsite.model_owner.emulation import EmulatorConfig
 
@@ -150,16 +150,16 @@ def gathered(
         return float(nats_KN.mean(0).sum() / tokens_N.sum())
 
     zs_1N, ft_KN = losses([zs]), losses(ft)
-    gain = estimate(zs_1N - ft_KN, tokens_N)
+    gain = mean_of(zs_1N - ft_KN, tokens_N)
     settings = []
     for t, rows in tried.items():
         kept_KN, plugged_KN = losses(rows, "emulator_ft"), losses(rows, "plug_in")
-        own = estimate(zs_1N - plugged_KN, tokens_N)
+        own = mean_of(zs_1N - plugged_KN, tokens_N)
         settings.append(Setting(
             adapter_layers=t.adapter_layers, alpha=t.alpha, beta=t.beta,
             emulator_zs=mean(losses(rows, "emulator_zs")), emulator_ft=mean(kept_KN),
             plug_in=mean(plugged_KN),
-            gap_low=_known(estimate(kept_KN - plugged_KN, tokens_N).low),
+            gap_low=_known(mean_of(kept_KN - plugged_KN, tokens_N).low),
             recovery_low=ratio_low(own, gain) if gain.low >= LEAST_GAIN else None,
             **{name: rows[0][name] for name in ("parameters", "bytes", "flops_per_token")},
         ))  # fmt: skip

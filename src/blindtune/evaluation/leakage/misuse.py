@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from blindtune.attacks.emulator_misuse import EmulatorView, HealingConfig, Stop, heal, train_on
 from blindtune.errors import MismatchError
 from blindtune.evaluation.utility.loss import Perplexity, mean_loss, window_sums
-from blindtune.evaluation.utility.paired import estimate
+from blindtune.evaluation.utility.paired import mean_of
 from blindtune.exchange.packages.manifest import EmulatorManifest
 from blindtune.exchange.packages.signing import Trust
 from blindtune.models.decoder import Decoder
@@ -239,7 +239,7 @@ def _best_point(points: _Points) -> tuple[_Scores, float]:
 def _lead(healed: _Points, control: _Points, confidence: float) -> Lead:
     """Of the best stop over the control's, paired window by window."""
     (mine_N, tokens_N), (theirs_N, _) = (_best_point(points)[0] for points in (healed, control))
-    ahead = estimate((theirs_N - mine_N)[None], tokens_N, 0.5 + confidence / 2)
+    ahead = mean_of((theirs_N - mine_N)[None], tokens_N, 0.5 + confidence / 2)
     return Lead(nats=ahead.value, reach=float(ahead.errors.norm()))
 
 

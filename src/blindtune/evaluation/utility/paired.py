@@ -32,7 +32,7 @@ MANY = 1000
 
 @final
 @dataclass(frozen=True, eq=False)
-class Estimate:
+class Mean:
     """A mean over tokens and what is uncertain about it."""
 
     value: float
@@ -46,7 +46,7 @@ class Estimate:
         return self.value - float(self.errors.norm())
 
 
-def estimate(nats_KN: Tensor, tokens_N: Tensor, confidence: float = CONFIDENCE) -> Estimate:
+def mean_of(nats_KN: Tensor, tokens_N: Tensor, confidence: float = CONFIDENCE) -> Mean:
     """Mean a token over all texts and seeds.
 
     Args:
@@ -59,17 +59,17 @@ def estimate(nats_KN: Tensor, tokens_N: Tensor, confidence: float = CONFIDENCE) 
     mean_K = nats_KN.sum(1) / every
     value = float(mean_K.mean())
     if texts == 1:
-        return Estimate(value, torch.tensor([math.inf], dtype=torch.float64))
+        return Mean(value, torch.tensor([math.inf], dtype=torch.float64))
     apart_N = nats_KN.mean(0) - value * tokens_N
     pull_N = apart_N / (every - tokens_N) * math.sqrt((texts - 1) / texts)
     errors = [student(texts - 1, confidence) * pull_N]
     if seeds > 1:
         factor = student(seeds - 1, confidence)
         errors.append(factor * (mean_K - value) / math.sqrt(seeds * (seeds - 1)))
-    return Estimate(value, torch.cat(errors))
+    return Mean(value, torch.cat(errors))
 
 
-def ratio_low(part: Estimate, whole: Estimate) -> float:
+def ratio_low(part: Mean, whole: Mean) -> float:
     """Lower end of part / whole, of the same texts and seeds; `whole.low` must be above 0.
 
     A share r is reached if part - r whole, a mean like others, is at least 0 (Fieller 1954). Its
