@@ -7,7 +7,9 @@ import pytest
 import torch
 from attacked import observe, open_tiny_bottom, sentences, share_right
 
-from blindtune.attacks.averaging import averaged_tokens, fresh_draws
+from blindtune.attacks.adversary import unigram
+from blindtune.attacks.averaging import averaged_tokens, fresh_draws, weighed_draws
+from blindtune.attacks.embedding_inversion import nearest_tokens
 from blindtune.attacks.gradient_matching import (
     NO_GUESS,
     GradientsView,
@@ -19,6 +21,7 @@ from blindtune.attacks.label_inference import (
     groups_of_gradients,
     labels_from_activations,
 )
+from blindtune.attacks.likelihoods import ChannelConfig
 from blindtune.attacks.observation import seen_gradients, seen_texts
 from blindtune.errors import ConfigError, DataError
 from blindtune.evaluation.leakage.empirical_privacy import record_privacy
@@ -181,6 +184,38 @@ def test_averaging_reads_fresh_draws_and_nothing_more_of_reused_ones(tmp_path, m
     reused = averaged_tokens(view, [view.states] * 24)
     assert share_right(reused, private.ids) == shares[0]
     assert len(fresh_draws([view.states] * 24)) == 1
+
+
+@pytest.mark.parametrize(("mode", "eta"), [("vector", 2.5), ("token", 7.0), ("exponential", 3.0)])
+def test_all_draws_by_bayes_rule_read_more_than_their_mean_or_majority(tmp_path, mode, eta):
+    bottom, mechanism = open_tiny_bottom(tmp_path, "smollm2"), Mechanism(eta=eta, mode=mode)
+    view, private = observe(bottom, mechanism, public=150)
+    fresh = [observe(bottom, mechanism, seed=seed)[0].states for seed in range(2, 10)]
+    averaged = share_right(averaged_tokens(view, fresh), private.ids)
+    config = ChannelConfig(draws=1024)  # what is estimated must be known well to be multiplied
+    weighed = [
+        share_right(weighed_draws(view, fresh[:count], config=config).first(), private.ids)
+        for count in (0, 3, 8)
+    ]
+    assert averaged + 0.05 < weighed[2] < 1
+    assert weighed[0] < weighed[1] - 0.05 < weighed[2] - 0.1
+    one = weighed_draws(view, [view.states] * 8, config=config)  # drawn once, sent nine times
+    assert share_right(one.first(), private.ids) == pytest.approx(weighed[0], abs=0.03)
+
+
+def test_draws_are_weighed_as_their_joint_probability(tmp_path):
+    bottom, mechanism = (
+        open_tiny_bottom(tmp_path, "smollm2"), Mechanism(eta=3.0, mode="exponential")
+    )  # fmt: skip
+    view, _ = observe(bottom, mechanism, public=40)
+    fresh = [observe(bottom, mechanism, seed=seed)[0].states for seed in (2, 3)]
+    table_VD = view.table_VD.double()
+    channel_VV = (-1.5 * (table_VD[:, None] - table_VD[None]).norm(dim=2)).log_softmax(1)
+    log_VT = unigram(view.public, len(table_VD))[:, None].double()
+    for states in (view.states, *fresh):
+        log_VT = log_VT + channel_VV[:, torch.cat(nearest_tokens(replace(view, states=states)))]
+    found = weighed_draws(view, fresh, config=ChannelConfig(words=128)).first()
+    assert torch.equal(torch.cat(found), log_VT.argmax(0))
 
 
 def test_of_words_read_equally_often_the_nearest_to_the_mean_is_taken(tmp_path):

@@ -9,6 +9,9 @@ Vector and block-output mode: the states are averaged, which is exact at cut 0 a
 the noise is small against what the blocks bend. Token mode: each draw is read and the tokens are
 put to the vote; where no word wins, the nearest to the mean of the words that were read.
 
+Where the noise is known, and public text there is, Bayes' rule reads more: the likelihoods of all
+draws are multiplied (`weighed_draws`).
+
 Shapes: L length of one text, D hidden, M submissions.
 """
 
@@ -20,8 +23,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from blindtune.attacks.adversary import Guess, StatesView
+from blindtune.attacks.adversary import Candidates, Guess, StatesView
 from blindtune.attacks.embedding_inversion import nearest_tokens
+from blindtune.attacks.likelihoods import ChannelConfig, token_candidates, vector_candidates
 from blindtune.errors import DataError
 from blindtune.privacy.nearest import NearestRows
 
@@ -53,14 +57,45 @@ def averaged_tokens(
     Raises:
         DataError: a resubmission of other texts.
     """
-    for states in resubmissions:
-        if [s.shape for s in states] != [s.shape for s in view.states]:
-            raise DataError("expected resubmissions of the same texts, got other lengths")
-    draws = fresh_draws([view.states, *resubmissions])
+    draws = _draws(view, resubmissions)
     if view.mechanism is not None and view.mechanism.replaces_words and len(draws) > 1:
         return _voted(view, [attack(replace(view, states=tuple(states))) for states in draws])
     mean = tuple(torch.stack(rows).mean(0) for rows in zip(*draws, strict=True))
     return attack(replace(view, states=mean))
+
+
+def weighed_draws(
+    view: StatesView,
+    resubmissions: Sequence[Sequence[Tensor]],
+    sent: Callable[[StatesView], Guess] = nearest_tokens,
+    config: ChannelConfig | None = None,
+) -> Candidates:
+    """Words by the noise's likelihoods of every submission together, and how common they are.
+
+    Args:
+        view: the first submission, with public text; of token or exponential mode, or of vector
+            mode at cut 0.
+        resubmissions: as for `averaged_tokens`.
+        sent: the tokens that went into the bottom; for modes that replace words.
+        config: of these too.
+
+    Raises:
+        ConfigError: another mode. DataError: no public text, or a resubmission of other texts.
+    """
+    first, *rest = _draws(view, resubmissions)
+    view, config = replace(view, states=tuple(first)), config or ChannelConfig()
+    view.require_public("Bayes' rule")
+    if view.mechanism is not None and view.mechanism.mode == "vector":
+        return vector_candidates(view, config.candidates, again=rest)
+    again = [sent(replace(view, states=tuple(states))) for states in rest]
+    return token_candidates(view, sent(view), config, again=again)
+
+
+def _draws(view: StatesView, resubmissions: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
+    for states in resubmissions:
+        if [s.shape for s in states] != [s.shape for s in view.states]:
+            raise DataError("expected resubmissions of the same texts, got other lengths")
+    return fresh_draws([view.states, *resubmissions])
 
 
 def _voted(view: StatesView, readings: Sequence[Guess]) -> Guess:

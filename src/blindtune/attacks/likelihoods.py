@@ -23,7 +23,7 @@ distinct sent tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -71,15 +71,20 @@ def token_candidates(
     sent: Guess,
     config: ChannelConfig | None = None,
     *,
+    again: Sequence[Guess] = (),
     testing_seed: int | None = None,
 ) -> Candidates:
     """Words behind sent tokens, by Bayes' rule with the unigram prior of the public text.
+
+    Of several draws the likelihoods are multiplied; a word beside the frequent ones is considered
+    if the first draw sent it, or two draws in one place.
 
     Args:
         view: of token or exponential mode, with public text.
         sent: the tokens that the states belong to: by `nearest_tokens` at cut 0, and by an inverter
             that was trained without noise (`adaptive=False`) at deeper cuts.
         config: see there.
+        again: sent tokens of the same texts in other draws.
         testing_seed: of the adversary's noise; for tests.
 
     Raises:
@@ -91,28 +96,39 @@ def token_candidates(
         raise ConfigError(
             "expected a mechanism of token or exponential mode: take vector_candidates"
         )
-    if tuple(map(len, sent)) != view.lengths:
+    if any(tuple(map(len, guess)) != view.lengths for guess in (sent, *again)):
         raise DataError("expected one sent token for every state: take this view's guess")
     content = [view.margins.content(text) for text in view.public]
     prior_V = unigram(content, len(view.table_VD))
-    sent_T = torch.cat(list(sent)).cpu()
-    sent_U, place_T = sent_T.unique(return_inverse=True)
+    sent_MT = torch.stack([torch.cat(list(guess)).cpu() for guess in (sent, *again)])
+    sent_U, place_MT = sent_MT.unique(return_inverse=True)
     frequent = prior_V.topk(min(config.words, len(prior_V))).indices
-    word_K = torch.cat([frequent, sent_U]).unique()
+    word_K = torch.cat([frequent, sent_MT[0], _sent_twice(sent_MT)]).unique()
     counting = CountingConfig(draws=config.draws, smoothing=config.smoothing)
     log_UK = _log_channel(view, mechanism, word_K, sent_U, counting, testing_seed)
-    best_UC = (log_UK + prior_V[word_K]).topk(min(config.candidates, len(word_K)), dim=1).indices
-    word_TC, likelihood_TC = word_K[best_UC][place_T], log_UK.gather(1, best_UC)[place_T]
+    words, likelihoods = [], []
+    for place_Mt in place_MT.split(max(1, PORTION_NUMBERS // len(word_K)), dim=1):
+        log_tK = torch.stack([log_UK[place_t] for place_t in place_Mt]).sum(0)
+        best_tC = (log_tK + prior_V[word_K]).topk(min(config.candidates, len(word_K)), dim=1)[1]
+        words.append(word_K[best_tC])
+        likelihoods.append(log_tK.gather(1, best_tC))
+    word_TC, likelihood_TC = torch.cat(words), torch.cat(likelihoods)
     # The tokens around a text leave as they are.
     _set_known(
         word_TC,
         likelihood_TC,
         torch.cat([view.margins.mask(text.cpu()) for text in sent]),
-        sent_T,
+        sent_MT[0],
     )
     return Candidates(
         words=word_TC.split(view.lengths), log_likelihoods=likelihood_TC.split(view.lengths)
     )
+
+
+def _sent_twice(sent_MT: Tensor) -> Tensor:
+    """The words that stand in one place in two draws or more."""
+    sorted_MT = sent_MT.sort(dim=0).values
+    return sorted_MT[1:][sorted_MT[1:] == sorted_MT[:-1]]
 
 
 def _log_channel(
@@ -147,8 +163,10 @@ def _log_channel(
 
 
 @torch.no_grad()
-def vector_candidates(view: StatesView, count: int = 16) -> Candidates:
-    """Words behind noisy embeddings at cut 0, by the noise's own density.
+def vector_candidates(
+    view: StatesView, count: int = 16, *, again: Sequence[Sequence[Tensor]] = ()
+) -> Candidates:
+    """Words behind noisy embeddings at cut 0, by the noise's own density; of several draws by all.
 
     Cost: matrix products of T x D x V, and a few dozen operations for every token and word, in
     portions of `PORTION_NUMBERS` of them.
@@ -156,6 +174,7 @@ def vector_candidates(view: StatesView, count: int = 16) -> Candidates:
     Args:
         view: of vector mode at cut 0; public text, if there is any, gives the prior of the order.
         count: words of every token that are kept.
+        again: states of the same texts in other draws.
 
     Raises:
         ConfigError: another mode or cut, or a model that makes states of words in another way.
@@ -169,11 +188,15 @@ def vector_candidates(view: StatesView, count: int = 16) -> Candidates:
         prior_V = unigram(content, len(prior_V))
     prior_V = prior_V.to(view.table_VD.device)
     density = _normed_density(view, mechanism, prior_V) or _plain_density(view, mechanism)
-    state_TD = torch.cat(view.states).to(view.table_VD.device, torch.float32)
+    state_MTD = torch.stack([torch.cat(list(states)) for states in (view.states, *again)])
+    state_MTD = state_MTD.to(view.table_VD.device, torch.float32)
     place_T = torch.cat([torch.arange(length) for length in view.lengths])
     words, likelihoods = [], []
-    for some in torch.arange(len(state_TD)).split(max(1, PORTION_NUMBERS // len(prior_V))):
-        log_TV = density(state_TD[some], place_T[some])
+    for some in torch.arange(len(place_T)).split(max(1, PORTION_NUMBERS // len(prior_V))):
+        log_TV = sum(
+            (density(state_TD[some], place_T[some]) for state_TD in state_MTD),
+            start=torch.zeros((), device=prior_V.device),
+        )
         best_TC = (log_TV + prior_V).topk(min(count, len(prior_V)), dim=1).indices
         words.append(best_TC.cpu())
         likelihoods.append(log_TV.gather(1, best_TC).cpu())

@@ -121,7 +121,11 @@ def test_drawn_words_are_attacked_by_their_own_probabilities(world):
     every = eps(found)
     assert 0.2 < every["nearest neighbour"].value < 0.8
     assert every["Bayes"].value < every["nearest neighbour"].value
-    assert every["4 fresh draws, never sent"].value < every["nearest neighbour"].value
+    fresh = every["4 fresh draws, never sent"]
+    assert fresh.value < every["Bayes"].value
+    voted = eps(audited(world, privatizer=drawn))["4 fresh draws, never sent"]
+    assert fresh.value < voted.value < every["nearest neighbour"].value
+    assert "Bayes' rule" in fresh.knew
     assert "Words are drawn at a mean distance of" in found.guarantee[0]
 
 

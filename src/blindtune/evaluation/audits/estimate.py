@@ -207,8 +207,8 @@ def estimate_audit_split(
     if adversary.prior is not None:
         model, same = sketch(adversary.prior), has_words(load_tokenizer(adversary.prior), package)
         attacks = 3 if grouping is not None and privatizer.draws else 2
-        parts |= _weighing(rate, model, attacked, longest, config, attacks, anew=not same)
-        memory += _weighing_bytes(model, max(longest, *map(len, theirs)), anew=not same)
+        parts |= _weighing(rate, model, attacked, longest, config, attacks, spelled=not same)
+        memory += _weighing_bytes(model, max(longest, *map(len, theirs)), spelled=not same)
     return estimated(parts, rate, memory=memory, written=WRITTEN, tokens=attacked)
 
 
@@ -240,7 +240,8 @@ def _by_privatizer(
     if learns and mechanism is not None:
         parts["noise of public text"] = rate.seconds(3 * config.public_tokens * search)
     if learns and drawn:
-        parts["Bayes"] = rate.seconds(2 * CHANNEL_WORDS * search)
+        of_draws = 2 if config.fresh_draws > 1 else 1
+        parts["Bayes"] = rate.seconds(2 * of_draws * CHANNEL_WORDS * search)
     if learns:
         # Behind layers one network reads the true words, and one those that were sent.
         twice = deep and (drawn or privatizer.grouping() is not None)
@@ -256,15 +257,15 @@ def _weighing(
     config: AuditConfig,
     attacks: int,
     *,
-    anew: bool,
+    spelled: bool,
 ) -> dict[str, float]:
     """Seconds to load a language model and to weigh the candidates of so many attacks with it.
 
-    `anew`: it has other words, and reads each beginning from its first.
+    `spelled`: it has other words, and reads several tokens for one of them.
     """
     cost = decoder_cost(Decoder(model), longest)
     calls = len(cost.layers) * attacked * (1 + 1 / TOGETHER)  # rehearsed one by one
-    flops = 2 * BEAMS * attacked * cost.forward * (longest / 2 if anew else 1)
+    flops = 2 * BEAMS * attacked * cost.forward * (TOKENS_OF_A_WORD if spelled else 1)
     weighed = min(config.attack_seconds, rate.seconds(flops, calls))
     return {
         "load the language model": weight_bytes(model) / READ_BYTES_PER_SECOND,
@@ -272,12 +273,12 @@ def _weighing(
     }
 
 
-def _weighing_bytes(model: PreTrainedModel, longest: int, *, anew: bool = False) -> int:
+def _weighing_bytes(model: PreTrainedModel, longest: int, *, spelled: bool = False) -> int:
     """Of a language model that weighs texts of up to so many tokens.
 
     Weights; logits and their log-softmax of every beam; its keys and values, twice while they are
-    put in another order; where texts exceed what it reads at once, or it has other words (`anew`),
-    passes over all that it reads, and then logits of a word's tokens.
+    put in another order; where texts exceed what it reads at once, passes over all that it reads;
+    where it has other words (`spelled`), all that of several tokens a word.
     """
     decoder = Decoder(model)
     length = min(longest, context_limit(model.config) or longest)
@@ -289,9 +290,9 @@ def _weighing_bytes(model: PreTrainedModel, longest: int, *, anew: bool = False)
         for part, size in zip(projection.parts, projection.sizes, strict=True)
         if part in ("key", "value")
     )
-    read = length if anew or longest > length else 1
-    logits = 2 * _words(model) * (TOKENS_OF_A_WORD if anew else 1)
-    beam = logits + 2 * length * kept + 16 * read * decoder.hidden_size
+    read = length if longest > length else 1
+    of_word = 2 * (_words(model) + length * kept) + 16 * read * decoder.hidden_size
+    beam = of_word * (TOKENS_OF_A_WORD if spelled else 1)
     return weight_bytes(model) + FLOAT * TOGETHER * BEAMS * beam
 
 

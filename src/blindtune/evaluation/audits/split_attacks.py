@@ -18,7 +18,6 @@ from torch import Tensor
 
 from blindtune.attacks.adversary import Candidates, Guess, StatesView, unigram
 from blindtune.attacks.attribute_inference import AttributeConfig, infer_attribute
-from blindtune.attacks.averaging import averaged_tokens
 from blindtune.attacks.dummy_embeddings import DummyConfig, tokens_by_dummies
 from blindtune.attacks.embedding_inversion import nearest_tokens
 from blindtune.attacks.fitting import FitConfig
@@ -38,7 +37,7 @@ from blindtune.attacks.trained_inversion import (
     train_inverter,
 )
 from blindtune.errors import ConfigError
-from blindtune.evaluation.audits import gradient_attacks
+from blindtune.evaluation.audits import draws_attack, gradient_attacks
 from blindtune.evaluation.audits.attribute_attack import ATTACK, KnownAttribute
 from blindtune.evaluation.audits.audit import AuditConfig, NotRun
 from blindtune.evaluation.audits.language_attack import weighed
@@ -365,13 +364,13 @@ class SplitAttacks:
             some = [i for i, draws in enumerate(again) if len(draws) == more]
             first = replace(view, states=tuple(view.states[i] for i in some))
             rest = [[again[i][k] for i in some] for k in range(more)]
-            guess |= zip(some, averaged_tokens(first, rest, self._of_draws), strict=True)
+            guess |= zip(some, self._of_draws(first, rest), strict=True)
         draws, texts = self._subject.drawn_again
         self._add(
             f"averaging {draws:,} draws of {texts:,} texts",
             f"Had {draws:,} draws of {texts:,} texts, which stand more than once in the data or in "
-            "a file that is predicted; was told which are of one text, and read their mean or "
-            "their majority. The other texts it read from their one draw.",
+            "a file that is predicted; was told which are of one text, and read "
+            f"{draws_attack.KNEW}. The other texts it read from their one draw.",
             tuple(guess[i] for i in range(len(again))),
         )
 
@@ -380,8 +379,7 @@ class SplitAttacks:
         count = self._config.fresh_draws
         again = [self._subject.redraw() for _ in range(count - 1)]
         knew = (
-            f"Would have {count} independent draws of the same texts, and read their mean or "
-            "their majority."
+            f"Would have {count} independent draws of the same texts, and read {draws_attack.KNEW}."
         )
         if not any(self._subject.again):
             knew += " You send one draw, however many epochs there are."
@@ -389,13 +387,19 @@ class SplitAttacks:
             Attempt(
                 attack=f"{count} fresh draws, never sent",
                 knew=knew,
-                guess=averaged_tokens(self._view, again, self._of_draws),
+                guess=self._of_draws(self._view, again),
                 real=False,
             )
         )
 
-    def _of_draws(self, view: StatesView) -> Guess:
-        """Read states of which several draws went into each, or one of them."""
+    def _of_draws(self, view: StatesView, again: Sequence[Sequence[Tensor]]) -> Guess:
+        return draws_attack.read_draws(
+            view, again, one=self._of_one, sent=self._sent,
+            rehearse=lambda: self._rehearsal(view), known=self._rehearsed,
+        )  # fmt: skip
+
+    def _of_one(self, view: StatesView) -> Guess:
+        """Read states that are a draw, or the mean of several."""
         if not view.cut or not self._learned:
             return nearest_tokens(view)
         return candidates(self._trained(adaptive=True), view.states).first()
