@@ -203,6 +203,13 @@ def test_all_draws_by_bayes_rule_read_more_than_their_mean_or_majority(tmp_path,
     assert share_right(one.first(), private.ids) == pytest.approx(weighed[0], abs=0.03)
 
 
+def test_noise_without_a_likelihood_is_refused_before_anything_is_read(tmp_path):
+    mechanism = Mechanism(eta=5.0, mode="block-output")
+    view, _ = observe(open_tiny_bottom(tmp_path, "smollm2", cut=2), mechanism, public=20)
+    with pytest.raises(ConfigError, match="expected vector mode at cut 0"):
+        weighed_draws(view, [view.states], sent=lambda _: pytest.fail("it was read"))
+
+
 def test_draws_are_weighed_as_their_joint_probability(tmp_path):
     bottom, mechanism = (
         open_tiny_bottom(tmp_path, "smollm2"), Mechanism(eta=3.0, mode="exponential")

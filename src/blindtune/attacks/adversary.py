@@ -129,6 +129,11 @@ class Candidates:
         return tuple(words_LK[:, 0] for words_LK in self.words)
 
 
+def right_tokens(guess: Sequence[Tensor], truth: Sequence[Tensor]) -> int:
+    """How many tokens of texts that the adversary knows a guess has right."""
+    return sum(int((g == t.cpu()).sum()) for g, t in zip(guess, truth, strict=True))
+
+
 def as_guess(ids_T: Tensor, lengths: tuple[int, ...]) -> Guess:
     """Ids of all tokens, text after text, as one tensor a text."""
     return tuple(text.cpu() for text in ids_T.to(torch.int64).split(lengths))

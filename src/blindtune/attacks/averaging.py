@@ -85,7 +85,7 @@ def weighed_draws(
     first, *rest = _draws(view, resubmissions)
     view, config = replace(view, states=tuple(first)), config or ChannelConfig()
     view.require_public("Bayes' rule")
-    if view.mechanism is not None and view.mechanism.mode == "vector":
+    if view.mechanism is None or not view.mechanism.replaces_words:
         return vector_candidates(view, config.candidates, again=rest)
     again = [sent(replace(view, states=tuple(states))) for states in rest]
     return token_candidates(view, sent(view), config, again=again)

@@ -68,9 +68,8 @@ class CausalReading:
         for tokens, count in zip(before, rest, strict=True):
             if tokens:
                 needs[tokens] = max(needs.get(tokens, 0), 1 + count)
-        rows = {tokens: row for row, tokens in enumerate(needs)}
         log_RLV = self._read(needs)
-        row_N = torch.tensor([rows[tokens] for tokens in before if tokens])
+        row_N = torch.tensor([self._rows[tokens] for tokens in before if tokens])
         said_BK[some_N] = log_RLV[row_N[:, None], -1, token_BK[some_N]]
         for place, row in zip(some_N.tolist(), row_N.tolist(), strict=True):
             for back in range(1, rest[place] + 1):  # a token, by what the one before it says
@@ -83,7 +82,7 @@ class CausalReading:
         Args:
             needs: of how many of its last tokens that is needed; places before these hold anything.
         """
-        device = next(self._model.parameters()).device
+        device, told = next(self._model.parameters()).device, max(needs.values())
         parents, lengths = self._parents(needs)
         width = max(len(t) - length for t, length in zip(needs, lengths, strict=True))
         # What is out of a layer's sight is told by columns, filling and all.
@@ -107,9 +106,9 @@ class CausalReading:
             attention_mask=real_RC.to(device),
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=max(needs.values()),
+            logits_to_keep=told,
             **places,
-        ).logits[:, -max(needs.values()) :]
+        ).logits[:, -told:]
         self._rows, self._real_RC = {tokens: row for row, tokens in enumerate(needs)}, real_RC
         log_RLV: Tensor = logits_RLV.float().log_softmax(2).cpu()
         return log_RLV

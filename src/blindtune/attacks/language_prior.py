@@ -27,7 +27,7 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
-from blindtune.attacks.adversary import Candidates, Guess, unigram
+from blindtune.attacks.adversary import Candidates, Guess, right_tokens, unigram
 from blindtune.attacks.causal_reading import CausalReading
 from blindtune.errors import ConfigError, DataError
 from blindtune.models.decoder import Decoder
@@ -212,10 +212,7 @@ def right_by_weight(
     """
     if not known or [len(text) for text in known] != [len(words) for words in found.words]:
         raise DataError("expected candidates for each token of at least one known text")
-    return [
-        sum(int((g == t.cpu()).sum()) for g, t in zip(guess, known, strict=True))
-        for guess in _decoded(found, prior, beams, weights, until)
-    ]
+    return [right_tokens(guess, known) for guess in _decoded(found, prior, beams, weights, until)]
 
 
 @final

@@ -16,8 +16,8 @@ took (`normed_embeddings`). In other models take the candidates of a trained inv
 
 Either result can be ranked by a language model: `language_prior`.
 
-Shapes: L length, T tokens of all texts, D hidden, V vocabulary, K words that are considered, U
-distinct sent tokens.
+Shapes: L length, T tokens of all texts, D hidden, V vocabulary, K words that are considered, M
+draws, U distinct sent tokens, E distinct tuples of one a draw.
 """
 
 from __future__ import annotations
@@ -106,13 +106,15 @@ def token_candidates(
     word_K = torch.cat([frequent, sent_MT[0], _sent_twice(sent_MT)]).unique()
     counting = CountingConfig(draws=config.draws, smoothing=config.smoothing)
     log_UK = _log_channel(view, mechanism, word_K, sent_U, counting, testing_seed)
+    place_ME, each_T = place_MT.unique(dim=1, return_inverse=True)
     words, likelihoods = [], []
-    for place_Mt in place_MT.split(max(1, PORTION_NUMBERS // len(word_K)), dim=1):
-        log_tK = torch.stack([log_UK[place_t] for place_t in place_Mt]).sum(0)
-        best_tC = (log_tK + prior_V[word_K]).topk(min(config.candidates, len(word_K)), dim=1)[1]
-        words.append(word_K[best_tC])
-        likelihoods.append(log_tK.gather(1, best_tC))
-    word_TC, likelihood_TC = torch.cat(words), torch.cat(likelihoods)
+    portion = max(1, PORTION_NUMBERS // (len(place_ME) * len(word_K)))
+    for place_Me in place_ME.split(portion, dim=1):
+        log_eK = log_UK[place_Me].sum(0)
+        best_eC = (log_eK + prior_V[word_K]).topk(min(config.candidates, len(word_K)), dim=1)[1]
+        words.append(word_K[best_eC])
+        likelihoods.append(log_eK.gather(1, best_eC))
+    word_TC, likelihood_TC = torch.cat(words)[each_T], torch.cat(likelihoods)[each_T]
     # The tokens around a text leave as they are.
     _set_known(
         word_TC,

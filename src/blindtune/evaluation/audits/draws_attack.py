@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from blindtune.attacks.adversary import Guess, StatesView
+from blindtune.attacks.adversary import Guess, StatesView, right_tokens
 from blindtune.attacks.averaging import averaged_tokens, weighed_draws
 from blindtune.errors import ConfigError
 
@@ -32,17 +32,15 @@ def read_draws(
         rehearse: draws the attacker's own texts once more.
         known: these texts; none: nothing was learned, and Bayes' rule has no prior.
     """
-    if known:
-        mine, *others = (rehearse() for _ in range(1 + len(again)))
-        rest = [other.states for other in others]
-        try:
-            weighed = weighed_draws(mine, rest, sent).first()
-        except ConfigError:  # the noise of this mode, or behind this cut, has no likelihood
-            return averaged_tokens(view, again, one)
-        if _right(weighed, known) > _right(averaged_tokens(mine, rest, one), known):
-            return weighed_draws(view, again, sent).first()
-    return averaged_tokens(view, again, one)
-
-
-def _right(guess: Guess, truth: Sequence[Tensor]) -> int:
-    return sum(int((g == t.cpu()).sum()) for g, t in zip(guess, truth, strict=True))
+    averaged = averaged_tokens(view, again, one)
+    if not known:
+        return averaged
+    try:
+        weighed = weighed_draws(view, again, sent).first()
+    except ConfigError:  # the noise of this mode, or behind this cut, has no likelihood
+        return averaged
+    mine, *others = (rehearse() for _ in range(1 + len(again)))
+    rest = [other.states for other in others]
+    of_mine = weighed_draws(mine, rest, sent).first()
+    more = right_tokens(of_mine, known) > right_tokens(averaged_tokens(mine, rest, one), known)
+    return weighed if more else averaged

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blindtune.attacks.adversary import Candidates, Guess
+from blindtune.attacks.adversary import Candidates, Guess, right_tokens
 from blindtune.attacks.language_prior import (
     TOGETHER,
     WEIGHTS,
@@ -150,7 +150,7 @@ def _rehearse(
         except TimeoutError:
             break
         right = [a + b for a, b in zip(right, counts, strict=True)]
-        alone += int((some.first()[0] == text.cpu()).sum())
+        alone += right_tokens(some.first(), [text])
         tried += 1
     return (0.0 if alone >= max(right) else WEIGHTS[right.index(max(right))]), tried
 
