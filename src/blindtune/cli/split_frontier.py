@@ -36,7 +36,8 @@ missing is run (there is no --resume).
 \b
 Needs:   MODEL; --data, labelled texts; --test, others of them; --public, text
          of that kind for the attacker, without which the stronger attacks are
-         not run and EP flatters: --ep at cuts above 0 needs it.
+         not run and EP flatters: --ep at cuts above 0 needs it. The strongest
+         take long and are asked for: --prior, --dummies.
 Writes:  split-frontier.html, split-frontier.json and rows/ in the directory.
 
 \b
@@ -73,8 +74,6 @@ def act(settings: Settings) -> Facts:
 
 def show(facts: Facts, console: Console) -> None:
     """Print the settings and the answer."""
-    from blindtune.evaluation.pages.split_frontier import CUT_SHORT, GROUPED, NOT_LEARNED
-
     rows = [
         (
             s["name"],
@@ -86,12 +85,8 @@ def show(facts: Facts, console: Console) -> None:
     ]
     names = ("setting", "UA", "EP, nearest", "EP, strongest", "strongest attack", "frontier")
     print_columns(console, names, rows)
-    if not all(s["settled"] for s in facts["settings"]):
-        console.print(f"*: {CUT_SHORT}")
-    if any(s["wrong_guesses"] is not None for s in facts["settings"]):
-        console.print(GROUPED)
-    if facts["public"] is None:
-        console.print(NOT_LEARNED)
+    for note in facts["notes"]:
+        console.print(note)
     if facts["sentence"] is not None:
         console.print(facts["sentence"])
     print_pairs(console, "Written", [("page", facts["page"])])
@@ -123,7 +118,7 @@ def _sweep(settings: Settings) -> SplitFrontierConfig:
 
 
 def _trial(settings: Settings) -> Trial:
-    from blindtune.evaluation.audits.audit import AuditConfig
+    from blindtune.evaluation.audits.audit import AdversaryConfig, AuditConfig
     from blindtune.evaluation.frontiers.split import Trial
     from blindtune.split.customer.private_texts import ReadingConfig
     from blindtune.split.customer.requests import PassConfig
@@ -134,6 +129,7 @@ def _trial(settings: Settings) -> Trial:
         passes=settings.of(PassConfig),
         reading=settings.of(ReadingConfig),
         trying=settings.of(AuditConfig),
+        adversary=settings.of(AdversaryConfig),
     )
 
 
@@ -181,6 +177,12 @@ VERB = Verb(
             renamed={"test_tokens": "attacked_tokens", "seed": "attack_seed"},
             defaults={"test_tokens": 4096, "attack_seconds": 60.0},
             left_out=OTHER_AUDITS.union(SWEEPS_OWN),
+        ),
+        Group(
+            heading="The adversary",
+            module="blindtune.evaluation.audits.audit",
+            name="AdversaryConfig",
+            left_out=frozenset({"attribute_column"}),
         ),
     ),
     act=act,

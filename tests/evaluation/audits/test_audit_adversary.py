@@ -484,17 +484,17 @@ def test_an_estimate_counts_the_keys_and_values_of_every_beam(monkeypatch, name)
     right_by_weight(found, [text[:, 0] for text in words], prior)
     assert max(rows) <= 64
     a_token = kept[rows.index(max(rows))] / max(rows) / (1 + rows.index(max(rows)))
-    grown = estimate._weighing_bytes(model, 40) - estimate._weighing_bytes(model, 8)
+    grown = estimate.weighing_bytes(model, 40) - estimate.weighing_bytes(model, 8)
     assert grown == pytest.approx(2 * 64 * 32 * a_token)  # twice while they change their order
-    rest = estimate._weighing_bytes(model, 40) - weight_bytes(model)
+    rest = estimate.weighing_bytes(model, 40) - weight_bytes(model)
     assert rest > max(kept)
-    assert estimate._weighing_bytes(model, 40, spelled=True) > weight_bytes(model) + rest
+    assert estimate.weighing_bytes(model, 40, spelled=True) > weight_bytes(model) + rest
 
 
 def test_an_estimate_reckons_with_the_longest_text_that_a_model_weighs(world, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        estimate, "_weighing_bytes", lambda _, longest, **_spelled: asked.append(longest) or 10**12
+        estimate, "weighing_bytes", lambda _, longest, **_spelled: asked.append(longest) or 10**12
     )
     bottom = open_bottom(world / "bottom0")
     read = {

@@ -10,7 +10,7 @@ from blindtune.attacks.trained_inversion import train_inverter
 from blindtune.cli.main import run
 from blindtune.errors import ConfigError
 from blindtune.evaluation.audits import split_attacks
-from blindtune.evaluation.audits.audit import AuditConfig
+from blindtune.evaluation.audits.audit import AdversaryConfig, AuditConfig
 from blindtune.evaluation.frontiers import split as module
 from blindtune.evaluation.frontiers.split import (
     SplitFrontier,
@@ -23,7 +23,7 @@ from blindtune.evaluation.pages.split_frontier import answer_sentence, write_spl
 from blindtune.split.customer.private_texts import ReadingConfig
 from blindtune.split.customer.requests import PassConfig
 from tiny_encoders import tiny_encoder
-from tiny_models import tiny_tokenizer
+from tiny_models import tiny_model, tiny_tokenizer
 
 NOUNS, TRAITS = ("film", "story", "actor", "plot", "music"), ("good", "bad", "dull", "fine", "odd")
 TEXTS = [f"the {noun} is {trait}" for noun in NOUNS for trait in TRAITS]
@@ -51,6 +51,8 @@ def world(tmp_path_factory):
     tiny_tokenizer().save_pretrained(place / "model")
     write(place / "train.csv", TEXTS, LABELS)
     write(place / "test.csv", TEXTS[:6], LABELS[:6])
+    tiny_model("llama").save_pretrained(place / "language")
+    tiny_tokenizer().save_pretrained(place / "language")
     (place / "public.txt").write_text("\n".join(TEXTS * 3))
     return place
 
@@ -87,6 +89,48 @@ def test_public_text_arms_the_attacker(world, tmp_path):
     found = swept(world, tmp_path, config, public=world / "public.txt")
     assert found.settings[1].strongest != "nearest neighbour"
     assert found.settings[1].ep < found.settings[1].ep_nearest
+
+
+def test_every_attack_is_run_that_is_asked_for(world, tmp_path, monkeypatch):
+    """And rows are kept by what the language model is, not by its name."""
+    asked = AdversaryConfig(prior=str(world / "language"), dummies=True)
+    trial, config = replace(TRIAL, adversary=asked), replace(QUICK, eta=(20.0,))
+    seen = []
+    real = module.audit_split
+
+    def audit(*subject, **options):
+        seen.append(real(*subject, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(module, "audit_split", audit)
+    found = swept(world, tmp_path / "f", config, public=world / "public.txt", trial=trial)
+    assert [s.not_run for s in found.settings] == [()] * 4
+    attacks = [" ".join(f.attack for f in audit.findings) for audit in seen]
+    assert ["dummy" in names for names in attacks] == [False, False, True, True]
+    assert "language model" in attacks[1]
+    monkeypatch.setattr(module, "split_tune", None)  # nothing is run again
+    (world / "language").rename(tmp_path / "moved")
+    moved = replace(trial, adversary=replace(asked, prior=str(tmp_path / "moved")))
+    again = swept(world, tmp_path / "f", config, public=world / "public.txt", trial=moved)
+    (tmp_path / "moved").rename(world / "language")
+    assert again.settings == found.settings
+    with pytest.raises(TypeError):
+        swept(world, tmp_path / "f", config, public=world / "public.txt")
+
+
+def test_an_adversary_that_could_do_nothing_is_refused(world, tmp_path, capsys):
+    files = ["--data", str(world / "train.csv"), "--test", str(world / "test.csv")]
+    call = ["split-frontier", str(world / "model"), *files, "--out", str(tmp_path / "f")]
+    for more, says in (
+        (["--prior", str(world / "language")], "expected --public for --prior"),
+        (["--dummies", "--cut", "0"], "expected a cut above 0 for --dummies"),
+    ):
+        for dry in ([], ["--dry-run"]):
+            assert run([*call, *more, *dry]) == 2
+            assert says in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="leave attribute_column"):
+        Trial(adversary=AdversaryConfig(attribute_column="author"))
+    assert not (tmp_path / "f").exists()
 
 
 @pytest.mark.parametrize("settled", [True, False])
@@ -204,9 +248,11 @@ def test_the_mildest_setting_is_the_answer():
     assert replace(both, settings=(harsh, fine)).mildest(0.3) == fine
     with pytest.raises(ConfigError, match="no attack looks into a group"):
         replace(both, public=None).mildest(0.3)
-    assert "A language model" in answer_sentence(both, coarse, 0.5)
+    missed = replace(coarse, not_run=("language model", "dummy embeddings"))
+    more = "Not run, and may read more: language model (--prior), dummy embeddings (--dummies)."
+    assert answer_sentence(both, missed, 0.5).endswith(more)
     said = answer_sentence(found, harsh, 0.5)
-    assert "A language model" not in said
+    assert "Not run" not in said
     assert "cut 0, eta 40: EP 0.800 under Bayes (at least 0.700" in said
     assert "30.0 points below" in said
     assert "the most private is cut 0, eta 40" in answer_sentence(found, None, 0.9)
@@ -258,6 +304,7 @@ def test_on_the_command_line(world, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "The mildest setting that holds every attack at an EP of 0.5 is cut 0, eta 2" in out
     assert "attacks that learn from text were not run" in out
+    assert "Not run, and may read more: language model (--prior)." in out
     facts = json.loads((tmp_path / "f" / "split-frontier.json").read_text())
     assert facts["answer"]["eta"] == 2
     page = (tmp_path / "f" / "split-frontier.html").read_text()
@@ -277,6 +324,13 @@ def test_what_it_will_take_is_estimated(world, tmp_path, capsys):
     few, many = parts("--eta", "9"), parts("--eta", "9,8,7", "--public", str(world / "public.txt"))
     assert "training, at most" not in few
     assert many["training, at most"] == 4 * 60
+    assert not {"dummy embeddings, at most", "language model, at most"}.intersection(many)
+    armed = parts(
+        "--eta", "9", "--public", str(world / "public.txt"), "--cut", "0,1",
+        "--prior", str(world / "language"), "--dummies",
+    )  # fmt: skip
+    assert armed["dummy embeddings, at most"] == 2 * 60
+    assert 0 < armed["language model, at most"] <= 2 * 4 * 60
     (tmp_path / "words.txt").write_text("\n".join(TEXTS * 150))
     words = ["--public-text", str(tmp_path / "words.txt"), "--wrong-guesses", "0.5,0.6"]
     grouped = parts("--privatizer", "groups", *words)

@@ -182,8 +182,7 @@ def estimate_audit_split(
     read = adversary.attribute_column is not None or adversary.prior is not None
     theirs = read_audited(package, public, reading).ids if read and public is not None else ()
     chosen, attacked, longest = _attacked(mine, config.test_tokens)
-    width, search = package.hidden_size, 2.0 * table_VD.numel()  # of one token
-    rate = matmul_rate(width)
+    rate, search = matmul_rate(package.hidden_size), 2.0 * table_VD.numel()  # of one token
     parts = {
         "open": weight_bytes(package.stack.model) / READ_BYTES_PER_SECOND,
         "nearest neighbour": rate.seconds(attacked * search + 40 * longest * table_VD.numel()),
@@ -194,7 +193,7 @@ def estimate_audit_split(
     parts |= _by_privatizer(
         privatizer, config, rate, search, attacked, deep=package.cut.cut > 0, learns=bool(public)
     )
-    memory: float = FLOAT * (3 * config.public_tokens * width + 12 * table_VD.numel())
+    memory: float = FLOAT * (3 * config.public_tokens * table_VD.shape[1] + 12 * table_VD.numel())
     if adversary.dummies:
         parts["dummy embeddings, at most"] = config.attack_seconds
     if adversary.attribute_column is not None:
@@ -205,10 +204,11 @@ def estimate_audit_split(
         made = rate.seconds(AttributeConfig().draws * config.public_tokens * search)
         parts["attribute inference, at most"] = made + config.attack_seconds
     if adversary.prior is not None:
-        model, same = sketch(adversary.prior), has_words(load_tokenizer(adversary.prior), package)
+        model = sketch(adversary.prior)
+        same = has_words(load_tokenizer(adversary.prior), package.tokenizer)
         attacks = 3 if grouping is not None and privatizer.draws else 2
-        parts |= _weighing(rate, model, attacked, longest, config, attacks, spelled=not same)
-        memory += _weighing_bytes(model, max(longest, *map(len, theirs)), spelled=not same)
+        parts |= weighing(rate, model, attacked, longest, config, attacks, spelled=not same)
+        memory += weighing_bytes(model, max(longest, *map(len, theirs)), spelled=not same)
     return estimated(parts, rate, memory=memory, written=WRITTEN, tokens=attacked)
 
 
@@ -249,13 +249,13 @@ def _by_privatizer(
     return parts
 
 
-def _weighing(
+def weighing(
     rate: Rate,
     model: PreTrainedModel,
     attacked: int,
     longest: int,
     config: AuditConfig,
-    attacks: int,
+    attacks: float,
     *,
     spelled: bool,
 ) -> dict[str, float]:
@@ -273,7 +273,7 @@ def _weighing(
     }
 
 
-def _weighing_bytes(model: PreTrainedModel, longest: int, *, spelled: bool = False) -> int:
+def weighing_bytes(model: PreTrainedModel, longest: int, *, spelled: bool = False) -> int:
     """Of a language model that weighs texts of up to so many tokens.
 
     Weights; logits and their log-softmax of every beam; its keys and values, twice while they are

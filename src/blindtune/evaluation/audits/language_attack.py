@@ -52,7 +52,7 @@ def open_prior(name: str | Path, bottom: Bottom, texts: Sequence[Tensor] = ()) -
     tokenizer, model = load_tokenizer(name), load_model(name, device=preferred_device())
     decoder, texts = Decoder(model), texts[:TOGETHER]
     marks = (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
-    if not has_words(tokenizer, bottom):
+    if not has_words(tokenizer, bottom.tokenizer):
         spelling = spelling_of(bottom.tokenizer, tokenizer)
         spelled = [[i for word in text_L.tolist() for i in spelling[word]] for text_L in texts]
         begin = _best_begin(decoder, [torch.tensor(ids) for ids in spelled], marks)
@@ -90,10 +90,10 @@ def _best_begin(model: Decoder, texts: Sequence[Tensor], marks: Sequence[int | N
     return min(dict.fromkeys(marks), key=nats)
 
 
-def has_words(tokenizer: Any, bottom: Bottom) -> bool:
-    """Whether a model's tokenizer has all words of the bottom, by the same numbers."""
+def has_words(tokenizer: Any, words: Any) -> bool:
+    """Whether a tokenizer has all words of another one, by the same numbers."""
     its = tokenizer.get_vocab()
-    return all(its.get(word) == place for word, place in bottom.tokenizer.get_vocab().items())
+    return all(its.get(word) == place for word, place in words.get_vocab().items())
 
 
 def weighed(

@@ -14,9 +14,20 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from blindtune.evaluation.audits.estimate import CHANNEL_WORDS, WRITTEN
+from blindtune.evaluation.audits.estimate import (
+    CHANNEL_WORDS,
+    WRITTEN,
+    weighing,
+    weighing_bytes,
+)
+from blindtune.evaluation.audits.language_attack import has_words
 from blindtune.evaluation.frontiers.offsite import FrontierConfig
-from blindtune.evaluation.frontiers.split import SplitFrontierConfig, Trial, check_files
+from blindtune.evaluation.frontiers.split import (
+    SplitFrontierConfig,
+    Trial,
+    check_files,
+    check_tried,
+)
 from blindtune.models.costs import (
     FLOAT,
     READ_BYTES_PER_SECOND,
@@ -108,6 +119,7 @@ def estimate_split_frontier(
     config, trial = config or SplitFrontierConfig(), trial or Trial()
     reading, trying, epochs = trial.reading, trial.trying, trial.passes.epochs
     check_files(data, test, public, config.public_text)
+    check_tried(trial.adversary, config.cut, public)
     loaded, tokenizer = sketch(model), open_tokenizer(model_source(model))
     if config.public_text is not None:
         public_words(tokenizer, config.public_text)  # refuses what no groups are made of
@@ -119,13 +131,12 @@ def estimate_split_frontier(
     layer = 2.0 * sum(map(matrix_numbers, layers)) / stack.layer_count
     rate, search = matmul_rate(table_VD.shape[1]), 2.0 * table_VD.numel()
     rows, noised, grouped = _rows_of_a_cut(config)
-    tuned = privatized = 0.0
-    for cut in sorted(set(config.cut)):
-        above = stack.layer_count - cut
-        privatized += rows * (trained + asked) * cut * layer
-        tuned += rows * (2 * epochs * trained + asked) * above * layer
-    settings = rows * len(set(config.cut))
-    sent = noised * len(set(config.cut)) * (trained + asked)
+    below, cuts = sum(set(config.cut)), len(set(config.cut))
+    privatized = rows * (trained + asked) * below * layer
+    above = cuts * stack.layer_count - below
+    tuned = rows * (2 * epochs * trained + asked) * above * layer
+    settings, deep = rows * cuts, sum(cut > 0 for cut in set(config.cut))
+    sent = noised * cuts * (trained + asked)
     parts = {
         "load": settings * weight_bytes(loaded) / READ_BYTES_PER_SECOND,
         "privatize": rate.seconds(privatized + sent * search),
@@ -136,16 +147,38 @@ def estimate_split_frontier(
         learned = CHANNEL_WORDS + trying.public_tokens
         parts["attacks that learn"] = rate.seconds(2 * settings * learned * search)
         twice = grouped + noised * (config.privatizer != "vector")
-        deep = twice * sum(cut > 0 for cut in set(config.cut))
-        parts["training, at most"] = (settings + deep) * trying.attack_seconds
+        parts["training, at most"] = (settings + twice * deep) * trying.attack_seconds
     if config.public_text is not None:
         parts["word groups"] = _grouping(config, table_VD, layer, rate)
+    asked_for, weighing_memory = _asked_for(trial, tokenizer, rate, settings, rows * deep)
+    parts |= asked_for
     states = (trained + asked + 3 * trying.public_tokens) * table_VD.shape[1]
+    memory = 2 * weight_bytes(loaded) + FLOAT * (states + 12 * table_VD.numel()) + weighing_memory
     return estimated(
-        parts, rate, memory=2 * weight_bytes(loaded) + FLOAT * (states + 12 * table_VD.numel()),
-        written=WRITTEN, scratch=weight_bytes(loaded) + FLOAT * states,
+        parts, rate, memory=memory, written=WRITTEN, scratch=weight_bytes(loaded) + FLOAT * states,
         tokens=int(settings * (epochs * trained + asked)),
     )  # fmt: skip
+
+
+def _asked_for(
+    trial: Trial, tokenizer: PreTrainedTokenizerBase, rate: Rate, settings: int, deep: int
+) -> tuple[dict[str, float], int]:
+    """Seconds of the attacks that a sweep runs if it is asked to, and bytes of a language model.
+
+    `deep`: settings behind layers.
+    """
+    adversary, parts = trial.adversary, {}
+    if adversary.dummies:
+        parts["dummy embeddings, at most"] = deep * trial.trying.attack_seconds
+    if adversary.prior is None:
+        return parts, 0
+    longest = trial.reading.max_length or tokenizer.model_max_length
+    model = sketch(adversary.prior)
+    spelled = not has_words(load_tokenizer(adversary.prior), tokenizer)
+    parts |= weighing(
+        rate, model, trial.trying.test_tokens, longest, trial.trying, 2 * settings, spelled=spelled
+    )
+    return parts, weighing_bytes(model, longest, spelled=spelled)
 
 
 def _tokens(path: str | Path, tokenizer: PreTrainedTokenizerBase, reading: ReadingConfig) -> int:

@@ -21,8 +21,10 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from blindtune.errors import ConfigError, DataError
-from blindtune.evaluation.audits.audit import AuditConfig
+from blindtune.evaluation.audits.audit import AdversaryConfig, AuditConfig
 from blindtune.evaluation.audits.split import audit_split
 from blindtune.evaluation.audits.split_attacks import FEWEST_PUBLIC, public_needed
 from blindtune.evaluation.audits.split_subject import read_audited, spread_texts
@@ -31,6 +33,7 @@ from blindtune.exchange.wire.transport import InProcessTransport
 from blindtune.kinds import check_kinds
 from blindtune.models.encoders import load_any
 from blindtune.models.fingerprint import fingerprint
+from blindtune.models.loading import load_model, load_tokenizer
 from blindtune.models.tokenizers import tokenizer_files
 from blindtune.places import data_source, located
 from blindtune.split.bottom import open_bottom, write_bottom
@@ -46,8 +49,10 @@ from blindtune.split.terms import TuningConfig
 from blindtune.split.vendor.handler import Vendor
 
 OnRow = Callable[[str, int, int], None]
-EACH = 0.99
-"""Confidence of each attack's two-sided interval, so that up to ten lower ends hold at once."""
+OFFERED = {"language model": "--prior", "dummy embeddings": "--dummies"}
+"""Attacks that are run if they are asked for, and how."""
+EACH = 0.995
+"""Confidence of each attack's two-sided interval, so that up to 20 lower ends hold at once."""
 NoisedName = Literal["token", "exponential", "vector", "groups"]
 
 
@@ -136,9 +141,17 @@ class Trial:
         default_factory=lambda: AuditConfig(test_tokens=4096, attack_seconds=60.0)
     )
     """How hard the attacker tries; `confidence` and `fresh_draws` are the sweep's own."""
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+    """What the attacker has and does besides; `dummies` at cuts above 0. No attribute is guessed:
+    settings are compared by the words that are read."""
 
     def __post_init__(self) -> None:
-        """Refuse tasks that have no accuracy."""
+        """Refuse tasks that have no accuracy, and what settings are not compared by."""
+        if self.adversary.attribute_column is not None:
+            raise ConfigError(
+                "a sweep compares settings by the words that attacks read: leave attribute_column, "
+                "and audit the chosen setting with it"
+            )
         if self.reading.task != "classification":
             raise ConfigError(
                 "expected the task classification for a sweep, whose settings are compared by "
@@ -169,6 +182,8 @@ class SplitSetting:
     """Whether the trained attacks ended by themselves, not by `attack_seconds`."""
     wrong_guesses: float | None = None
     """How coarse the word groups are; None: there are none."""
+    not_run: tuple[str, ...] = ()
+    """Attacks that fit and were not run."""
 
     @property
     def name(self) -> str:
@@ -228,6 +243,17 @@ class SplitFrontier:
         efficient = self.efficient()
         rows = [asdict(s) | {"name": s.name, "efficient": s in efficient} for s in self.settings]
         return {"best_ua": self.best_ua, "public": self.public, "settings": rows}
+
+
+def check_tried(adversary: AdversaryConfig, cuts: Iterable[int], public: object) -> None:
+    """Raise ConfigError for an adversary that could do nothing in any setting of a sweep."""
+    if adversary.prior is not None and public is None:
+        raise ConfigError("expected --public for --prior: give text like yours")
+    if adversary.dummies and not any(cuts):
+        raise ConfigError(
+            "expected a cut above 0 for --dummies, got none: at cut 0 the nearest neighbour is "
+            "what it would find; leave it out"
+        )
 
 
 def check_answerable(cuts: Iterable[int], public: object, *, grouped: bool) -> None:
@@ -315,6 +341,7 @@ class _Sweep:
         self.model, self.data, self.test, self.public = model, data, test, public
         trying = replace(trial.trying, confidence=EACH, fresh_draws=1)
         self.rows, self.trial = KeptRows(out), replace(trial, trying=trying)
+        check_tried(trial.adversary, config.cut, public)
         loaded, tokenizer = load_any(model)
         self.layers = stack_of(loaded).layer_count
         for cut in config.cut:
@@ -322,10 +349,12 @@ class _Sweep:
         if config.public_text is not None:
             public_words(tokenizer, config.public_text)  # refuses what no groups are made of
         files = [path for path in (data, test, public) if path is not None]
-        words = [sha256(content).hexdigest() for content in tokenizer_files(tokenizer).values()]
-        # What word groups are made of decides by its content, and not by its name.
+        # What word groups are made of decides by its content, and not by its name; so does a prior.
         self._public_text = config.public_text and _digest(located(config.public_text))
-        self._decides = [fingerprint(loaded), words, *map(_digest, files), asdict(self.trial)]
+        tried = asdict(self.trial)
+        if (prior := self.trial.adversary.prior) is not None:
+            tried["adversary"]["prior"] = _digests(load_model(prior), load_tokenizer(prior))
+        self._decides = [_digests(loaded, tokenizer), *map(_digest, files), tried]
 
     def _check_texts(self) -> None:
         """Raise for texts that would turn out to be of no use once a setting is tuned."""
@@ -351,7 +380,7 @@ class _Sweep:
         hiding["public_text"] = hiding["public_text"] and self._public_text
         decides = [*self._decides, cut, hiding]
         found = self.rows.row(str(cut), decides, lambda: self._measure(cut, privatizer))
-        return SplitSetting(**found)
+        return SplitSetting(**found | {"not_run": tuple(found["not_run"])})
 
     def _measure(self, cut: int, privatizer: PrivatizerConfig) -> dict[str, Any]:
         trial, place, bottom = self.trial, self.rows.work, self.rows.work / "bottom"
@@ -367,9 +396,11 @@ class _Sweep:
             )  # fmt: skip
         with vendor.session("customer") as handler:
             asked = predict(partial(InProcessTransport, handler), place / "job", self.test)
+        adversary = replace(trial.adversary, dummies=trial.adversary.dummies and cut > 0)
         audit = audit_split(
-            place / "job", public=self.public, reading=trial.reading, config=trial.trying
-        )
+            place / "job", public=self.public, reading=trial.reading, config=trial.trying,
+            adversary=adversary,
+        )  # fmt: skip
         eps = {f.attack: f for f in audit.findings if f.measure == "EP"}
         assert len(eps) * (1 - EACH) / 2 <= 0.05, "too many attacks for the bound that is promised"
         strongest = audit.findings[audit.strongest]
@@ -380,6 +411,7 @@ class _Sweep:
             "ep_low": min(f.low for f in eps.values() if f.low is not None),
             "strongest": strongest.attack, "ep_nearest": eps["nearest neighbour"].value,
             "settled": audit.settled,
+            "not_run": [n.attack for n in audit.not_run if n.attack in OFFERED],
         }  # fmt: skip
 
 
@@ -391,6 +423,11 @@ def check_files(*paths: str | Path | None) -> None:
                 f"{path}: expected a file, there is none: a sweep reads no data set of the hub, "
                 "check the path or save it first"
             )
+
+
+def _digests(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    files = tokenizer_files(tokenizer).values()
+    return [fingerprint(model), *(sha256(content).hexdigest() for content in files)]
 
 
 def _digest(path: Path) -> str:

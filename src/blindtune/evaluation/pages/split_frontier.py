@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from blindtune.atomic import atomic_file
 from blindtune.evaluation.frontiers.split import (
+    OFFERED,
     SplitFrontier,
     SplitFrontierConfig,
     SplitSetting,
@@ -20,13 +22,9 @@ from blindtune.places import located
 
 JSON_NAME, PAGE_NAME = "split-frontier.json", "split-frontier.html"
 NOT_LEARNED = "No public text was given: attacks that learn from text were not run."
-READ_MORE = (
-    "A language model, which a sweep does not try, reads more of groups than these attacks do: try "
-    "one on the chosen setting (blindtune audit --prior)."
-)
 GROUPED = (
     "groups: every word becomes its group's; the number is the share of frequent words' tokens "
-    f"that a guess by frequency gets wrong. {READ_MORE}"
+    "that a guess by frequency gets wrong."
 )
 CUT_SHORT = "an attack's training was ended by --attack-seconds; a longer one may read more."
 
@@ -50,6 +48,7 @@ def write_split_frontier(
         "asked": None if ep is None else {"ep": ep},
         "answer": None if answer is None else asdict(answer) | {"name": answer.name},
         "sentence": None if ep is None else answer_sentence(found, answer, ep),
+        "notes": _notes(found),
         "config": asdict(found.config),
         "trial": asdict(found.trial),
     }
@@ -77,6 +76,7 @@ def _how(trial: Trial) -> dict[str, dict[str, Any]]:
     return {
         "Tuning": asdict(trial.tuning), "Passes": asdict(trial.passes),
         "Texts": asdict(trial.reading), "Attacks": asdict(trial.trying),
+        "The adversary": asdict(trial.adversary),
     }  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def answer_sentence(found: SplitFrontier, answer: SplitSetting | None, ep: float
         f"with 95 % confidence{alone}), UA {answer.ua:.3f}, "
         f"{100 * (found.best_ua - answer.ua):.1f} points below the best of words as they are."
         + ("" if answer.settled else f" It may not hold them: {CUT_SHORT}")
-        + ("" if answer.wrong_guesses is None else f" {READ_MORE}")
+        + "".join(f" {note}" for note in _not_run((answer,)))
     )
 
 
@@ -120,13 +120,8 @@ def _drawn(found: SplitFrontier, answer: SplitSetting | None, ep: float | None) 
     return Section(title="What each setting gives and hides", text=text, blocks=[drawn])
 
 
-def _table(found: SplitFrontier, answer: SplitSetting | None) -> Section:
-    efficient = found.efficient()
-    rows = [
-        [s.name, f"{s.ua:.3f}", f"{s.ep_nearest:.3f}", f"{s.ep:.3f}", f"{s.ep_low:.3f}",
-         s.strongest + "*" * (not s.settled), "yes" if s in efficient else ""]
-        for s in found.settings
-    ]  # fmt: skip
+def _notes(found: SplitFrontier) -> list[str]:
+    """What must be known to read the settings rightly."""
     notes = ["One seed and one draw of the noise: small differences mean nothing."]
     if any(s.wrong_guesses is not None for s in found.settings):
         notes.append(GROUPED)
@@ -134,6 +129,23 @@ def _table(found: SplitFrontier, answer: SplitSetting | None) -> Section:
         notes.append(NOT_LEARNED)
     if not all(s.settled for s in found.settings):
         notes.append(f"*: {CUT_SHORT}")
+    return [*notes, *_not_run(found.settings)]
+
+
+def _not_run(settings: Iterable[SplitSetting]) -> list[str]:
+    """Which attacks may read more than those that were run."""
+    names = {name for setting in settings for name in setting.not_run}
+    missing = [f"{name} ({option})" for name, option in OFFERED.items() if name in names]
+    return [f"Not run, and may read more: {', '.join(missing)}."] if missing else []
+
+
+def _table(found: SplitFrontier, answer: SplitSetting | None) -> Section:
+    efficient = found.efficient()
+    rows = [
+        [s.name, f"{s.ua:.3f}", f"{s.ep_nearest:.3f}", f"{s.ep:.3f}", f"{s.ep_low:.3f}",
+         s.strongest + "*" * (not s.settled), "yes" if s in efficient else ""]
+        for s in found.settings
+    ]  # fmt: skip
     block = Table(
         header=["Setting", "UA", "EP, nearest neighbour", "EP, strongest", "at least",
                 "strongest attack", "Frontier"],
@@ -141,4 +153,4 @@ def _table(found: SplitFrontier, answer: SplitSetting | None) -> Section:
         caption="Accuracy on noised test texts; empirical privacy of the training texts",
         emphasis="" if answer is None else answer.name,
     )  # fmt: skip
-    return Section(title="All settings", blocks=[block], notes=notes)
+    return Section(title="All settings", blocks=[block], notes=_notes(found))
