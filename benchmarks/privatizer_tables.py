@@ -6,7 +6,8 @@ from figures import part, seeds_of, spread
 
 ROWS = {
     "d_chi": "d_chi, token mode",
-    "d_chi-CTI": "the same with contributing tokens",
+    "vector": "d_chi, vector mode",
+    "d_chi-CTI": "d_chi, token mode, with contributing tokens",
     "d_chi-denoised": "d_chi, denoised",
     "exponential": "exponential mechanism",
     "exponential-equal": "the same, at d_chi's EP under these attacks",
@@ -27,7 +28,7 @@ READ = {
     "groups": "word groups",
     "fine": "finer word groups (`--wrong-guesses 0.6`)",
 }
-OF_SPLIT = {"d_chi": "token-80", "d_chi-CTI": "CTI-80"}
+OF_SPLIT = {"d_chi": "token-80", "vector": "vector-80", "d_chi-CTI": "CTI-80"}
 TASKS = {"sst2": ("SST-2", "leaks"), "fpb": ("Financial PhraseBank", "leaks-fpb")}
 
 
@@ -64,11 +65,11 @@ def privatizer_table(found, task):
         cost, speeds = costs.get(name), [leak["tokens a second"] for leak in read]
         etas = [r.get("strength") or r["setting"]["mechanism"]["eta"] for r in rows]
         etas = etas or [leak["strength"] for leak in read]
-        promised = name.startswith(("d_chi", "exponential"))
+        promised = name.startswith(("d_chi", "vector", "exponential"))
         cells = [
             shown,
             f"{sum(etas) / len(etas):.3g}" if promised else "",
-            spread([r["changed in test"] for r in rows], 2),
+            spread([r["changed in test"] for r in rows if r["changed in test"] is not None], 2),
             spread(strongest_ep(read), 2),
             spread(strongest_ep(read, "rare"), 2),
             spread([r["UA"] for r in rows], 3),

@@ -18,6 +18,7 @@ language, language-fpb: the same of 40 texts and with a language model (SmolLM2-
     MiniLM's words in its own) beside trigrams.
 
 d_chi, exponential: `Mechanism` in token and exponential mode.
+vector: d_chi's noise, and the sum goes out as it is; Bayes' rule has the noise's density.
 gaussian: the control: a normal vector as long as d_chi's noise, then the nearest word.
 shifted: in the way of PrivTune (arXiv 2512.08809): d_chi's noise with its mean moved towards the
     words that are `HOPS` hops away, and scaled by importance; then the nearest word. Assumed, as
@@ -41,8 +42,10 @@ from functools import cache
 
 import torch
 
-from blindtune.attacks.adversary import Candidates
+from blindtune.attacks.adversary import Candidates, StatesView
+from blindtune.attacks.embedding_inversion import nearest_tokens
 from blindtune.attacks.language_prior import JointPrior, NgramPrior, best_weight, decode
+from blindtune.attacks.likelihoods import vector_candidates
 from blindtune.evaluation.audits.language_attack import open_prior, weighed
 from blindtune.evaluation.leakage.empirical_privacy import contributing_masks, empirical_privacy
 from blindtune.models.encoders import load_any
@@ -50,7 +53,7 @@ from blindtune.models.margins import margins_of
 from blindtune.privacy.channel import CountingConfig, counted_channel
 from blindtune.privacy.draw_level import DrawSurvey
 from blindtune.privacy.entropy import system_uniforms
-from blindtune.privacy.metric_dp import d_chi_noise
+from blindtune.privacy.metric_dp import Mechanism, d_chi_noise
 from blindtune.privacy.nearest import NearestRows
 from blindtune.privacy.word_groups import GroupingConfig
 from blindtune.privacy.word_sampling import WordSampler
@@ -241,7 +244,7 @@ def strength_of(words, task, kind, spared=None):
     """What a row is run at; None: too many tokens are spared for the share that shall change."""
     if kind in GROUPED:
         return WRONG[kind]
-    if kind in ("d_chi", "gaussian"):
+    if kind in ("d_chi", "gaussian", "vector"):
         return ETA
     if spared is None:
         return changed_strength(words, kind, words.content(task.test), task.share)
@@ -339,23 +342,41 @@ def attacked_texts(tests, count, seed):
     return some_of(tests, min(count, len(tests)) * len(SEEDS))[seed :: len(SEEDS)]
 
 
-def leak_row(bench, words, name, called, seed, folder=None):
+def by_density(bottom, texts, public):
+    """Of vector mode: the nearest neighbours, Bayes' candidates, and seconds to make its states."""
+    mechanism = Mechanism(eta=ETA, mode="vector")
+    start = time.perf_counter()
+    states = privatize(bottom, texts, mechanism=mechanism).states
+    took = time.perf_counter() - start
+    view = StatesView(
+        model=bottom.stack, cut=0, states=states, mechanism=mechanism, public=public,
+        margins=bottom.margins,
+    )  # fmt: skip
+    return nearest_tokens(view), vector_candidates(view, KEPT), took
+
+
+def leak_row(bench, words, name, called, seed, folder, *, reads):
     """EP of three attackers, of all tokens and of rare words, and how fast words are replaced.
 
-    With a folder a language model reads too, of fewer texts.
+    A language model `reads` too, of fewer texts.
     """
     kind = called.removesuffix("-equal")
     task = Task(bench, words, name, seed, equal=called != kind)
     strength = strength_of(words, task, kind)
-    truth = attacked_texts(task.test, READ_TEXTS if folder else ATTACKED, seed)
-    words.replaced(kind, strength, truth[:1])  # whatever is made once
-    start = time.perf_counter()
-    sent = words.replaced(kind, strength, truth)
-    took = time.perf_counter() - start
-    counts_V = bench.other_counts(name, words.tokenizer, task.used, len(words.table_VD)).float()
-    likely = bayes(words, kind, strength, sent, counts_V)
+    truth = attacked_texts(task.test, READ_TEXTS if reads else ATTACKED, seed)
     others = words.encoded(bench.other_texts(name, task.used))
-    known, rehearsed = rehearsal(words, kind, strength, others, counts_V)
+    if kind == "vector":
+        bottom, known = bench.party(folder)[1], some_of(others, min(REHEARSED, len(others) // 2))
+        sent, likely, took = by_density(bottom, truth, others)
+        rehearsed = by_density(bottom, known, others)[1]
+    else:
+        words.replaced(kind, strength, truth[:1])  # whatever is made once
+        start = time.perf_counter()
+        sent = words.replaced(kind, strength, truth)
+        took = time.perf_counter() - start
+        used = bench.other_counts(name, words.tokenizer, task.used, len(words.table_VD))
+        likely = bayes(words, kind, strength, sent, used.float())
+        known, rehearsed = rehearsal(words, kind, strength, others, used.float())
     counted = trigrams(words, known, others)
     weight = best_weight(rehearsed, known, counted)
     guesses = {
@@ -364,7 +385,7 @@ def leak_row(bench, words, name, called, seed, folder=None):
         "Bayes, trigrams": decode(likely, counted, weight=weight),
     }
     said = ""
-    if folder is not None:
+    if reads:
         prior = JointPrior(open_prior(MODEL, bench.party(folder)[1], others), counted)
         seconds = READ_SECONDS / 20 if bench.smoke else READ_SECONDS
         read, said = weighed(likely, rehearsed, known, prior, seconds)
@@ -404,11 +425,11 @@ def plan(bench, part):
             (
                 f"{called}-{seed}",
                 lambda folder, called=called, seed=seed: leak_row(
-                    bench, words, task, called, seed, folder if reads else None
+                    bench, words, task, called, seed, folder, reads=reads
                 ),
             )
             for seed in SEEDS
-            for called in (READ if reads else (*KINDS, "exponential-equal"))
+            for called in (READ if reads else (*KINDS, "exponential-equal", "vector"))
         ]
     rows = []
 
