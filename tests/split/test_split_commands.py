@@ -14,8 +14,12 @@ from split_world import TEXTS
 from vendor_world import VendorWorld, write_model
 
 from blindtune.cli.main import run
+from blindtune.errors import ConfigError
+from blindtune.exchange.wire.transcript import open_transcript
 from blindtune.split.customer.job import CustomerJob
 from blindtune.split.customer.private_states import PrivateStates
+from blindtune.split.customer.privatizer_config import PrivatizerConfig
+from blindtune.split.customer.tuning_job import split_tune
 
 QUICK = ["--lora-rank", "2", "--batch-size", "4", "--epochs", "2", "--learning-rate", "1e-2"]
 NOISE = ["--privatizer", "vector", "--eta", "20"]
@@ -75,6 +79,40 @@ def test_tune_predict_cancel_on_the_command_line(blindtune, tmp_path):
     assert "adapter, head, optimizer and checkpoints of job_" in out
     assert "6 steps" in out
     assert blindtune("predict", "--data", "train.csv")[0] == 2
+
+
+def test_what_crosses_is_recorded_and_audited(blindtune, tmp_path, vendor, capsys):
+    """In tuning, when it is run again, and in predictions; of a job from its first byte on."""
+    code, _, err = blindtune("split-tune", *NOISE, *QUICK, "--record")
+    assert code == 0, err
+    path = tmp_path / "job" / "transcript.bin"
+    sizes = [path.stat().st_size]
+    assert blindtune("split-tune", *NOISE, *QUICK, "--record")[0] == 0
+    assert blindtune("predict", "--data", "train.csv")[0] == 0
+    sizes.append(path.stat().st_size)
+    assert sizes[1] > 1.3 * sizes[0]
+    names = [type(c.message).__name__ for c in open_transcript(path).crossings()]
+    assert names[0] == "Hello"
+    assert names.count("Batch") == 6
+    assert "Predict" in " ".join(names)
+    audit = ["audit", str(path), "--bottom", str(vendor[1].bottom.path), "--data", "train.csv"]
+    audit += [*NOISE, "--allow-unsigned", "--out", "audit", "--json"]
+    assert run(audit) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["findings"][0]["attack"] == "nearest neighbour"
+    assert 0 <= facts["findings"][0]["value"] <= 1
+    assert (tmp_path / "audit" / "audit.html").exists() or list((tmp_path / "audit").glob("*.html"))
+
+
+def test_a_job_is_recorded_from_its_first_byte_or_not(blindtune, tmp_path, vendor):
+    assert blindtune("split-tune", *NOISE, *QUICK)[0] == 0
+    code, _, err = blindtune("split-tune", *NOISE, *QUICK, "--record")
+    assert code == 2
+    assert "recorded from its first byte on" in err
+    assert not (tmp_path / "job" / "transcript.bin").exists()
+    with pytest.raises(ConfigError, match="expected an address to record"):
+        split_tune(lambda: None, vendor[1].bottom.path, "train.csv", "other",
+                   PrivatizerConfig(privatizer="vector", eta=20.0), record=True)  # fmt: skip
 
 
 def test_words_become_their_groups(blindtune, tmp_path):

@@ -32,7 +32,7 @@ Run by whoever is about to hand something over; SUBJECT says what:
   a bottom      the customer of split tuning, before a run: a sample of --data
                 is privatized as split-tune would with the same options, kept
                 here, and read as the vendor would. Or a job's directory: the
-                states that it drew. Or a recorded transcript. On request with
+                states that it drew. Or what crossed (split-tune --record). On request with
                 a language model (--prior), by search (--dummies), and for an
                 attribute of the texts (--attribute-column).
 

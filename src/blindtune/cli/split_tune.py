@@ -77,6 +77,7 @@ def act(settings: Settings) -> Facts:
             reading=settings.of(ReadingConfig),
             access=settings.of(AccessConfig),
             resume=settings["resume"],
+            record=settings["record"],
             trust=trust_of(settings),
             on_statement=tell,
             on_part=on_part,
@@ -143,6 +144,12 @@ VERB = Verb(
             default="auto",
             show_default=True,
             help="auto: a job that is there goes on; never: it is refused.",
+        ),
+        click.Option(
+            ["--record"],
+            is_flag=True,
+            help="Keep every byte that crosses, now and in predict, in transcript.bin of the job, "
+            "for audit.",
         ),
         *OPENING,
     ),

@@ -4,7 +4,7 @@ from wire_vendor import CountingVendor, batch, opening
 from blindtune.errors import ConfigError, PackageError
 from blindtune.exchange.wire.codec import encode
 from blindtune.exchange.wire.messages import Batch, BatchResult, Hello, Step, equal
-from blindtune.exchange.wire.transcript import Recorder, Transcript, open_transcript
+from blindtune.exchange.wire.transcript import Recorder, Recording, Transcript, open_transcript
 from blindtune.exchange.wire.transport import InProcessTransport
 
 
@@ -74,3 +74,59 @@ def test_bounds(tmp_path):
     record().transcript().save(tmp_path / "t")
     with pytest.raises(PackageError, match="at most 100"):
         open_transcript(tmp_path / "t", max_bytes=100)
+
+
+def recorded(path, *messages, **options):
+    recording = Recording(path, **options)
+    with CountingVendor().session("a") as handler:
+        transport = InProcessTransport(handler, tap=recording)
+        for message in (Hello(program="test"), opening(), *messages):
+            transport.call(message)
+    recording.close()
+
+
+@pytest.mark.parametrize("torn", [0, 1, 5, 4000])
+def test_a_recording_goes_on_where_a_killed_process_ended(tmp_path, torn):
+    path = tmp_path / "transcript.bin"
+    Recording.begin(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    recorded(path, batch(1, rows=3, width=512))
+    whole = record().transcript().frames
+    assert open_transcript(path).frames == whole
+    if torn:
+        path.write_bytes(path.read_bytes()[:-torn])
+    recorded(path)
+    kept = [frame for frame in open_transcript(path).frames if frame[0] == "request"]
+    assert [c.connection for c in open_transcript(path).crossings()][-1] == 2
+    sent = [frame for frame in whole if frame[0] == "request"]
+    lost = sum(len(frame) for _, frame in whole[-1:]) < torn  # the batch's own frame is torn too
+    assert kept[: len(sent) - lost] == sent[: len(sent) - lost]
+
+
+def test_a_recording_is_whole_or_none(tmp_path, caplog, monkeypatch):
+    path = tmp_path / "transcript.bin"
+    Recording.begin(path)
+    recorded(path, batch(1, rows=3, width=512), max_bytes=2000)
+    assert not path.exists()
+    assert "more than 2,000 bytes crossed" in caplog.text
+    Recording.begin(path)
+    with monkeypatch.context() as full:
+        full.setattr("os.write", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+        recorded(path)
+    assert not path.exists()
+    assert "disk full" in caplog.text
+    path.write_bytes(b"something else")
+    with pytest.raises(PackageError, match="not a transcript"):
+        Recording(path)
+    assert path.read_bytes() == b"something else"
+
+
+def test_frames_that_end_a_connection_are_left_out(tmp_path):
+    path = tmp_path / "transcript.bin"
+    Recording.begin(path)
+    recording = Recording(path)
+    recording("reply", b"")
+    recording("reply", bytes((1 << 20) + 1))
+    recording.close()
+    recording("reply", b"too late")
+    assert open_transcript(path).frames == ()

@@ -1,25 +1,32 @@
 """What crossed between the parties, frame by frame: evidence for a customer, input for an attack.
 
-A recorder is a tap of any transport. Its transcript holds the bytes exactly as they went over the
-wire, and decodes them to messages; `attacks` take nothing else.
+A recorder is a tap of any transport, and so is a `Recording`, which lasts from one process to the
+next. Their transcript holds the bytes exactly as they went over the wire, and decodes them to
+messages; `attacks` take nothing else.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from blindtune.atomic import atomic_file
+from blindtune.atomic import atomic_file, secret_file
 from blindtune.errors import ConfigError, PackageError, VerificationError
 from blindtune.exchange.files import open_regular, read_exactly
 from blindtune.exchange.wire.codec import FRAME_BYTES, FrameReader, MessageLimits
 from blindtune.exchange.wire.messages import REPLIES, REQUESTS, Hello, Message
 from blindtune.exchange.wire.transport import DIRECTIONS, Direction
 
+logger = logging.getLogger(__name__)
+
 MAGIC = b"BTXT\x01\x00\x00\x00"
+MOST_BYTES = 1 << 30
+"""What a transcript holds at most."""
 _RECORD = struct.Struct("<BI")
 
 
@@ -77,7 +84,7 @@ class Recorder:
         ConfigError: more crossed than `max_bytes`; a transcript is whole or it is none.
     """
 
-    def __init__(self, *, max_bytes: int = 1 << 30) -> None:
+    def __init__(self, *, max_bytes: int = MOST_BYTES) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._frames: list[tuple[Direction, bytes]] = []
@@ -101,7 +108,83 @@ class Recorder:
             return Transcript(tuple(self._frames))
 
 
-def open_transcript(path: Path, *, max_bytes: int = 1 << 30) -> Transcript:
+class Recording:
+    """A tap that writes to a file at once, and goes on where an earlier process ended.
+
+    A transcript is whole or it is none: where the disk refuses a frame, or more crosses than
+    `max_bytes`, the file is removed, a warning is logged, and the work goes on.
+
+    Args:
+        path: a file that `begin` made; only its owner may read it.
+        max_bytes: how large it may become.
+
+    Raises:
+        PackageError: it is no transcript.
+    """
+
+    def __init__(self, path: Path, *, max_bytes: int = MOST_BYTES) -> None:
+        self._path, self._max_bytes = path, max_bytes
+        self._bytes = _whole_bytes(path)
+        self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        os.ftruncate(self._file, self._bytes)
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def begin(path: Path) -> None:
+        """Make the file, with nothing in it; OutputError if that fails."""
+        with secret_file(path) as partial:
+            partial.write_bytes(MAGIC)
+
+    def __call__(self, direction: Direction, frame: bytes) -> None:
+        """Write a frame, but for one of a size that ends its connection."""
+        if not 0 < len(frame) <= FRAME_BYTES:
+            return
+        record = _RECORD.pack(DIRECTIONS.index(direction), len(frame)) + frame
+        with self._lock:
+            if self._file is None:
+                return
+            self._bytes += len(record)
+            if self._bytes > self._max_bytes:
+                self._give_up(f"more than {self._max_bytes:,} bytes crossed")
+                return
+            try:
+                if os.write(self._file, record) != len(record):
+                    self._give_up("the disk took a part of a frame")
+            except OSError as error:
+                self._give_up(error.strerror or str(error))
+
+    def close(self) -> None:
+        """End it; what still crosses is not noted."""
+        with self._lock:
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
+
+    def _give_up(self, why: str) -> None:
+        assert self._file is not None
+        os.close(self._file)
+        self._file = None
+        self._path.unlink(missing_ok=True)
+        logger.warning("%s: removed, as it would not be whole (%s)", self._path, why)
+
+
+def _whole_bytes(path: Path) -> int:
+    """Where the last whole record of a file ends: a killed process leaves a part of one."""
+    handle, size = open_regular(path)
+    with handle:
+        if read_exactly(handle, min(size, len(MAGIC)), path) != MAGIC:
+            raise PackageError(f"{path}: not a transcript of version 1: remove it")
+        position = len(MAGIC)
+        while position + _RECORD.size <= size:
+            _, length = _RECORD.unpack(read_exactly(handle, _RECORD.size, path))
+            if position + _RECORD.size + length > size:
+                break
+            position += _RECORD.size + length
+            handle.seek(position)
+    return position
+
+
+def open_transcript(path: Path, *, max_bytes: int = MOST_BYTES) -> Transcript:
     """Read a transcript and check every frame in it.
 
     Raises:

@@ -19,7 +19,7 @@ from blindtune.exchange.wire.credentials import VendorTrust
 from blindtune.exchange.wire.messages import ResumeJob
 from blindtune.exchange.wire.network import Connection, parse_address
 from blindtune.exchange.wire.resuming import Backoff, ResumingTransport, RetryConfig
-from blindtune.exchange.wire.transport import BusyError, Direction, Transport
+from blindtune.exchange.wire.transport import BusyError, Direction, Tap, Transport
 from blindtune.split.customer.requests import check_open
 from blindtune.version import PROGRAM
 
@@ -91,21 +91,35 @@ class AccessConfig:
 
 @final
 class Traffic:
-    """Bytes that crossed; a tap of connections."""
+    """Bytes that crossed; a tap of connections.
+
+    Attributes:
+        sent, received: how many.
+        tap: is shown every frame too.
+    """
 
     def __init__(self) -> None:
         self.sent = 0
         self.received = 0
+        self.tap: Tap | None = None
 
     def __call__(self, direction: Direction, frame: bytes) -> None:
         """Count a frame."""
+        if self.tap is not None:
+            self.tap(direction, frame)
         if direction == "request":
             self.sent += len(frame)
         else:
             self.received += len(frame)
 
 
-def connector(vendor: str | Connect, access: AccessConfig | None, traffic: Traffic) -> Connect:
+def connector(
+    vendor: str | Connect,
+    access: AccessConfig | None,
+    traffic: Traffic,
+    *,
+    record: bool = False,
+) -> Connect:
     """What makes connections.
 
     Args:
@@ -113,11 +127,14 @@ def connector(vendor: str | Connect, access: AccessConfig | None, traffic: Traff
             in this process or behind another network.
         access: needed with an address alone.
         traffic: counts what crosses; with a function it stays at 0.
+        record: whether what crosses shall be kept, which needs an address.
 
     Raises:
         ConfigError: a malformed address, no token, contradictions.
     """
     if not isinstance(vendor, str):
+        if record:
+            raise ConfigError("expected an address to record: your own transport takes a Recorder")
         return vendor
     parse_address(vendor)
     trust = (access or AccessConfig()).trust()

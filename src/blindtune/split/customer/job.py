@@ -10,6 +10,7 @@
     gradients.json       U-shape with noise on gradients: how far they were noised, by which plan
     gradients/           ... the newest, by request, until the job is tuned
     asked-<hash>.safetensors  the states of a file that was predicted: never drawn twice
+    transcript.bin       what crossed, where that is recorded
     lock                 held by the one process that works on the job
 
 Nothing in it is meant for the vendor. Delete the directory when the job is no longer needed: it
@@ -33,6 +34,8 @@ from torch import Tensor
 from blindtune.atomic import atomic_directory, remove_left_overs, secret_file
 from blindtune.errors import ConfigError, DataError, OutputError
 from blindtune.exchange.wire.messages import JobToken, Partition
+from blindtune.exchange.wire.transcript import Recording
+from blindtune.exchange.wire.transport import Tap
 from blindtune.places import located
 from blindtune.privacy.word_groups import WordGroups
 from blindtune.split.customer.privacy_statement import PrivacyStatement
@@ -104,17 +107,23 @@ class CustomerJob:
         return CustomerJob(path)
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def working(self, *, record: bool = False) -> Iterator[None]:
         """Keep every other process out.
+
+        Args:
+            record: what crosses shall be kept from the first byte on.
 
         Raises:
             OutputError: another one works on the job.
+            ConfigError: something has crossed that was not recorded.
         """
         lock = FileLock(self.path / "lock", blocking=False)
         try:
             with lock:
                 self.record = CustomerJob(self.path).record  # as the one before left it
                 remove_left_overs(self.path)
+                if record:
+                    self._record_from_start()
                 yield
         except Timeout as error:
             raise OutputError(
@@ -201,6 +210,33 @@ class CustomerJob:
     @property
     def _states_path(self) -> Path:
         return self.path / "private.safetensors"
+
+    def _record_from_start(self) -> None:
+        """Make the file of what crosses, unless it is there."""
+        if self._transcript_path.exists():
+            return
+        if self.record.state != "begun":
+            raise ConfigError(
+                f"{self.path}: expected a job that is recorded from its first byte on, this one is "
+                f"{self.record.state}, without a transcript: leave record, or begin another job"
+            )
+        Recording.begin(self._transcript_path)
+
+    @contextmanager
+    def recording(self) -> Iterator[Tap | None]:
+        """What notes the frames that cross; None where the job is not recorded."""
+        if not self._transcript_path.exists():
+            yield None
+            return
+        recording = Recording(self._transcript_path)
+        try:
+            yield recording
+        finally:
+            recording.close()
+
+    @property
+    def _transcript_path(self) -> Path:
+        return self.path / "transcript.bin"
 
     @property
     def gradients_path(self) -> Path:

@@ -110,8 +110,7 @@ def predict(
         data: texts, with labels or without; for a language model, text.
         out: file for the predictions, a JSON object a line; None: none is written.
         bottom: where the bottom package is now; None: where it was.
-        asking: columns, and texts of one request.
-        access: as for `split_tune`.
+        asking, access: columns, and texts of one request; as for `split_tune`.
         on_statement: gets the privacy statement before anything is sent.
         on_progress: is told how far it is.
 
@@ -134,6 +133,7 @@ def predict(
             on_statement(statement)
         with (
             saying_what_next(),
+            found.recording() as traffic.tap,
             closing(resume_job(connect, found.token, access.retries())) as transport,
         ):
             told, scores = _ask(found, package, texts, private, transport, asking, on_progress)

@@ -90,6 +90,7 @@ def split_tune(
     reading: ReadingConfig | None = None,
     access: AccessConfig | None = None,
     resume: Literal["auto", "never"] = "auto",
+    record: bool = False,
     on_statement: Callable[[PrivacyStatement], None] | None = None,
     on_part: OnPart = lambda _part, _done, _total: None,
     silent: bool = False,
@@ -99,8 +100,7 @@ def split_tune(
 
     Args:
         vendor: its address, or a function that makes a transport.
-        bottom: directory of the package that the vendor gave.
-        data: private texts with labels; or texts alone, for a language model.
+        bottom, data: the vendor's package; private texts, for a language model without labels.
         out: directory of the job; it holds the private texts and must stay here.
         privatizer: how the texts are noised. It decides privacy, and beside it only `dp` does.
         tuning, passes: how the vendor tunes; how often, in which batches the texts are sent.
@@ -108,8 +108,8 @@ def split_tune(
         reading: what the texts are for, and which columns hold them.
         access: the vendor's certificate, the customer's token, retries.
         resume: "never" refuses a job that is there instead of going on with it.
-        on_statement: gets the privacy statement before anything is sent.
-        on_part: is told, until then, what is prepared and how much of it is done.
+        record: keep all that crosses, in `predict` too, in the job's transcript.bin: for audits.
+        on_statement, on_part: get the statement before anything is sent; how far that is.
         silent, trust: no progress bar; whose bottom packages are opened, None: anybody's.
 
     Raises:
@@ -118,7 +118,7 @@ def split_tune(
         NetworkError: the vendor cannot be reached; the job is kept.
     """
     access, traffic = access or AccessConfig(), Traffic()
-    connect = connector(vendor, access, traffic)
+    connect = connector(vendor, access, traffic, record=record)
     package = open_bottom(bottom, trust=trust)
     wanted = _Wanted(
         privatizer, tuning or TuningConfig(), passes or PassConfig(), dp or GradientConfig(),
@@ -126,9 +126,9 @@ def split_tune(
     ).fitting(package)  # fmt: skip
     texts = read_training(package, data, wanted.reading)
     wanted = wanted.with_length(len(texts.ids))
-    record = _record(package, bottom, texts, wanted)
-    job = _begin_or_find(package, located(out), record, wanted, texts, resume, on_part)
-    with job.working():
+    asked = _record(package, bottom, texts, wanted)
+    job = _begin_or_find(package, located(out), asked, wanted, texts, resume, on_part)
+    with job.working(record=record):
         private, statement = _prepare(job, package, texts, wanted, on_part)
         if on_statement is not None:
             on_statement(statement)
@@ -289,8 +289,11 @@ def _tune(work: Work, statement: PrivacyStatement, silent: bool) -> SplitTuning:
     steps = len(work.passes.steps(len(work.private)))
     watch = Watch(work)
     if job.record.state != "tuned":
-        with saying_what_next(), progress_bar(steps, silent) as show:
-            watch.show = show
+        with (
+            saying_what_next(),
+            job.recording() as work.traffic.tap,
+            progress_bar(steps, silent) as watch.show,
+        ):
             if job.record.partition == "two-part":
                 tune_two_part(work, watch)
             else:
