@@ -3,23 +3,31 @@
 A tokenizer.json describes a small program: steps that rewrite a text, steps that split it, a model
 that finds tokens, and a template that puts tokens around them. Run as it is, it could send a word
 several times, in as many independent draws of the noise; blow one letter up to gigabytes; or choose
-tokens by chance, so that the same text is drawn anew at every reading. So steps are named here, one
-that rewrites may not make a text longer than Unicode's own mappings do, and nothing is random.
+tokens by chance, so that the same text is drawn anew at every reading. So steps are named here, and
+nothing is random.
+
+**Bounds.** What a step writes by the vendor's choice is one letter in the place of at least one,
+and it is ASCII or U+2581, which no Unicode form makes longer: a chain of such steps makes no text
+longer. Steps that add a letter, that write bytes, or that write from a table stand there once.
+BERT's spaces around a Chinese letter stay spaces, for nothing of the vendor's choice stands beside
+them. So a text grows by these spaces, by Unicode's forms of the letters that the customer wrote, by
+three letters at the beginning of each piece that it is cut into, and to the bytes of a letter where
+a tokenizer writes bytes: four at most, three of U+2581.
+
+Not bounded here is the vocabulary: into how many tokens a word is cut, up to its letters or bytes.
 """
 
 from __future__ import annotations
 
-import base64
-import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from tokenizers.normalizers import Precompiled
+from blindtune.models.letter_tables import check_letter_table
 
 MOST_STEPS = 16
 """Of one kind, nested ones counted."""
 MOST_PIECES = 64
-"""Tokens and texts of a template."""
+"""Tokens and texts that a template puts."""
 _STEPS = {
     "normalizer": (
         "BertNormalizer", "ByteLevel", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt",
@@ -35,8 +43,15 @@ _STEPS = {
         "WordPiece",
     ),
 }  # fmt: skip
+_BEFORE_MODEL = ("normalizer", "pre_tokenizer")
 _NESTED = ("normalizers", "pretokenizers", "processors", "decoders")
-_LAST_LETTER = 0x10000
+_ONCE = ("BertNormalizer", "ByteLevel", "Metaspace", "Precompiled", "Prepend")
+_CHOSEN = {"Precompiled", "Prepend", "Replace"}
+_SPACE = "\u2581"
+_REGEXES = (
+    " {2,}", " +\u2581", r"[\n\r\t]", r"\n", r"\s+", r"\s{2,}|[\n\r\t]", "^\u2581+$",
+)  # fmt: skip
+"""Of a Replace, as the tokenizers of transformers have them: each finds a letter at least."""
 
 
 def check_pipeline(described: dict[str, Any]) -> None:
@@ -53,11 +68,10 @@ def check_pipeline(described: dict[str, Any]) -> None:
             raise ValueError(f"a {kind} that is a {strange[0][:40]}; expected {', '.join(known)}")
         if len(names) > MOST_STEPS:
             raise ValueError(f"{len(names)} steps of a {kind}; expected at most {MOST_STEPS}")
-        for step in steps:
+    _check_together([s for kind in _BEFORE_MODEL for s in _steps(described.get(kind))])
+    for kind in _STEPS:
+        for step in _steps(described.get(kind)):
             _check_step(step)
-    cut = [*_steps(described.get("normalizer")), *_steps(described.get("pre_tokenizer"))]
-    if sum(step["type"] == "ByteLevel" for step in cut) > 1:
-        raise ValueError("bytes of bytes; expected at most one step ByteLevel")
     if described["model"].get("dropout"):
         raise ValueError("a model that drops merges by chance; expected dropout null or 0")
 
@@ -74,48 +88,63 @@ def _steps(value: Any) -> Iterator[dict[str, Any]]:
             yield from _steps(step)
 
 
+def _check_together(steps: list[dict[str, Any]]) -> None:
+    """Of the steps before the model: those that make a text longer do not feed each other."""
+    names = [step["type"] for step in steps]
+    for name in _ONCE:
+        if names.count(name) > 1:
+            raise ValueError(f"{names.count(name)} steps {name}; expected at most one")
+    spaced = any(step.get("handle_chinese_chars") for step in steps)
+    if spaced and (chosen := _CHOSEN.intersection(names)):
+        raise ValueError(
+            f"a {min(chosen)} beside a BertNormalizer that puts spaces around Chinese letters, "
+            "which could write a word several times; expected one of the two"
+        )
+
+
 def _check_step(step: dict[str, Any]) -> None:
     kind = step["type"]
-    written = {"Replace": "content", "Prepend": "prepend", "Metaspace": "replacement"}.get(kind)
-    if written is not None and len(step[written]) > 1:
-        raise ValueError(
-            f"a {kind} of {len(step[written])} letters, which could write a word several times; "
-            "expected one letter at most"
-        )
+    key = {"Replace": "content", "Prepend": "prepend", "Metaspace": "replacement"}.get(kind)
+    if key is not None:
+        _check_written(kind, step[key])
+    if kind == "Replace":
+        _check_pattern(step["pattern"])
     if kind == "TemplateProcessing":
         for name in ("single", "pair"):
-            _check_template(step[name])
+            _check_template(step[name], step["special_tokens"])
     if kind == "Precompiled":
-        _check_mapping(base64.b64decode(step["precompiled_charsmap"]))
+        check_letter_table(step["precompiled_charsmap"])
 
 
-def _check_template(pieces: list[dict[str, Any]]) -> None:
-    texts = [piece["Sequence"]["id"] for piece in pieces if "Sequence" in piece]
-    if len(pieces) > MOST_PIECES or len(set(texts)) < len(texts):
+def _check_written(kind: str, written: str) -> None:
+    if len(written) > 1:
         raise ValueError(
-            f"a template of {len(pieces)} pieces, {len(texts)} of them texts; expected each text "
-            f"once, and at most {MOST_PIECES} pieces"
+            f"a {kind} of {len(written)} letters, which could write a word several times; "
+            "expected one letter at most"
+        )
+    if not written.isascii() and written != _SPACE:
+        raise ValueError(
+            f"a {kind} that writes {written!a}, which other steps could make longer; expected a "
+            f"letter of ASCII or {_SPACE!a}"
         )
 
 
-def _check_mapping(compiled: bytes) -> None:
-    """A table of letters may make none longer than Unicode's compatibility forms or cases do."""
-    mapping = Precompiled(compiled)
-    for code in range(_LAST_LETTER):
-        letter = chr(code)
-        if unicodedata.category(letter) in ("Cs", "Cn", "Co"):
-            continue
-        longest = max(len(form) for form in _forms(letter))
-        if len(mapping.normalize_str(letter)) > longest:
-            raise ValueError(
-                f"a table that makes U+{code:04X} longer than {longest} letters, which could write "
-                "a word several times"
-            )
+def _check_pattern(pattern: dict[str, str]) -> None:
+    """A place that is no letter must not be found: there is one beside every letter."""
+    if pattern.get("String") or pattern.get("Regex") in _REGEXES:
+        return
+    raise ValueError(
+        f"a Replace of {str(pattern)[:60]!a}, which could find what is no letter, and write beside "
+        f"every letter; expected a String that is not empty, or a Regex of {', '.join(_REGEXES)}"
+    )
 
 
-def _forms(letter: str) -> Iterator[str]:
-    yield letter
-    whole = unicodedata.normalize("NFKD", letter)
-    yield whole
-    yield whole.casefold()
-    yield letter.casefold()
+def _check_template(pieces: list[dict[str, Any]], special: dict[str, Any]) -> None:
+    texts = [piece["Sequence"]["id"] for piece in pieces if "Sequence" in piece]
+    tokens = [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]
+    count = len(texts) + sum(len(special[token]["ids"]) for token in tokens)
+    if count > MOST_PIECES or len(set(texts)) < len(texts):
+        raise ValueError(
+            f"a template of {count} pieces, {len(texts)} of them texts; expected each text "
+            f"once, and at most {MOST_PIECES} pieces"
+        )
