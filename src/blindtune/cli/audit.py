@@ -32,9 +32,10 @@ Run by whoever is about to hand something over; SUBJECT says what:
   a bottom      the customer of split tuning, before a run: a sample of --data
                 is privatized as split-tune would with the same options, kept
                 here, and read as the vendor would. Or a job's directory: the
-                states that it drew. Or what crossed (split-tune --record). On request with
-                a language model (--prior), by search (--dummies), and for an
-                attribute of the texts (--attribute-column).
+                states that it drew. Or its transcript.bin, what crossed
+                (split-tune --record). On request with a language model
+                (--prior), by search (--dummies), and for an attribute of the
+                texts (--attribute-column).
 
 Prints each attack's figure with its interval beside what is guaranteed, and says in words what the
 attacker knew and what the figure means. A leak that is found is real; one that is not found proves

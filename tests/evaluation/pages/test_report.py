@@ -3,6 +3,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
@@ -251,3 +252,34 @@ def test_a_plot_alone_is_a_whole_svg_file_in_the_colours_of_the_report():
     assert used
     for name in used:
         assert drawn.count(f"{name}:") == 2, f"{name} has a light and a dark colour"
+
+
+def contrast(first, second):
+    """Of two colours, as WCAG 2 defines it: 1 for the same, 21 for black on white."""
+
+    def luminance(colour):
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * d for d in colour[1:])
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_pages_can_be_read_in_light_and_dark_and_on_paper():
+    css = (Path(report.__file__).parent / "report.css").read_text()
+    used = set(re.findall(r"var\((--\w+)\)", css))
+    screens = [dict(re.findall(r"(--\w+): (#\w+)", block)) for block in css.split(":root")[1:4]]
+    light, dark, paper = screens
+    assert css.index("prefers-color-scheme: dark") < css.index(dark["--paper"])
+    assert css.index("@media print") < css.rindex(":root")
+    assert contrast("#000", "#fff") == pytest.approx(21)
+    for colours in screens:
+        assert set(colours) >= used
+        assert contrast(colours["--ink"], colours["--paper"]) > 7
+        for name in ("--muted", "--accent"):
+            assert contrast(colours[name], colours["--paper"]) > 4.5, (name, colours)
+    assert contrast(dark["--paper"], "#000") < 2 < contrast(dark["--paper"], "#fff")
+    assert contrast(light["--paper"], "#fff") < 1.1
+    assert paper["--paper"] == "#fff"

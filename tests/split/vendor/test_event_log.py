@@ -1,6 +1,7 @@
 """A vendor's log: what no customer can fill the disk with."""
 
 import json
+import logging
 
 import pytest
 
@@ -81,3 +82,22 @@ def test_every_beginning_and_end_of_a_job_has_its_line(written):
         for number in range(3):
             written.log(kind(customer="anna", job=f"job_{number}"))
     assert len(written.lines()) == 9
+
+
+def test_faults_that_a_customer_can_cause_at_will_are_not_a_flood(written):
+    logger = logging.getLogger("blindtune.test")
+
+    def fail(kind):
+        try:
+            raise kind("private")
+        except kind:
+            logger.exception("a fault")
+
+    for _ in range(100):
+        fail(ValueError)
+    fail(KeyError)
+    assert [line["error"] for line in written.lines()] == ["ValueError", "KeyError"]
+    assert "private" not in written.path.read_text()
+    written.now += 1.0
+    fail(ValueError)
+    assert written.lines()[-1]["left_out"] == 99

@@ -44,7 +44,7 @@ class EventLog:
 
     Requests that were answered well are not written; the metrics count them. Of what a customer
     can bring about as often as it likes, one line a second is written of each kind (the event, and
-    its answer or reason), with `left_out`, how many of them there were since the line before.
+    its answer or reason; the place in the code that logs), with `left_out`, how many of them there were since the line before.
 
     Args:
         path: a file to append to; None: standard error.
@@ -82,13 +82,13 @@ class EventLog:
         facts = asdict(event)
         if not isinstance(event, JobOpened | JobCancelled | JobClosed):  # once a stream at most
             kind = (name, event.customer, facts.get("answer"), facts.get("reason"))
-            if (left_out := self._left_out(kind)) is None:
+            if (left_out := self.left_out(kind)) is None:
                 return
             if left_out:
                 facts["left_out"] = left_out
         self.write(name, facts)
 
-    def _left_out(self, kind: tuple[str | None, ...]) -> int | None:
+    def left_out(self, kind: tuple[str | None, ...]) -> int | None:
         """How many of a kind had no line since the last one; None: this one gets none either."""
         now = time.monotonic()
         with self._lock:
@@ -131,4 +131,8 @@ class _Records(logging.Handler):
         if record.exc_info and record.exc_info[0] is not None:
             facts["error"] = record.exc_info[0].__name__
             facts["place"] = "".join(traceback.format_tb(record.exc_info[2]))
-        self._log.write("message", facts)
+        kind = ("message", record.name, str(record.lineno), facts.get("error"))
+        left_out = self._log.left_out(kind)  # a customer may cause a fault as often as it likes
+        if left_out is None:
+            return
+        self._log.write("message", facts | ({"left_out": left_out} if left_out else {}))
