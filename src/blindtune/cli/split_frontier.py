@@ -93,7 +93,7 @@ def show(facts: Facts, console: Console) -> None:
     if facts["public"] is None:
         console.print(NOT_LEARNED)
     if facts["sentence"] is not None:
-        console.print(facts["sentence"])
+        console.print(facts["sentence"], markup=False)
     print_pairs(console, "Written", [("page", facts["page"])])
 
 
