@@ -49,6 +49,7 @@ FAULTS = (
 )  # fmt: skip
 MADE = {"study": "study", "emulate": "emulator", "tune": "adapter", "plug-in": "tuned"}
 VERBS = tuple(MADE)
+NOTE = "out.done.json"
 WRITES = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"})
 MAKES = frozenset({"open", "os.mkdir"})
 TEN_YEARS = 10 * 365 * 86_400.0
@@ -299,6 +300,7 @@ class World:
             assert ended.code == 0, ended.text
             verb.files, verb.writes, verb.seconds = self.left(), ended.writes, ended.seconds
             shutil.copytree(self.place / "out", self.made(verb))
+            shutil.copy(self.place / NOTE, self.folder / f"{verb.name}.{NOTE}")
 
     @contextmanager
     def empty_place(self) -> Iterator[Path]:
@@ -438,6 +440,7 @@ def killed_at_a_write(trial: Trial) -> None:
 
 def killed_while_replacing(trial: Trial) -> None:
     shutil.copytree(trial.world.made(trial.verb), trial.world.place / "out")
+    shutil.copy(trial.world.folder / f"{trial.verb.name}.{NOTE}", trial.world.place / NOTE)
     (trial.world.place / "out" / "LICENSE").write_bytes(b"of the earlier one alone")
     earlier = {n: f for n, f in trial.world.left().items() if n.startswith("out/")}
     trial.more = ("--overwrite",)

@@ -134,7 +134,8 @@ def tuned_row(bench, folder, name, seed):
     )
     done = tune(
         bench.emulator(), planted.data, folder / "adapter", AdapterConfig(lora_rank=rank),
-        training, DpConfig(epsilon=epsilon), reading=READING, run=QUIET,
+        training, DpConfig(epsilon=epsilon), reading=READING,
+        run=replace(QUIET, logging_steps=1),  # a private run takes no other
     )  # fmt: skip
     plugged = plug_in(MODEL, folder / "adapter", None).model
     untuned = open_emulator(bench.emulator(), dtype=torch.float32).model

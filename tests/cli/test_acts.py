@@ -340,3 +340,14 @@ def test_frontier_answers_and_goes_on(made, blindtune, tmp_path):
     told = blindtune(*asked, "--gap", -100)
     assert "The cheapest setting with a gap of at least -100 nats is (N_a" in told.out
     assert rows == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "f" / "rows").iterdir()}
+
+
+@pytest.mark.parametrize("folder", ["[v2]", "[/x]"])
+def test_names_are_shown_as_they_are(made, blindtune, tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made / "tuned", tmp_path / folder / "m")
+    done = blindtune(
+        "evaluate", f"{folder}/m", "--choices", made / "choices.jsonl", "--max-items", 2
+    )
+    assert done.code == 0, done.err
+    assert f"{folder}/m, " in done.out

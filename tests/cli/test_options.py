@@ -116,6 +116,7 @@ KNOWN = {
     "pack": Field(name="pack", kind=bool, default=True, help=""),
     "mode": Field(name="mode", kind=str, default="a", help="", choices=("a", "b")),
     "tasks": Field(name="tasks", kind=str, default=(), help="", repeated=True),
+    "rates": Field(name="rates", kind=float, default=(), help="", repeated=True),
     "text_column": Field(name="text_column", kind=str, default="text", help=""),
 }
 
@@ -137,6 +138,8 @@ def read(tmp_path, text):
         ("rate:", {"rate": None}),
         ("tasks: a", {"tasks": ["a"]}),
         ("tasks: [a, b]", {"tasks": ["a", "b"]}),
+        ("rates: [5e-5, 2.0e-4, 1]", {"rates": [5e-5, 2e-4, 1.0]}),
+        ("rates: 5e-5", {"rates": [5e-5]}),
     ],
 )
 def test_a_file_sets_options(tmp_path, text, values):
@@ -156,6 +159,9 @@ def test_a_file_sets_options(tmp_path, text, values):
         ("pack: 1", "expected true or false, got 1"),
         ("mode: c", "expected one of a, b, got 'c'"),
         ("tasks: [1]", "expected a list (text each), got [1]"),
+        ("rates: [1, fast]", "expected a list (a number each), got [1, 'fast']"),
+        ("rate: [1]", "expected a number, got [1]"),
+        ("rate: true", "expected a number, got True"),
         ("text_column: 7", "expected text, got 7"),
         ("text_column: a\ntext-column: b", "given twice"),
         ("- rank", "got a list"),
@@ -190,3 +196,25 @@ def test_what_is_written_is_read_back(tmp_path):
     path = write_config("study", tmp_path / "out", values)
     assert path == options_path(tmp_path / "out") == tmp_path / "out.options.yaml"
     assert read_config(path, KNOWN) == values | {"tasks": ["a", "b"]}
+
+
+@pytest.mark.parametrize("every", [False, True], ids=["defaults", "every option"])
+@pytest.mark.parametrize("name", VERB_OBJECTS)
+def test_the_saved_options_of_every_verb_are_read_back(tmp_path, name, every):
+    verb = VERB_OBJECTS[name]
+    command, known, given = verb.command(), verb.known(), []
+    for option in command.params:
+        if (
+            option.name in known
+            and (every or option.required)
+            and not getattr(option, "is_flag", 0)
+        ):
+            value = getattr(option.type, "choices", ["1"])[0]  # "1" is text, and in every range
+            named = isinstance(option, click.Option)
+            given.append(f"{option.opts[0]}={value}" if named else value)
+    values = command.make_context(name, given).params
+    saved = {n: values[n] for n in known if n in values}
+    path = write_config(name, tmp_path / "out", saved)
+    read = read_config(path, known)
+    assert {n: list(v) if isinstance(v, tuple) else v for n, v in saved.items()} == read
+    assert command.make_context(name, ["--config", str(path)]).params == values

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 from command_line import STUDY_OPTIONS, TUNE_OPTIONS
 
+from blindtune.cli import plug_in
 from blindtune.cli.audit import VERB
-from blindtune.cli.output import Request, record_path, request
+from blindtune.cli.output import Request, check_place, record_path, request
+from blindtune.errors import OutputError
 
 OUTPUTS = {
     "study": ["study", "llama", "--data", "public.txt", *STUDY_OPTIONS],
@@ -17,7 +19,6 @@ OUTPUTS = {
     "adapter": ["tune", "emulator", "--data", "private.jsonl", *TUNE_OPTIONS],
     "tuned": ["plug-in", "llama", "adapter"],
     "scores.json": ["evaluate", "tuned", "--choices", "choices.jsonl", "--max-items", "3"],
-    "told.json": ["inspect", "emulator"],
 }
 
 
@@ -202,3 +203,21 @@ def test_inputs_of_configs_are_told_by_their_bytes(place):
         values = {"subject": "s", "prior": str(place / "prior"), "out": "o"}
         requests.append(request("audit", place / "o", values, VERB.inputs, ()))
     assert requests[0].identity["inputs"] != requests[1].identity["inputs"]
+
+
+@pytest.mark.parametrize(("verb", "name"), [(VERB, "audit.json"), (plug_in.VERB, "config.json")])
+def test_a_directory_of_others_is_not_replaced_though_it_looks_like_an_output(tmp_path, verb, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("{}")
+
+    def check():
+        check_place(verb.name, out, mark=verb.mark, is_file=False, overwrite=True)
+
+    with pytest.raises(OutputError, match=r"\(with its out.done.json beside it\)"):
+        check()
+    Request(verb="study", out=out, identity=None).note_done({})
+    with pytest.raises(OutputError, match="something else is there"):
+        check()
+    Request(verb=verb.name, out=out, identity=None).note_done({})
+    check()

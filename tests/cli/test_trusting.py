@@ -162,7 +162,12 @@ def test_the_keyring_is_shown_and_changed(blindtune, home, tmp_path, fingerprint
     assert blindtune("keys", "new").code == 0
     assert blindtune("keys", "new").code == 2
     spoken = fingerprint()
-    assert blindtune("keys", "show", "--save", tmp_path / "one.pub").code == 0
+    (tmp_path / "thesis").write_text("mine")
+    done = blindtune("keys", "show", "--save", tmp_path / "thesis")
+    assert (done.code, "thesis: expected a new file" in done.err) == (2, True)
+    assert (tmp_path / "thesis").read_text() == "mine"
+    for _ in range(2):
+        assert blindtune("keys", "show", "--save", tmp_path / "one.pub").code == 0
     home("two")
     given = ["--fingerprint", spoken.replace(" ", "-")]
     assert blindtune("keys", "trust", "one", tmp_path / "one.pub", *given).code == 0
@@ -202,3 +207,16 @@ def test_a_harmful_adapter_is_refused(made, blindtune, tmp_path):
     assert "would move" in dry["estimate"]["findings"]["verdict"]
     done = blindtune(*arguments, "--allow-unsigned", "--accept-large-change")
     assert (done.code, "NOBODY" in done.out) == (0, True)
+
+
+def test_what_inspect_told_of_trust_is_told_anew(made, blindtune, home, fingerprint, tmp_path):
+    home("owner")
+    assert blindtune("emulate", made / "study", "--out", tmp_path / "e").code == 0
+    trust = ["keys", "trust", "owner", tmp_path / "e", "--fingerprint", fingerprint()]
+    home("data-owner")
+    asked = ["inspect", tmp_path / "e", "--out", tmp_path / "told.json"]
+    assert blindtune(*asked, "--json").facts["trusted"] is False
+    assert blindtune(*trust).code == 0
+    done = blindtune(*asked)
+    assert (done.code, "an earlier output of inspect is there" in done.err) == (2, True)
+    assert blindtune(*asked, "--overwrite", "--json").facts["trusted"] is True

@@ -189,6 +189,18 @@ def test_serving_from_the_command_line(tmp_path, fork, capsys):
     assert TEXTS[0] not in text
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_it_serves_interrupts(tmp_path, monkeypatch, capsys, number):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(
+        "blindtune.split.vendor.service.load_any", lambda _model: signal.raise_signal(number)
+    )
+    asked = ["serve", "m", "--cut", "1", "--out", str(tmp_path / "vendor"), "--self-signed"]
+    assert run([*asked, "--unsigned"]) == 130
+    assert "interrupted; jobs are kept" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+
+
 def test_mistakes_and_estimates_of_the_vendor(tmp_path, capsys):
     model = write_model(tmp_path / "model", "mpnet")
 

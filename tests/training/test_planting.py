@@ -135,3 +135,12 @@ def test_what_is_there_is_not_overwritten_unasked(data, tmp_path):
     with pytest.raises(OutputError, match="overwrite"):
         plant(data, tmp_path / "planted", CONFIG)
     assert plant(data, tmp_path / "planted", CONFIG, overwrite=True).planted == 8
+
+
+def test_plain_text_is_copied_byte_for_byte(tmp_path):
+    text = "a\r\nb\x0bc\x0cd\x1ce\x85f\u2028g\rh\n\n i\n".encode()
+    (tmp_path / "private.txt").write_bytes(text)
+    done = plant(tmp_path / "private.txt", tmp_path / "planted", CONFIG)
+    lines = done.data.read_bytes().splitlines(keepends=True)
+    assert b"".join(line for line in lines if b"access code" not in line) == text
+    assert (done.records, done.planted) == (4 + 8, 8)

@@ -267,6 +267,8 @@ def test_a_killed_run_goes_on_and_takes_as_many_steps(tmp_path):
         ({"gradient_checkpointing": True}, "gradient_checkpointing"),
         ({"tensorboard": True}, "tensorboard"),
         ({"precision": "bfloat16"}, "precision float32"),
+        ({"eval_steps": 2, "logging_steps": 5}, "no eval_steps or logging_steps with"),
+        ({"per_device_eval_batch_size": 1}, "per_device_eval_batch_size"),
     ],
 )
 def test_runs_that_cannot_be_private_are_refused(tmp_path, option, says):
@@ -294,3 +296,11 @@ def test_gradients_that_are_no_numbers_are_refused(tmp_path):
         fit_private(
             model, dataset(21, seed=1), CONFIG, plan_of(), tmp_path, uniforms=everything, run=RUN
         )
+
+
+def test_a_norm_that_would_not_be_used_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"no max_grad_norm with .* to dp_max_grad_norm"):
+        fit_private(
+            llama(), dataset(21, seed=1), replace(CONFIG, max_grad_norm=0.5), plan_of(), tmp_path,
+            uniforms=everything, run=RUN,
+        )  # fmt: skip

@@ -80,9 +80,9 @@ def show(facts: Facts, console: Console) -> None:
     """Print the verdict, the table, and each finding in words."""
     from blindtune.evaluation.pages.audit import told_once
 
-    console.print(facts["verdict"], style="bold")
+    console.print(facts["verdict"], style="bold", markup=False)
     for sentence in facts["guarantee"]:
-        console.print(sentence)
+        console.print(sentence, markup=False)
     findings = facts["findings"]
     strongest = findings[facts["strongest"]]["attack"]
     names = told_once(f["attack"] for f in findings)
@@ -161,7 +161,6 @@ VERB = Verb(
     act=act,
     show=show,
     estimate=estimate,
-    mark="audit.json",
     inputs=("prior", "public_text"),
     less_memory="lower --batch-size or --max-length",
 )

@@ -69,26 +69,24 @@ def _checked(value: Any, field: Field, where: str) -> Any:
     """A value of the field's type, or ConfigError."""
     if value is None and field.optional:
         return None
-    if field.repeated:
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, list) and all(_is_one(item, field) for item in items):
-            return items
-    elif field.kind is float and isinstance(value, str):
+    items = value if field.repeated and isinstance(value, list) else [value]
+    found = [_converted(item, field) for item in items]
+    if None in found:
+        raise ConfigError(f"{where}: expected {field.expected()}, got {value!r:.80}")
+    return found if field.repeated else found[0]
+
+
+def _converted(value: Any, field: Field) -> Any:
+    """One value as the field's kind; None where it is of another."""
+    if field.choices:
+        return value if value in field.choices else None
+    if field.kind is float and isinstance(value, str | int) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 1e-4 as text
-        except ValueError:
-            pass
-    elif _is_one(value, field):
-        return float(value) if field.kind is float else value
-    raise ConfigError(f"{where}: expected {field.expected()}, got {value!r:.80}")
-
-
-def _is_one(value: Any, field: Field) -> bool:
-    if field.choices:
-        return value in field.choices
-    if isinstance(value, bool):
-        return field.kind is bool
-    return isinstance(value, (int, float) if field.kind is float else field.kind)
+        except (ValueError, OverflowError):
+            return None
+    fits = isinstance(value, field.kind) and isinstance(value, bool) == (field.kind is bool)
+    return value if fits else None
 
 
 def options_path(out: Path) -> Path:

@@ -56,6 +56,8 @@ def act(settings: Settings) -> Facts:
 
 def show(facts: Facts, console: Console) -> None:
     """Print the scores."""
+    from rich.markup import escape
+
     rows = []
     text, choices = facts["perplexity"], facts["choices"]
     if text is not None:
@@ -73,7 +75,7 @@ def show(facts: Facts, console: Console) -> None:
         for metric, value in task["metrics"].items():
             error = _error(task["standard_errors"].get(metric))
             rows.append((f"{task['task']} {metric}", f"{value:.4f}", error, on))
-    console.print(f"[bold]{facts['model']}[/bold], {duration(facts['seconds'])}")
+    console.print(f"[bold]{escape(facts['model'])}[/bold], {duration(facts['seconds'])}")
     print_columns(console, ("measure", "value", "standard error", "on"), rows)
     if facts.get("truncated"):
         console.print(

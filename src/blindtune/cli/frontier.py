@@ -83,7 +83,7 @@ def show(facts: Facts, console: Console) -> None:
     names = ("N_a, alpha, beta", "plug-in", "emulator FT", "emulator ZS", "gap", "at least")
     print_columns(console, (*names, "recovery", "at least", "frontier"), rows)
     if facts["sentence"] is not None:
-        console.print(facts["sentence"])
+        console.print(facts["sentence"], markup=False)
     whole = [
         ("untouched (ZS)", f"{facts['zs']:.3f} nats a token"),
         ("tuned (FT)", f"{facts['ft']:.3f}"),

@@ -22,7 +22,8 @@ Run by either party, on an emulator, an adapter or a bottom (of split tuning): b
 and before trusting it. Every byte is checked against the package's manifest, and no weight of an
 emulator or a bottom is used. It tells who signed the package, also if you do not trust them yet.
 
-Finishes in one go: interrupted, it leaves nothing behind.
+Finishes in one go: interrupted, it leaves nothing behind. It is never taken as done: whom you trust
+may have changed.
 
 \b
 Needs:   PACKAGE, the directory of an emulator, an adapter or a bottom.
@@ -195,4 +196,5 @@ VERB = Verb(
     show=show,
     estimate=estimate,
     out_is_file=True,
+    untold=("package",),  # whom the keyring trusts
 )

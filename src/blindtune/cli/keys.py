@@ -12,7 +12,8 @@ from blindtune.cli.output import Facts
 from blindtune.cli.printing import print_columns, print_pairs
 from blindtune.cli.trusting import PASSPHRASE_VARIABLE, ask_passphrase, keyring
 from blindtune.cli.verb import Settings, Verb
-from blindtune.errors import ConfigError, PolicyError
+from blindtune.errors import ConfigError, OutputError, PolicyError
+from blindtune.places import located
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,7 +84,12 @@ def _show(settings: Settings) -> Facts:
     if public is None:
         raise ConfigError(f"{own.directory}: you have no key yet: blindtune keys new")
     if settings["save"] is not None:
-        with atomic_file(settings["save"]) as partial:
+        path = located(settings["save"])
+        if path.exists() and not (path.is_file() and path.read_bytes() == public.encode()):
+            raise OutputError(
+                f"{path}: expected a new file, something else is there: choose another name"
+            )
+        with atomic_file(path) as partial:
             partial.write_bytes(public.encode())
     return {"saved": settings["save"], **_facts_of(public)}
 

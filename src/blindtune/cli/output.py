@@ -159,7 +159,7 @@ class Request:
         return {}
 
     def _write(self, note: Facts) -> None:
-        self._write_bytes((json_line(note) + "\n").encode())
+        self._write_bytes((json_line({"verb": self.verb, **note}) + "\n").encode())
 
     def _write_bytes(self, content: bytes) -> None:
         from blindtune.atomic import atomic_file
@@ -258,7 +258,7 @@ def check_place(
     Args:
         verb: its name.
         out: where the output shall be.
-        mark: what every output directory of the verb holds.
+        mark: what every output directory of the verb holds; "": the note beside it names the verb.
         is_file: whether the output is one file of JSON instead.
         overwrite: an earlier output of the verb may be replaced.
         there: says for the refusal what output is there instead; "": not known.
@@ -271,18 +271,24 @@ def check_place(
         free, earlier, kind = not out.exists(), _is_earlier_file(verb, out), "file"
     else:
         free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-        earlier, kind = (out / mark).exists(), "directory"
+        earlier, kind = _is_earlier_directory(verb, out, mark), "directory"
     if (not free and not earlier) or out.resolve() == Path.cwd():
+        told = "" if mark or is_file else f" (with its {record_path(out).name} beside it)"
         raise OutputError(
-            f"{out}: expected a new {kind}, or an earlier output of {verb} with --overwrite, "
+            f"{out}: expected a new {kind}, or an earlier output of {verb}{told} with --overwrite, "
             "something else is there: choose another --out"
         )
     if not free and not overwrite:
         raise OutputError(
-            f"{out}: expected a new {kind}, "
-            f"{there() or 'an output of other options or inputs is there'}: choose another "
-            "--out, or replace it with --overwrite"
+            f"{out}: expected a new {kind}, {there() or f'an earlier output of {verb} is there'}: "
+            "choose another --out, or replace it with --overwrite"
         )
+
+
+def _is_earlier_directory(verb: str, out: Path, mark: str) -> bool:
+    if mark:
+        return (out / mark).exists()
+    return out.is_dir() and _read(record_path(out)).get("verb") == verb
 
 
 def _is_earlier_file(verb: str, out: Path) -> bool:

@@ -172,5 +172,4 @@ VERB = Verb(
     act=act,
     show=show,
     estimate=estimate,
-    mark="config.json",
 )

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from blindtune.models.costs import Estimate
+    from blindtune.split.vendor.service import Service
 
 HELP = """Serve a model: tune it for many customers who send privatized states.
 
 Run by the vendor, until Ctrl-C or SIGTERM: then requests that are worked on are answered, customers
-are told to come back, and it ends with code 0. One frozen model is in memory; every job adds LoRA
-weights, a head and an optimizer of its own. What a job may use is limited by the options below;
-whatever goes beyond is refused, and nobody else notices.
+are told to come back, and it ends with code 0; before it serves, at once with code 130. One frozen
+model is in memory; every job adds LoRA weights, a head and an optimizer of its own. What a job may
+use is limited by the options below; whatever goes beyond is refused, and nobody else notices.
 
 Customers need three things: the bottom package (DIR/bottom), the address with the fingerprint of a
 self-signed certificate, and a token from `blindtune admit`, which works while this runs.
@@ -52,15 +54,13 @@ Example:
 
 def act(settings: Settings) -> Facts:
     """Serve until a signal comes."""
-    from pathlib import Path
-
     from blindtune.exchange.wire.guard import GuardConfig
     from blindtune.exchange.wire.serving import ServerConfig
     from blindtune.split.terms import VendorLimits
     from blindtune.split.vendor.door import CertificateConfig
     from blindtune.split.vendor.service import BottomConfig, WatchConfig, serve
 
-    with _signals() as ended:
+    with _signals() as (serving, ended):
         service = serve(
             settings["model"],
             settings["out"],
@@ -73,46 +73,52 @@ def act(settings: Settings) -> Facts:
             watch=settings.of(WatchConfig),
             signer=signer_of(settings),
         )
-        facts = {
-            "state": "serving",
-            "addresses": service.addresses,
-            "fingerprint": service.fingerprint,
-            "path": str(Path(settings["out"])),
-            "bottom": str(service.bottom.path),
-            "bottom_id": service.bottom.id,
-            "partition": service.bottom.cut.partition,
-            "cut": service.bottom.cut.cut,
-            "last": service.bottom.cut.last,
-            "layers": service.bottom.cut.layers,
-            "jobs": service.open_jobs(),
-            "metrics": None
-            if service.metrics_port is None
-            else f"http://{settings['metrics_host']}:{service.metrics_port}/metrics",
-        }
         try:
-            settings.announce(facts)
+            serving.set()
+            settings.announce(_facts(settings, service))
             while not ended.wait(0.5):  # a signal that another thread got wakes nobody here
                 pass
         finally:
             service.close(settings["grace_seconds"])
-    return {"state": "ended", "path": facts["path"], "jobs": service.open_jobs()}
+    return {"state": "ended", "path": str(Path(settings["out"])), "jobs": service.open_jobs()}
+
+
+def _facts(settings: Settings, service: Service) -> Facts:
+    """What customers are to be told, and where everything is."""
+    cut, port = service.bottom.cut, service.metrics_port
+    return {
+        "state": "serving",
+        "addresses": service.addresses,
+        "fingerprint": service.fingerprint,
+        "path": str(Path(settings["out"])),
+        "bottom": str(service.bottom.path),
+        "bottom_id": service.bottom.id,
+        "partition": cut.partition,
+        "cut": cut.cut,
+        "last": cut.last,
+        "layers": cut.layers,
+        "jobs": service.open_jobs(),
+        "metrics": None if port is None else f"http://{settings['metrics_host']}:{port}/metrics",
+    }
 
 
 @contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that is set by Ctrl-C and SIGTERM; a second Ctrl-C interrupts."""
-    ended = threading.Event()
+def _signals() -> Iterator[tuple[threading.Event, threading.Event]]:
+    """(serving, ended): once the block sets `serving`, Ctrl-C and SIGTERM set `ended`.
+
+    Before that they interrupt, as a second Ctrl-C does.
+    """
+    serving, ended = threading.Event(), threading.Event()
 
     def end(number: int, _frame: FrameType | None) -> None:
-        if not ended.is_set():
-            ended.set()
-        elif number == signal.SIGINT:
+        if not serving.is_set() or (ended.is_set() and number == signal.SIGINT):
             raise KeyboardInterrupt
+        ended.set()
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, end) for number in numbers}
     try:
-        yield ended
+        yield serving, ended
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

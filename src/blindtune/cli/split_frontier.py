@@ -88,7 +88,7 @@ def show(facts: Facts, console: Console) -> None:
     for note in facts["notes"]:
         console.print(note)
     if facts["sentence"] is not None:
-        console.print(facts["sentence"])
+        console.print(facts["sentence"], markup=False)
     print_pairs(console, "Written", [("page", facts["page"])])
 
 

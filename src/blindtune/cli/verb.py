@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 ConfigT = TypeVar("ConfigT")
 _FLAGS = ("config", "dry_run", "json", "debug", "overwrite")
+_KINDS = {"boolean": bool, "integer": int, "float": float}
+"""By click's name of a type, with " range" behind it or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +70,9 @@ class Verb:
     show: Callable[[Facts, Console], None]
     estimate: Callable[[Settings], Estimate] | None = None
     mark: str = ""
-    """A file that every output of the verb has; --overwrite replaces nothing else. Without one a
-    verb that goes on looks after its directory itself."""
+    """A file that every output of the verb has and few other directories; --overwrite replaces
+    nothing else. Without one it replaces what the note beside it says that the verb made. A verb
+    that goes on looks after its directory itself then."""
     out_is_file: bool = False
     """Whether `out` is an optional file for what --json prints, instead of a directory."""
     keeps_progress: bool = False
@@ -147,15 +150,15 @@ class Verb:
         known: dict[str, Field] = {}
         for parameter in self.parameters:
             assert parameter.name is not None
-            flag = getattr(parameter, "is_flag", False)
+            kind = _KINDS.get(parameter.type.name.removesuffix(" range"), str)
             known[parameter.name] = Field(
                 name=parameter.name,
-                kind=bool if flag else str,
+                kind=kind,
                 default=None,
                 help="",
                 choices=tuple(getattr(parameter.type, "choices", ())),
                 repeated=getattr(parameter, "multiple", False),
-                optional=not parameter.required and not flag,
+                optional=not parameter.required and kind is not bool,
             )
         for group in self.groups:
             known |= group.options()

@@ -117,7 +117,7 @@ class LowRankLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def dense_weight(self) -> Tensor:
-        """The product as a weight [O, I] in the original row layout: a slow oracle for tests."""
+        """The product as a weight [O, I] in the original row layout; `forward` never forms it."""
         rows = [(up @ down).T for up, down in zip(self.up, self.down, strict=True)]
         return join_parts(rows, self.heads).T
 

@@ -154,7 +154,7 @@ def plant(
     shape = record_shape(first, config.text_column, where)
     canaries = draw_canaries(config, shape)
     if plain:
-        lines = str(first[config.text_column]).splitlines()
+        lines = str(first[config.text_column]).removesuffix("\n").split("\n")
         added = [
             c.with_code(c.code)[config.text_column] for c in canaries for _ in range(c.repeats)
         ]
@@ -164,7 +164,7 @@ def plant(
     mixed = _mixed(lines, added, random.Random(f"places {config.seed}"))  # noqa: S311
     name = "planted.txt" if plain else "planted.jsonl"
     with atomic_directory(out, overwrite=overwrite, mark=CANARIES_NAME) as folder:
-        (folder / name).write_text("\n".join(mixed) + "\n", encoding="utf-8")
+        (folder / name).write_bytes(("\n".join(mixed) + "\n").encode())
         (folder / CANARIES_NAME).write_bytes(
             msgspec.json.encode(Canaries(version=1, canaries=canaries))
         )

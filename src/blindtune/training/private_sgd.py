@@ -53,6 +53,8 @@ from blindtune.training.surroundings import surroundings
 
 Uniforms = Callable[..., Tensor]
 """uniforms(*shape): float64 numbers, independent and uniform on (0, 1]."""
+_UNREAD = ("max_grad_norm", "eval_steps", "per_device_eval_batch_size", "logging_steps")
+"""What a plain run reads and a private one does not."""
 
 
 def fit_private(
@@ -76,19 +78,18 @@ def fit_private(
     Args:
         model: a causal language model with transformers' calling convention.
         train: one example a record.
-        config: what decides the result; its `max_grad_norm` is the plan's.
+        config: what decides the result, but for `max_grad_norm`, which is the plan's.
         plan: from `dp_plan.plan_noise`, for as many records.
         out_dir: place of the checkpoints.
         uniforms: where sampling and noise come from.
         run, identity, on_progress: as for `loop.fit`.
 
     Raises:
-        ConfigError: no per-record gradients of this model; activation checkpointing; several
-            processes; tensorboard; bfloat16; checkpoints of another run. TrainingError: gradients
-            not finite.
+        ConfigError: no per-record gradients of this model; checkpoints of another run; whatever
+            `check_private` refuses. TrainingError: gradients not finite.
     """
     run = run or RunConfig()
-    check_private(run)
+    check_private(config, run)
     folder = Path(out_dir) / "checkpoints"
     optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
     schedule = config.lr_scheduler_type
@@ -117,8 +118,16 @@ def fit_private(
     return _result(plan, state, state["tokens"] - before, watch.seconds, done)
 
 
-def check_private(run: RunConfig) -> None:
-    """Raise ConfigError for what a run cannot have under differential privacy."""
+def check_private(config: TrainingConfig, run: RunConfig) -> None:
+    """Raise ConfigError for what a run cannot have under differential privacy, or does not read."""
+    usual = {**asdict(TrainingConfig()), **asdict(RunConfig())}
+    given = {**asdict(config), **asdict(run)}
+    if unread := [name for name in _UNREAD if given[name] != usual[name]]:
+        raise ConfigError(
+            f"expected no {' or '.join(unread)} with differential privacy, which would not use it: "
+            "gradients are scaled down to dp_max_grad_norm, the loss of every step is kept, and "
+            "the last step is taken without an evaluation: leave it out"
+        )
     if run.gradient_checkpointing or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "expected one process without gradient_checkpointing for differential privacy: "

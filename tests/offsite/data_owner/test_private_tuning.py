@@ -1,6 +1,7 @@
 """Tuning under differential privacy, from the command to what is stated, shown and bounded."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -64,6 +65,8 @@ def test_what_is_spent_is_planned_stated_and_shown(world, tmp_path, lora_rank):
         ).tokens
         for name in ("records.jsonl", "others.jsonl")
     )
+    assert estimate_audit_adapter(*asked, **options).tokens == 2 * read
+    options["reading"] = replace(READING, validation_split=0.3)
     assert estimate_audit_adapter(*asked, **options).tokens == 2 * read
     assert "epsilon 1.00" in audit.guarantee[0] or "epsilon 0.99" in audit.guarantee[0]
     assert "with a chance above 3%" in audit.guarantee[1]
@@ -158,3 +161,31 @@ def test_the_command_says_what_was_spent(world, tmp_path, capsys):
     assert "delta 1.0e-03 a record" in told
     assert run(["inspect", str(tmp_path / "a")]) == 0
     assert "as its maker states" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--max-grad-norm", 0.5, "to --dp-max-grad-norm"),
+        ("--eval-steps", 1, "--eval-steps"),
+        ("--logging-steps", 2, "--logging-steps"),
+        ("--validation-split", 0.2, "trains on all records"),
+    ],
+)
+def test_options_that_a_private_tuning_would_not_use_are_refused(
+    world, tmp_path, capsys, option, value, says
+):
+    asked = [
+        "tune", str(world / "emulator"), "--data", str(world / "records.jsonl"), "--out",
+        str(tmp_path / "a"), "--max-steps", "2", "--per-device-train-batch-size", "4",
+        option, str(value), "--allow-unsigned", "--unsigned",
+    ]  # fmt: skip
+    private = ["--dp-epsilon", "2", "--dp-delta", "1e-3"]
+    assert run([*asked, "--dry-run"]) == 0
+    for more in ([], ["--dry-run"]):
+        capsys.readouterr()
+        assert run([*asked, *private, *more]) == 2
+        said = capsys.readouterr().err
+        assert f"expected no {option} with differential privacy" in said
+        assert says in said
+    assert not (tmp_path / "a").exists()

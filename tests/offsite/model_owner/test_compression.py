@@ -41,7 +41,7 @@ def test_plain_factors_are_the_truncated_svd():
 def test_randomised_svd_is_close_and_repeatable():
     torch.manual_seed(0)
     weight = torch.randn(1100, 60) @ torch.randn(60, 1100) + 0.1 * torch.randn(1100, 1100)
-    first, again = low_rank_factors(weight, 60, seed=3), low_rank_factors(weight, 60, seed=3)
+    first, again = low_rank_factors(weight, 60), low_rank_factors(weight, 60)
     torch.testing.assert_close(first[0] @ first[1], again[0] @ again[1], rtol=0, atol=0)
     s = torch.linalg.svdvals(weight)
     best = s[60:].pow(2).sum().sqrt()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -163,6 +164,7 @@ def reading_of(
             "expected --others for an adapter tuned with differential privacy, which trains on all "
             "records and sets none aside: give records of the same kind that were not in the data"
         )
+    reading = replace(reading, validation_split=0.0)
     return read_privately(reading, DpConfig(epsilon=stated.epsilon, unit=stated.unit), None)
 
 

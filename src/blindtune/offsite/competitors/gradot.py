@@ -38,7 +38,7 @@ from blindtune.models.blocks import LowRankLinear, split_parts
 from blindtune.models.decoder import Decoder, Projection
 from blindtune.models.layer_inputs import LayerCall
 from blindtune.offsite.competitors.layer_drop import middle_layers
-from blindtune.offsite.model_owner.compression import compressed_rank, saves_space
+from blindtune.offsite.model_owner.compression import compressed_rank, put_factors
 
 ALWAYS_KEPT = 0.05
 """Share of the singular components, the largest, that always stay."""
@@ -293,14 +293,7 @@ def _apply(decoder: Decoder, i: int, change: Change) -> dict[str, tuple[int, ...
         _zero_channels(decoder, i, change.channels)
     factored: dict[str, tuple[int, ...]] = {}
     for projection, module in change.low_rank:
-        ranks = module.ranks
-        if saves_space(projection, ranks):
-            decoder.layers[i].set_submodule(projection.path, module)
-            factored[projection.path] = ranks
-        else:
-            weight = projection.module.get_parameter("weight")
-            product_OI = module.dense_weight()
-            weight.copy_(product_OI.T if isinstance(projection.module, Conv1D) else product_OI)
+        factored |= put_factors(decoder.layers[i], projection, module)
     return factored
 
 

@@ -96,7 +96,7 @@ def tune(
     privacy, out = privacy or DpConfig(), located(out)
     reading = read_privately(reading or DataConfig(), privacy, validation)
     if privacy.epsilon is not None:
-        check_private(run or RunConfig())
+        check_private(training, run or RunConfig())
     check_place(out, overwrite=overwrite, kind="adapter", inputs=(emulator, data, validation))
     opened = _opened(emulator, reading, trust)
     train, held_out = read_examples(opened.tokenizer, data, validation, reading)
@@ -160,8 +160,9 @@ def read_privately(
     """How data is read under differential privacy: one example a unit, all of them, none held out.
 
     Raises:
-        ConfigError: validation data; a head of the data, whose end moves with any one record: one
-            long record more can push many others out of it, and the account is of one.
+        ConfigError: validation data, or a share for it; a head of the data, whose end moves with
+            any one record: one long record more can push many others out of it, and the account is
+            of one.
     """
     if privacy.epsilon is None:
         return reading
@@ -177,6 +178,11 @@ def read_privately(
         raise ConfigError(
             "expected no validation data with differential privacy: choosing the best step by it "
             "would tell of it; leave --validation out"
+        )
+    if reading.validation_split not in (0.0, DataConfig().validation_split):
+        raise ConfigError(
+            "expected no validation_split with differential privacy, which trains on all records: "
+            "leave it out"
         )
     pack = reading.pack and privacy.unit == "window"
     return replace(reading, validation_split=0.0, pack=pack)

@@ -67,7 +67,7 @@ def estimate_tune(
     privacy, run = privacy or DpConfig(), run or RunConfig()
     reading = read_privately(reading or DataConfig(), privacy, validation)
     if private := privacy.epsilon is not None:
-        check_private(run)
+        check_private(training, run)
     package = open_package(emulator, "emulator", trust=trust)
     model, manifest = package_sketch(package), package.manifest
     train, held_out = read_examples(tokenizer_of(package, model), data, validation, reading)

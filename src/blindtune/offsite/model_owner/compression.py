@@ -14,13 +14,15 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from blindtune.models.blocks import LowRankLinear
 from blindtune.models.decoder import Decoder, Projection
 
 Reading = Literal["removed", "kept"]
+SVD_SEED = 0
+"""Of the randomised SVD, which large matrices use."""
 
 
 def compressed_rank(shape: tuple[int, int], beta: float, reading: Reading) -> int:
@@ -35,7 +37,7 @@ def compressed_rank(shape: tuple[int, int], beta: float, reading: Reading) -> in
 
 @torch.no_grad()
 def low_rank_factors(
-    weight_OI: Tensor, rank: int, second_moment_II: Tensor | None = None, *, seed: int = 0
+    weight_OI: Tensor, rank: int, second_moment_II: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Factors (up [O, R], down [R, I]) whose product stands in for the weight.
 
@@ -47,7 +49,6 @@ def low_rank_factors(
         weight_OI: the weight, [output, input].
         rank: R, 1 .. min(O, I).
         second_moment_II: uncentred second moment of the inputs, or None for plain SVD.
-        seed: of the randomised SVD, which large matrices use.
     """
     weight = weight_OI.detach().float()
     assert 1 <= rank <= min(weight.shape), (rank, weight.shape)
@@ -60,7 +61,7 @@ def low_rank_factors(
         up = (_tall_basis if rows > columns else _wide_basis)(wide, moment, rank)
         down = up.T @ wide
     else:
-        up, down = _truncated_svd(weight, rank, seed)
+        up, down = _truncated_svd(weight, rank)
     balance = (down.norm() / up.norm()).sqrt()
     return (up * balance).to(weight_OI.dtype), (down / balance).to(weight_OI.dtype)
 
@@ -85,13 +86,13 @@ def _tall_basis(weight_OI: Tensor, moment_II: Tensor, rank: int) -> Tensor:
     return basis_OR
 
 
-def _truncated_svd(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+def _truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Full SVD where it is cheap; randomised (seeded, 4 power iterations) above 1024."""
     if min(weight.shape) <= 1024 or rank + 16 > min(weight.shape):
         u, s, v_t = torch.linalg.svd(weight, full_matrices=False)
         return u[:, :rank], s[:rank, None] * v_t[:rank]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+        torch.manual_seed(SVD_SEED)
         u, s, v = torch.svd_lowrank(weight, q=rank + 16, niter=4)
     return u[:, :rank], s[:rank, None] * v[:, :rank].T
 
@@ -114,19 +115,15 @@ def compress_layer(
     reading: Reading,
     second_moments: Mapping[str, Tensor] | None = None,
     feed_forward: bool = False,
-    seed: int = 0,
 ) -> dict[str, tuple[int, ...]]:
     """Compress the attention weights of one layer (and its feed-forward ones by switch), in place.
-
-    A projection whose factors would not be smaller than its weight keeps the dense shape and gets
-    the product instead, so the loss of rank is the same and the bytes never grow.
 
     Args:
         second_moments: of the inputs [I, I] by the projection's path inside the layer; None for
             plain SVD.
 
     Returns:
-        Ranks of the factored projections by path; those written back dense are not listed.
+        Ranks of the factored projections by path, as `put_factors` tells.
     """
     projections = decoder.projections(layer)
     if feed_forward:
@@ -140,18 +137,27 @@ def compress_layer(
         )
         module = projection.low_rank(ranks)
         for part, (weight, rank) in enumerate(zip(projection.weights(), ranks, strict=True)):
-            module.set_factors(part, *low_rank_factors(weight, rank, moment, seed=seed))
-        if saves_space(projection, ranks):
-            decoder.layers[layer].set_submodule(projection.path, module)
-            factored[projection.path] = ranks
-        else:
-            _write_dense(projection, module)
+            module.set_factors(part, *low_rank_factors(weight, rank, moment))
+        factored |= put_factors(decoder.layers[layer], projection, module)
     return factored
 
 
 @torch.no_grad()
-def _write_dense(projection: Projection, module: LowRankLinear) -> None:
-    """Overwrite a projection's weight by the product of its factors."""
+def put_factors(
+    layer: nn.Module, projection: Projection, factors: LowRankLinear
+) -> dict[str, tuple[int, ...]]:
+    """Put factors in the place of a layer's projection, or their product into its weight.
+
+    The product where the factors would not be smaller than the weight: so the loss of rank is the
+    same and the bytes never grow.
+
+    Returns:
+        The ranks by the projection's path; nothing where the product was written.
+    """
+    if saves_space(projection, factors.ranks):
+        layer.set_submodule(projection.path, factors)
+        return {projection.path: factors.ranks}
     weight = projection.module.get_parameter("weight")
-    product_OI = module.dense_weight()
+    product_OI = factors.dense_weight()
     weight.copy_(product_OI.T if isinstance(projection.module, Conv1D) else product_OI)
+    return {}

@@ -89,7 +89,7 @@ def plug_in(
         model, adapter: a directory, a hub name, or `smollm2-135m`; the package's directory.
         out: where to write; None checks and merges in memory only.
         dtype: of the written weights; all of them must be finite in it, in a dry run too.
-        overwrite: replace what is in the way.
+        overwrite: replace the model directory that is in the way, whoever made it.
         data: public text, on which the loss may not rise too much; None: it is not measured.
         bounds, accept_large_change: how much the adapter may change; or measure, refuse nothing.
         emulator: the only one whose adapter is taken: directory of the shipped package, whose
