@@ -44,7 +44,8 @@ class EventLog:
 
     Requests that were answered well are not written; the metrics count them. Of what a customer
     can bring about as often as it likes, one line a second is written of each kind (the event, and
-    its answer or reason; the place in the code that logs), with `left_out`, how many of them there were since the line before.
+    its answer or reason; or the place in the code that logs), with `left_out`, how many of them
+    there were since the line before.
 
     Args:
         path: a file to append to; None: standard error.
