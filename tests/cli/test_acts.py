@@ -47,8 +47,8 @@ def test_emulate_inspect_and_evaluate_agree(made, blindtune, tmp_path):
     out = tmp_path / "e"
     made_facts = blindtune("emulate", made / "study", "--out", out, "--alpha", 0.5, "--json").facts
     seen = blindtune("inspect", out, "--json").facts
-    assert made_facts["id"] == seen["id"]
-    assert made_facts["parameters"] == seen["parameters"]
+    for name in ("id", "parameters", "full_parameters", "bytes", "full_bytes", "full_layers"):
+        assert made_facts[name] == seen[name]
     assert made_facts["layers"] == {"adapter": 4, "harmonizer": 2, "compressed": 2}
     scored = blindtune("evaluate", out, "--data", made / "public.txt", "--json").facts
     assert scored["perplexity"]["perplexity"] > 1

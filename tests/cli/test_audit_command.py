@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 
 from blindtune.cli.audit import VERB
 from blindtune.cli.audit_acts import AUDITS, OPTIONS, PRIVACY
+from blindtune.exchange.packages.package import package_kind
 
 QUICK = ["--max-length", "32", "--test-tokens", "256", "--healing-steps", "4"]
 
@@ -57,6 +59,22 @@ def test_records_are_read_as_the_tuning_read_them(made, blindtune, tmp_path):
         assert "--max-length 48, --no-pack" in done.err
     assert not (tmp_path / "audit").exists()
     assert blindtune(*asked, "--max-length", 48, "--no-pack").code == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_what_an_adapter_says_it_is_is_not_believed_of_the_rest(made, blindtune, tmp_path, more):
+    """Which audit fits follows from the manifest; the audit checks every other byte."""
+    damaged = tmp_path / "adapter"
+    shutil.copytree(made / "adapter", damaged)
+    with (damaged / "weights.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"?")
+    assert package_kind(damaged) == "adapter"
+    done = blindtune("audit", damaged, "--model", made / "emulator", "--data",
+                     made / "private.jsonl", "--out", tmp_path / "audit", *more)  # fmt: skip
+    assert done.code == 3, done.err
+    assert "weights.safetensors" in done.err
+    assert not (tmp_path / "audit").exists()
 
 
 def test_codes_planted_before_the_tuning_are_ranked(made, blindtune, tmp_path):

@@ -7,7 +7,12 @@ from dataclasses import replace
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from blindtune.errors import ConfigError, MismatchError
+from blindtune.errors import ConfigError, DataError, MismatchError
+from blindtune.evaluation.audits.estimate import estimate_audit_adapter
+from blindtune.evaluation.frontiers.estimate import estimate_frontier
+from blindtune.evaluation.frontiers.offsite import FrontierConfig
+from blindtune.evaluation.utility.estimate import estimate_evaluate
+from blindtune.evaluation.utility.evaluating import EvaluationConfig, evaluate
 from blindtune.models import costs
 from blindtune.offsite.adapter import AdapterConfig
 from blindtune.offsite.data_owner.tuning import tune
@@ -16,13 +21,13 @@ from blindtune.offsite.model_owner.emulation import EmulatorConfig, emulate
 from blindtune.offsite.model_owner.importance import DynamicConfig
 from blindtune.offsite.model_owner.package_estimates import (
     estimate_emulate,
-    estimate_evaluate,
     estimate_inspect,
     estimate_plug_in,
 )
 from blindtune.offsite.model_owner.study import StudyConfig
 from blindtune.offsite.model_owner.study_estimate import estimate_study
 from blindtune.offsite.model_owner.studying import study
+from blindtune.offsite.model_owner.vetting import public_windows
 from blindtune.training.config import RunConfig, TrainingConfig
 from blindtune.training.dp_plan import DpConfig
 from blindtune.training.text import DataConfig
@@ -85,14 +90,15 @@ def test_all_acts_against_reality(wide):
     assert estimate.written_bytes == pytest.approx(folder_bytes(wide / "adapter"), rel=0.02)
 
     start = time.perf_counter()
-    evaluated = estimate_evaluate(wide / "emulator", text, max_tokens=500)
+    scored = EvaluationConfig(max_tokens=500)
+    evaluated = estimate_evaluate(wide / "emulator", data=text, config=scored)
     assert evaluated.tokens == 500
     assert time.perf_counter() - start < 20
     items = [json.dumps({"question": "q", "choices": ["a", "b"], "label": 0})] * 40
     (wide / "items.jsonl").write_text("\n".join(items))
     every, some = (
-        estimate_evaluate(wide / "emulator", choices=wide / "items.jsonl", max_items=count).tokens
-        for count in (None, 10)
+        estimate_evaluate(wide / "emulator", choices=wide / "items.jsonl", config=config).tokens
+        for config in (EvaluationConfig(), EvaluationConfig(max_items=10))
     )
     assert some == pytest.approx(every / 4, rel=0.05)
     read = estimate_inspect(wide / "emulator").parts["read and check"]
@@ -188,6 +194,134 @@ def test_what_an_act_refuses_its_estimate_refuses(world):
             privacy=DpConfig(epsilon=8.0),
             run=RunConfig(gradient_checkpointing=True),
         )
+
+
+MISSPELT = AdapterConfig(lora_rank=2, lora_targets=("self_attn.q",))
+TOO_LONG = replace(READING, max_length=129)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"reading": TOO_LONG}, "max_length up to 128"),
+        ({"adapter": MISSPELT}, "lora_targets among self_attn.q_proj, .* got self_attn.q"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused_before_data_is_read(world, tmp_path, options, says):
+    options = {"reading": READING} | options
+    asked = (world.path / "emulator", tmp_path / "no data.txt")
+    with pytest.raises(ConfigError, match=says):
+        tune(*asked, tmp_path / "out", **options)
+    with pytest.raises(ConfigError, match=says):
+        estimate_tune(*asked, **options)
+
+
+@pytest.mark.parametrize(
+    ("training", "privacy", "says"),
+    [
+        ({"early_stopping_patience": 2}, {"epsilon": 8.0}, "expected no early_stopping_patience"),
+        ({"per_device_train_batch_size": 99}, {"epsilon": 8.0}, "expected at least 198 records"),
+        ({}, {"epsilon": 1e-9}, "expected an epsilon that some noise reaches in 4 steps"),
+        ({"early_stopping_patience": 2}, None, "early_stopping_patience needs a validation set"),
+    ],
+)
+def test_plans_that_a_tuning_refuses_are_refused_dry(world, tmp_path, training, privacy, says):
+    asked = {
+        "training": TrainingConfig(max_steps=4, **training),
+        "privacy": None if privacy is None else DpConfig(unit="window", **privacy),
+        "reading": DataConfig(max_length=32, validation_split=0.0),
+    }
+    files = (world.path / "emulator", world.path / "private.txt")
+    with pytest.raises(ConfigError, match=says):
+        tune(*files, tmp_path / "out", **asked)
+    with pytest.raises(ConfigError, match=says):
+        estimate_tune(*files, **asked)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"max_length": 129, "calibration_tokens": 129, "damage_tokens": 129}, "up to 128"),
+        ({"min_adapter_layers": 4}, "expected min_adapter_layers to leave a middle, got 4"),
+        ({"min_adapter_layers": 5}, "expected min_adapter_layers to leave a middle, got 5"),
+    ],
+)
+def test_what_cannot_be_studied_is_refused_before_text_is_read(world, tmp_path, config, says):
+    files = (world.path / "model", tmp_path / "no data.txt")
+    with pytest.raises(ConfigError, match=says):
+        study(*files, tmp_path / "out", StudyConfig(**config))
+    with pytest.raises(ConfigError, match=says):
+        estimate_study(*files, StudyConfig(**config))
+
+
+def test_too_little_public_text_is_refused_dry(world, tmp_path):
+    (tmp_path / "short.txt").write_text("the cat sat on the mat. " * 2)
+    config = StudyConfig(max_length=16, calibration_tokens=16, damage_tokens=16)
+    for text, says in (
+        (tmp_path / "short.txt", "expected at least 64 tokens"),
+        (world.path / "public.txt", "give at least --calibration-tokens 32"),
+    ):
+        with pytest.raises(DataError, match=says):
+            study(world.path / "model", text, tmp_path / "out", config)
+        with pytest.raises(DataError, match=says):
+            estimate_study(world.path / "model", text, config)
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal", "says"),
+    [
+        ({}, ConfigError, "expected something to score"),
+        ({"config": {"max_length": 129}, "data": "public.txt"}, ConfigError, "up to 128"),
+        ({"adapter": "emulator", "data": "public.txt"}, MismatchError, "an adapter package"),
+        ({"adapter": "none", "data": "public.txt"}, ConfigError, "no such directory"),
+        ({"choices": "none.jsonl"}, DataError, "none.jsonl"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_dry(world, options, refusal, says):
+    config = EvaluationConfig(**options.get("config", {}))
+    files = {name: world.path / value for name, value in options.items() if name != "config"}
+    for act in (evaluate, estimate_evaluate):
+        with pytest.raises(refusal, match=says):
+            act(world.path / "emulator", **files, config=config)
+
+
+def test_adapters_to_be_scored_are_opened_and_counted(world, tmp_path):
+    text = world.path / "public.txt"
+    for model in ("emulator", "model"):
+        bare, tuned = (
+            estimate_evaluate(world.path / model, adapter=adapter, data=text)
+            for adapter in (None, world.path / "adapter")
+        )
+        size = 4 * world.full.trained_parameters
+        assert tuned.parts["load"] - bare.parts["load"] == pytest.approx(2 * size / 1e9)
+    emulate(world.study, tmp_path / "other", EmulatorConfig(adapter_layers=1, alpha=0.2, beta=1.0))
+    for act in (evaluate, estimate_evaluate):
+        with pytest.raises(MismatchError, match="expected an adapter tuned on this emulator"):
+            act(tmp_path / "other", adapter=world.path / "adapter", data=text)
+
+
+def test_other_acts_refuse_long_windows_dry_too(world, tmp_path):
+    with pytest.raises(ConfigError, match="max_length up to 128"):
+        estimate_audit_adapter(
+            world.path / "adapter", world.path / "emulator", tmp_path / "none", reading=TOO_LONG
+        )
+    config = FrontierConfig(max_length=129)
+    with pytest.raises(ConfigError, match="max_length up to 128"):
+        estimate_frontier(
+            world.path / "model", tmp_path / "none", config, made_study=tmp_path / "none"
+        )
+
+
+def test_public_text_counts_in_plugging_in(world):
+    files = (world.path / "model", world.path / "adapter")
+    text = world.path / "public.txt"
+    bare, scored = (estimate_plug_in(*files, data=data) for data in (None, text))
+    model, tokenizer = LlamaForCausalLM.from_pretrained(files[0]), tiny_tokenizer()
+    assert (bare.tokens, scored.tokens) == (
+        0, 2 * public_windows(model, tokenizer, text).tokens
+    )  # fmt: skip
+    assert scored.parts["score"] > 0
+    assert "score" not in bare.parts
 
 
 def test_a_study_costs_more_with_more_in_it(world):

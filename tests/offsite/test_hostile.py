@@ -15,6 +15,7 @@ import torch
 
 from blindtune.errors import OutputError, PackageError, UnsupportedModelError
 from blindtune.evaluation.inspection import inspect
+from blindtune.evaluation.utility.estimate import shape_of
 from blindtune.exchange.packages.package import open_package
 from blindtune.exchange.packages.writing import write_package
 from blindtune.models import configs
@@ -31,7 +32,6 @@ from blindtune.models.tokenizers import (
 )
 from blindtune.offsite.data_owner.tuning_estimate import estimate_tune
 from blindtune.offsite.emulator import open_emulator, package_sketch, read_config, write_emulator
-from blindtune.offsite.model_owner.package_estimates import shape_of
 from blindtune.offsite.model_owner.plugin import merge, plug_in
 from tiny_models import FAMILY_NAMES, tiny_config, tiny_tokenizer
 

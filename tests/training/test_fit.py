@@ -164,6 +164,16 @@ def test_resume_is_bit_identical(tmp_path, step):
     assert resumed.resumed_from == ((step - 1) // 2 * 2 or None)
 
 
+def test_going_on_reads_the_trainers_file_once(tmp_path, monkeypatch):
+    """It holds two moments a weight; the random states are a few kilobytes of it."""
+    with pytest.raises(Interrupted):
+        train(gpt2(), tmp_path, on_progress=interrupt_at(3))
+    read, real = [], checkpoint.load_trainer
+    monkeypatch.setattr(checkpoint, "load_trainer", lambda path: read.append(path) or real(path))
+    assert train(gpt2(), tmp_path).resumed_from == 2
+    assert len(read) == 1
+
+
 def test_evaluation_does_not_disturb_training(tmp_path):
     config = replace(CONFIG, load_best_model_at_end=False)
     train(often := gpt2(dropout=0.2), tmp_path / "often", config, RunConfig(eval_steps=1))

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from blindtune.errors import ConfigError, DataError, ModelError
 from blindtune.evaluation.utility.choices import read_items
+from blindtune.training.dataset import IGNORED_LABEL
 from blindtune.training.records import encoding, token_ids
 from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file, show_sample
 from blindtune.training.windows import full_windows
@@ -391,6 +392,15 @@ def test_copies_of_an_example_stay_together():
     train, validation = rows(2, 2, 2, 2).split(0.25, seed=0)  # nothing else is there
     assert (len(train), len(validation)) == (3, 1)
     assert validation.without(train) is None
+
+
+def test_examples_are_told_apart_by_a_few_bytes_each():
+    ids, other = torch.arange(500), torch.arange(500)
+    other[:9] = IGNORED_LABEL
+    data = TokenDataset([ids, ids.clone(), ids], [ids, ids.clone(), other])
+    first, copy, context = data._marks()
+    assert first == copy != context
+    assert {len(first), len(context)} == {16}
 
 
 def slow_split(data, fraction, seed):

@@ -77,14 +77,14 @@ OPTIONS = {
 
 
 def kind_of(settings: Settings) -> str:
-    """What the subject holds, by its own word.
+    """What the subject holds, by its own word; the act checks the rest of it.
 
     Raises:
         PolicyError: a package of somebody who is not trusted; nothing of it was parsed.
         MismatchError: nothing that can be audited.
     """
     from blindtune.errors import MismatchError
-    from blindtune.exchange.packages.package import open_package
+    from blindtune.exchange.packages.package import package_kind
     from blindtune.split.customer.job import MARK
 
     subject = settings["subject"]
@@ -92,8 +92,7 @@ def kind_of(settings: Settings) -> str:
         return "transcript"
     if (Path(subject) / MARK).is_file():
         return "job"
-    opened = open_package(subject, trust=trust_of(settings, remember=False))
-    kind = str(opened.manifest.format).removeprefix("blindtune-")
+    kind = package_kind(subject, trust=trust_of(settings, remember=False))
     if kind not in AUDITS:
         raise MismatchError(
             f"{subject}: expected a package that can be audited (emulator, adapter, bottom), got "

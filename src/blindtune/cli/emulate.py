@@ -41,11 +41,8 @@ Example:
 
 def act(settings: Settings) -> Facts:
     """Call the act."""
-    from collections import Counter
     from pathlib import Path
 
-    from blindtune.evaluation.inspection import inspect
-    from blindtune.offsite.inspected_emulator import InspectedEmulator
     from blindtune.offsite.model_owner.emulation import EmulatorConfig, emulate
 
     signer = signer_of(settings)
@@ -57,18 +54,16 @@ def act(settings: Settings) -> Facts:
         overwrite=settings.overwrite,
         signer=signer,
     )
-    inspected = inspect(made.path)
-    assert isinstance(inspected, InspectedEmulator)
     return {
         "path": str(Path(settings["out"])),
         "id": made.id,
         "signed_by": signing_as(signer),
-        "layers": dict(Counter(layer.kind for layer in inspected.layers)),
-        "full_layers": inspected.full_layers,
-        "parameters": inspected.parameters,
-        "full_parameters": inspected.full_parameters,
-        "bytes": inspected.bytes,
-        "full_bytes": inspected.full_bytes,
+        "layers": made.kinds,
+        "full_layers": made.full_layers,
+        "parameters": made.parameters,
+        "full_parameters": made.full_parameters,
+        "bytes": made.bytes,
+        "full_bytes": made.full_bytes,
         "seconds": made.seconds,
     }
 

@@ -94,18 +94,15 @@ def _error(value: float | None) -> str:
 
 def estimate(settings: Settings) -> Estimate:
     """Estimate the act, harness tasks left out."""
+    from blindtune.evaluation.utility.estimate import estimate_evaluate
     from blindtune.evaluation.utility.evaluating import EvaluationConfig
-    from blindtune.offsite.model_owner.package_estimates import estimate_evaluate
 
-    config = settings.of(EvaluationConfig)
     return estimate_evaluate(
         settings["model"],
-        settings["data"],
-        settings["choices"],
-        max_length=config.max_length,
-        max_tokens=config.max_tokens,
-        max_items=config.max_items,
-        batch_size=config.batch_size,
+        adapter=settings["adapter"],
+        data=settings["data"],
+        choices=settings["choices"],
+        config=settings.of(EvaluationConfig),
         trust=trust_of(settings, remember=False),
     )
 

@@ -106,8 +106,9 @@ def estimate(settings: Settings) -> Estimate:
 
     trust = trust_of(settings, remember=False)
     estimated = estimate_plug_in(
-        settings["model"], settings["adapter"], dtype=settings["dtype"], trust=trust
-    )
+        settings["model"], settings["adapter"], dtype=settings["dtype"], data=settings["data"],
+        trust=trust,
+    )  # fmt: skip
     plugged = plug_in(
         settings["model"],
         settings["adapter"],

@@ -174,13 +174,18 @@ def tuned_emulator(
         MismatchError: the adapter was tuned on another emulator.
     """
     package = open_package(adapter, "adapter", trust=trust)
-    if package.manifest.emulator != emulator.id:
-        raise MismatchError(
-            f"{adapter}: expected an adapter tuned on this emulator ({emulator.id[:19]}...), got "
-            f"one tuned on {package.manifest.emulator[:19]}...: give the emulator it belongs to"
-        )
+    check_tuned_on(package, emulator.id)
     apply_adapter(emulator.model, package, {i: i for i in emulator.adapter_indices})
     return emulator
+
+
+def check_tuned_on(package: Package[AdapterManifest], emulator: str) -> None:
+    """Raise MismatchError for an adapter of another emulator than the one of this package id."""
+    if package.manifest.emulator != emulator:
+        raise MismatchError(
+            f"{package.path}: expected an adapter tuned on this emulator ({emulator[:19]}...), got "
+            f"one tuned on {package.manifest.emulator[:19]}...: give the emulator it belongs to"
+        )
 
 
 def _read_full(

@@ -72,13 +72,18 @@ def fit(
         OutputError: a checkpoint cannot be written.
     """
     run = run or RunConfig()
-    if config.early_stopping_patience is not None and validation is None:
-        raise ConfigError(
-            "early_stopping_patience needs a validation set, got none: give one, or leave it out"
-        )
+    check_stopping(config, validated=validation is not None)
     own, place = identity or {}, Path(out_dir)
     with surroundings(model, run):
         return _run(model, train, validation, config, place, run, own, on_progress)
+
+
+def check_stopping(config: TrainingConfig, *, validated: bool) -> None:
+    """Raise ConfigError for early stopping where nothing is validated on."""
+    if config.early_stopping_patience is not None and not validated:
+        raise ConfigError(
+            "early_stopping_patience needs a validation set, got none: give one, or leave it out"
+        )
 
 
 def _run(

@@ -92,6 +92,7 @@ class TokenTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._keep_best = keep_best
         self._eval_batch_size = eval_batch_size
         self._precision = precision
+        self._random: list[dict[str, Tensor]] = []
         self._logits_to_keep = accepts_logits_to_keep(model)
         self._pad_token_id = padding_id(model)
 
@@ -216,11 +217,12 @@ class TokenTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             found = checkpoint.load_trainer(Path(checkpoint_folder))
             self.optimizer.load_state_dict(found["optimizer"])
             self.lr_scheduler.load_state_dict(found["lr_scheduler"])
+            self._random = found["random"]
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        """Transformers calls this after the optimizer's: the large file is read once for both."""
         if checkpoint_folder is not None:
-            states = checkpoint.load_trainer(Path(checkpoint_folder))["random"]
-            state = states[self.args.process_index % len(states)]
+            state = self._random[self.args.process_index % len(self._random)]
             torch.set_rng_state(state["cpu"])
             if "cuda" in state and torch.cuda.is_available():
                 torch.cuda.set_rng_state(state["cuda"])

@@ -14,7 +14,7 @@ from blindtune.evaluation.frontiers.scores import Frontier, Setting, gathered
 from blindtune.evaluation.frontiers.sweeps import digest_of
 from blindtune.evaluation.pages.offsite_frontier import answer_sentence, write_frontier
 from blindtune.offsite.model_owner.emulation import EmulatorConfig
-from offsite_world import STUDY, save_text, save_tiny
+from offsite_world import STUDY, save_text, save_tiny, study_tiny
 
 
 def setting(plug_in, emulator_ft, flops=1.0, alpha=0.25):
@@ -233,6 +233,33 @@ def test_rows_are_shared_and_run_once(tmp_path, monkeypatch):
     assert "<svg" in page
     assert {p.name.partition("-")[0] for p in (tmp_path / "out").iterdir()} == {
         "rows", "study", "frontier.json", "frontier.html",
+    }  # fmt: skip
+
+
+def test_an_emulator_is_made_once_for_all_seeds(tmp_path, monkeypatch):
+    """Rows are those of each seed alone, also where only some are missing."""
+    save_tiny("llama", tmp_path / "model")
+    save_text(tmp_path)
+    config = FrontierConfig(
+        adapter_layers=(1,), alpha=(0.34,), beta=(0.8,), max_length=32, steps=2, batch_size=2,
+        learning_rate=1e-3,
+    )  # fmt: skip
+    made, original = [], module.emulate
+    monkeypatch.setattr(module, "emulate", lambda *a, **k: made.append(1) or original(*a, **k))
+    study_tiny(tmp_path, module.DynamicConfig(steps=0))
+    files = (tmp_path / "model", tmp_path / "private.txt")
+    for out, seeds, times in (("all", (0, 1), 1), ("one", (1,), 2), ("one", (0, 1), 3)):
+        config = replace(config, seeds=seeds)
+        frontier(*files, tmp_path / out, config, made_study=tmp_path / "study")
+        assert len(made) == times
+    both = [sorted((tmp_path / out / "rows").iterdir()) for out in ("all", "one")]
+    assert [p.name for p in both[0]] == [p.name for p in both[1]]
+    for row, again in zip(*both, strict=True):
+        assert json.loads(row.read_text()) == json.loads(again.read_text())
+    row = json.loads(next(p for p in both[0] if p.name.startswith("1-0.34")).read_text())
+    assert row.keys() == {
+        "emulator_zs", "emulator_ft", "plug_in", "tokens", "parameters", "bytes",
+        "flops_per_token",
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import torch
 
 from blindtune.models.blocks import LowRankLinear
 from blindtune.models.decoder import Decoder
+from blindtune.offsite.model_owner import compression
 from blindtune.offsite.model_owner.compression import (
     compress_layer,
     compressed_rank,
@@ -166,3 +167,29 @@ def test_factors_that_would_not_be_smaller_stay_dense_but_lose_the_rank():
     weight = decoder.projections(2)[0].weights()[0]
     rank = compressed_rank(tuple(weight.shape), 0.3, "removed")
     assert torch.linalg.matrix_rank(weight, rtol=1e-4) == rank
+
+
+def test_projections_that_read_the_same_input_share_one_root(monkeypatch):
+    """Gate and up are tall; the root of the moment of what they read is found once for both."""
+    found, real = [], compression.moment_root
+    monkeypatch.setattr(compression, "moment_root", lambda *a: found.append(1) or real(*a))
+    shared, apart = tiny_model("llama"), tiny_model("llama")
+    decoder = Decoder(shared)
+    paths = [p.path for p in (*decoder.projections(2), *decoder.feed_forward(2))]
+    moments = {p: moments_of("full", s) for p, s in zip(paths, sizes_of(decoder), strict=True)}
+    moments["mlp.up_proj"] = moments["mlp.gate_proj"]
+    copies = {path: moment.clone() for path, moment in moments.items()}
+    calls = []
+    for model, by_path in ((shared, moments), (apart, copies)):
+        found.clear()
+        compress_layer(
+            Decoder(model), 2, 0.5, reading="kept", second_moments=by_path, feed_forward=True
+        )
+        calls.append(len(found))
+    assert calls[0] == calls[1] - 1
+    for one, other in zip(shared.parameters(), apart.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def sizes_of(decoder):
+    return [p.in_features for p in (*decoder.projections(2), *decoder.feed_forward(2))]

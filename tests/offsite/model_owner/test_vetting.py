@@ -4,11 +4,12 @@ import msgspec
 import pytest
 import torch
 
-from blindtune.errors import ConfigError, DataError, MismatchError, PolicyError
+from blindtune.errors import ConfigError, DataError, MismatchError, ModelError, PolicyError
 from blindtune.exchange.packages.package import open_package
 from blindtune.exchange.packages.writing import write_package
 from blindtune.models.decoder import Decoder
 from blindtune.models.loading import load_model, load_tokenizer
+from blindtune.offsite.model_owner import plugin
 from blindtune.offsite.model_owner.plugin import plug_in
 from blindtune.offsite.model_owner.vetting import (
     ChangeBounds,
@@ -17,7 +18,7 @@ from blindtune.offsite.model_owner.vetting import (
     check_changes,
     check_loss,
     measure_changes,
-    public_loss,
+    public_windows,
 )
 
 
@@ -114,9 +115,59 @@ def test_a_little_public_text_is_enough(world, tmp_path):
 
 def test_public_text_is_read_within_the_models_context(world):
     model, tokenizer = load_model(world.path / "model"), load_tokenizer(world.path / "model")
-    wanted = public_loss(model, tokenizer, world.path / "public.txt", max_length=64)
+    wanted = public_windows(model, tokenizer, world.path / "public.txt", max_length=64)
     model.config.max_position_embeddings = 64
-    assert public_loss(model, tokenizer, world.path / "public.txt") == wanted
+    read = public_windows(model, tokenizer, world.path / "public.txt")
+    assert read.fingerprint() == wanted.fingerprint()
+
+
+@pytest.fixture
+def read_and_scored(monkeypatch):
+    """What is done with public text, in order."""
+    done = []
+
+    def noted(name):
+        real = getattr(plugin, name)
+        monkeypatch.setattr(plugin, name, lambda *a: done.append(name) or real(*a))
+
+    noted("public_windows")
+    noted("public_loss")
+    return done
+
+
+def test_public_text_is_read_once_and_scored_when_an_adapter_fits(
+    world, tmp_path, monkeypatch, read_and_scored
+):
+    asked = {"data": world.path / "public.txt"}
+    plug_in(world.path / "model", world.path / "adapter", None, **asked)
+    assert read_and_scored == ["public_windows", "public_loss", "public_loss"]
+    read_and_scored.clear()
+    harmful = poison(world, tmp_path / "harmful", lambda n, t: 9 * t)
+    with pytest.raises(PolicyError):
+        plug_in(world.path / "model", harmful, None, **asked)
+    monkeypatch.setattr(plugin, "fingerprint", lambda model: 64 * "0")
+    with pytest.raises(MismatchError, match="expected an adapter for this model"):
+        plug_in(world.path / "model", world.path / "adapter", None, **asked)
+    assert read_and_scored == ["public_windows"] * 2
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_own_weights_too_large_for_the_written_dtype_are_refused(world, tmp_path, monkeypatch, dry):
+    """The adapter is finite in it; an embedding of the model is not."""
+
+    def large(place):
+        model = load_model(place)
+        model.get_input_embeddings().weight.data[0, 0] = 1e6
+        return model
+
+    stated = open_package(world.path / "adapter", "adapter").manifest.model
+    monkeypatch.setattr(plugin, "load_model", large)
+    monkeypatch.setattr(plugin, "fingerprint", lambda model: stated)
+    files, out = (world.path / "model", world.path / "adapter"), tmp_path / "out"
+    with pytest.raises(ModelError, match=r"finite in float16, .*embed_tokens.*wider dtype"):
+        plug_in(*files, None if dry else out, dtype="float16")
+    assert not out.exists()
+    plug_in(*files, None if dry else out, dtype="bfloat16")
 
 
 def test_an_adapter_of_another_emulator_is_refused(world, tmp_path):

@@ -25,6 +25,7 @@ from blindtune.evaluation.audits.language_attack import BEAMS, has_words
 from blindtune.evaluation.audits.split import attributes, check_adversary
 from blindtune.evaluation.audits.split_subject import read_audited, spread_texts
 from blindtune.evaluation.leakage.misuse import check_full_model
+from blindtune.evaluation.utility.estimate import check_length, package_shape, shape_of
 from blindtune.exchange.packages.package import open_package
 from blindtune.exchange.packages.signing import Trust
 from blindtune.models.costs import (
@@ -42,7 +43,6 @@ from blindtune.models.costs import (
 from blindtune.models.decoder import Decoder, context_limit
 from blindtune.models.loading import load_tokenizer
 from blindtune.offsite.data_owner.tuning_estimate import ADAMW_SECONDS
-from blindtune.offsite.model_owner.package_estimates import package_shape, shape_of
 from blindtune.places import located
 from blindtune.split.bottom import open_bottom
 from blindtune.split.customer.job import MARK, CustomerJob
@@ -127,7 +127,8 @@ def estimate_audit_adapter(
     config, reading = config or AuditConfig(), reading or DataConfig()
     stated = open_package(adapter, "adapter", trust=trust).manifest.privacy
     reading = reading_of(stated, reading, others)
-    tokenizer, shape = shape_of(model, trust)
+    tokenizer, shape, package = shape_of(model, trust)
+    check_length(reading.max_length, shape, package)
     decoder = Decoder(shape)
     tokens = 0
     for found in both_kinds(tokenizer, data, others, reading):

@@ -40,7 +40,7 @@ from blindtune.models.costs import (
     sketch,
     weight_bytes,
 )
-from blindtune.models.decoder import Decoder
+from blindtune.models.decoder import Decoder, check_context, context_limit
 from blindtune.models.loading import load_tokenizer, model_source, open_tokenizer
 from blindtune.offsite.data_owner.tuning_estimate import ADAMW_SECONDS
 from blindtune.offsite.model_owner.study import StudyConfig
@@ -52,8 +52,8 @@ from blindtune.split.customer.tuning_estimate import grouping_seconds
 from blindtune.split.partition import stack_of
 from blindtune.training.text import DataConfig, load_dataset_file
 
-PASSES_A_SETTING = 3
-"""Scorings of an emulator: before and after tuning, and plugged in."""
+PASSES_A_SEED = 2
+"""Scorings of a setting for each seed, tuned and plugged in; once for all, untuned."""
 
 
 def estimate_frontier(
@@ -68,11 +68,12 @@ def estimate_frontier(
     """Estimate `frontier`; an emulator is counted with the layers that are left of the model.
 
     Raises:
-        ModelError, DataError: as for `frontier`.
+        ModelError, DataError, ConfigError: as for `frontier`.
     """
     config = config or FrontierConfig()
     full, tokenizer = sketch(model), load_tokenizer(model)
     decoder, length = Decoder(full), config.max_length
+    check_context(length, context_limit(full.config))
     cost, rate = decoder_cost(decoder, length), matmul_rate(decoder.hidden_size)
     read = load_dataset_file(test or data, tokenizer, DataConfig(max_length=length))
     scored = read.tokens * (1.0 if test is not None else config.test_share)
@@ -82,7 +83,7 @@ def estimate_frontier(
     whole = rate.seconds(tokens * cost.training, calls) + config.steps * numbers * ADAMW_SECONDS
     score = rate.seconds(scored * cost.forward, decoder.layer_count * scored / length)
     seeds = len(config.runs)
-    loads = 1 + seeds * (1 + len(config.ends) + 2 * len(config.triplets))
+    loads = 1 + seeds * (1 + len(config.ends) + len(config.triplets)) + len(config.triplets)
     parts: dict[str, float] = {"load": loads * weight_bytes(full) / READ_BYTES_PER_SECOND}
     if made_study is None:
         study = StudyConfig(max_length=length, min_adapter_layers=min(config.ends))
@@ -90,7 +91,7 @@ def estimate_frontier(
     parts["the full model, tuned whole"] = seeds * (whole + score) + score
     parts["its adapter layers"] = seeds * len(config.ends) * (whole + score)
     left = [1 - t.alpha * (1 - 2 * t.adapter_layers / decoder.layer_count) for t in config.triplets]
-    parts["settings"] = seeds * sum(left) * (whole + PASSES_A_SETTING * score)
+    parts["settings"] = sum(left) * (seeds * (whole + PASSES_A_SEED * score) + score)
     rows = seeds * (1 + len(config.ends) + len(config.triplets))
     words = int(decoder.config.vocab_size)
     batch = (

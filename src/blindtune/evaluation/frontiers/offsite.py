@@ -14,13 +14,15 @@ row is kept in OUT/rows, under a digest of all that decides it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, final
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from blindtune.errors import ConfigError
@@ -165,7 +167,7 @@ def frontier(
             for n in config.ends
         }
         tried = {
-            triplet: [report.done(sweep.setting(found, mark, triplet, s)) for s in config.runs]
+            triplet: [report.done(row) for row in sweep.setting(found, mark, triplet)]
             for triplet in config.triplets
         }
     return gathered(zs, ft, direct, tried, study_text=text)
@@ -185,6 +187,25 @@ class _Report:
         if self._on_stage is not None:
             self._on_stage("rows", self._count, self._total)
         return row
+
+
+@final
+@dataclass(frozen=True)
+class _Shipped:
+    """An emulator as it is shipped, to be tuned once a seed."""
+
+    emulator: Emulator
+    adapter: Mapping[str, Tensor]
+    """Its adapter's weights, untuned."""
+    facts: Row
+    """What all seeds' rows say of it."""
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undo a tuning."""
+        indices = self.emulator.adapter_indices
+        for name, parameter in adapter_parameters(self.emulator.model, indices):
+            parameter.copy_(self.adapter[name])
 
 
 @final
@@ -239,31 +260,45 @@ class _Sweep:
         own = {**self._tuning(rate, seed), "layers": adapter_layers}
         return self._row(f"{name}-seed{seed}", own, make)
 
-    def setting(self, made_study: Study, mark: str, triplet: EmulatorConfig, seed: int) -> Row:
-        """Emulate, tune, plug in, score; `mark` tells the study from others."""
-        work, rate = self.rows.work, self.config.learning_rate
+    def setting(self, made_study: Study, mark: str, triplet: EmulatorConfig) -> Iterator[Row]:
+        """Emulate, then tune, plug in and score once a seed; `mark` tells the study from others.
 
-        def make() -> Row:
-            emulate(made_study, work / "emulator", triplet, model=self.model)
-            opened = open_emulator(work / "emulator", dtype=torch.float32)
-            before = self._losses(opened.model)
-            self._fit(opened.model, rate, seed)
-            write_adapter(opened, AdapterConfig(), work / "adapter")
-            # The owner's own adapter: a setting that changes much is a row, no reason to stop.
-            plugged = plug_in(self.model, work / "adapter", None, accept_large_change=True).model
-            return {
-                "emulator_zs": before["nats"],
-                "emulator_ft": self._losses(opened.model)["nats"],
-                "plug_in": self._losses(plugged)["nats"],
-                "tokens": before["tokens"],
-                "parameters": opened.model.num_parameters(),
-                "bytes": sum(p.stat().st_size for p in (work / "emulator").iterdir()),
-                "flops_per_token": tuning_flops(opened, self.config.max_length),
-            }
+        The emulator does not depend on the seed: it is made for the first row that is missing.
+        """
+        t, rate = triplet, self.config.learning_rate
+        shipped = cache(partial(self._shipped, made_study, triplet))
+        for seed in self.config.runs:
+            own = {**self._tuning(rate, seed), "triplet": asdict(t), "study": mark}
+            name = f"{t.adapter_layers}-{t.alpha:g}-{t.beta:g}-seed{seed}"
+            yield self._row(name, own, partial(self._plugged_in, shipped, seed))
 
-        t = triplet
-        own = {**self._tuning(rate, seed), "triplet": asdict(t), "study": mark}
-        return self._row(f"{t.adapter_layers}-{t.alpha:g}-{t.beta:g}-seed{seed}", own, make)
+    def _shipped(self, made_study: Study, triplet: EmulatorConfig) -> _Shipped:
+        place = self.rows.work / "emulator"
+        made = emulate(made_study, place, triplet, model=self.model)
+        opened = open_emulator(place, dtype=torch.float32)
+        before = self._losses(opened.model)
+        facts = {
+            "emulator_zs": before["nats"],
+            "tokens": before["tokens"],
+            "parameters": made.parameters,
+            "bytes": sum(p.stat().st_size for p in place.iterdir()),
+            "flops_per_token": tuning_flops(opened, self.config.max_length),
+        }
+        adapter = adapter_parameters(opened.model, opened.adapter_indices)
+        return _Shipped(opened, {name: p.detach().clone() for name, p in adapter}, facts)
+
+    def _plugged_in(self, shipped: Callable[[], _Shipped], seed: int) -> Row:
+        emulator, adapter = shipped().emulator, self.rows.work / "adapter"
+        shipped().restore()
+        self._fit(emulator.model, self.config.learning_rate, seed)
+        write_adapter(emulator, AdapterConfig(), adapter)
+        # The owner's own adapter: a setting that changes much is a row, no reason to stop.
+        plugged = plug_in(self.model, adapter, None, accept_large_change=True).model
+        return {
+            **shipped().facts,
+            "emulator_ft": self._losses(emulator.model)["nats"],
+            "plug_in": self._losses(plugged)["nats"],
+        }
 
     def _tuning(self, rate: float, seed: int) -> dict[str, Any]:
         c = self.config

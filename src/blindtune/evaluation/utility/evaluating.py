@@ -109,8 +109,7 @@ def evaluate(
         ModelError, DataError, PackageError, MismatchError: see errors.py.
     """
     config, start = config or EvaluationConfig(), time.perf_counter()
-    if data is None and choices is None and not config.tasks:
-        raise ConfigError("expected something to score: give --data, --choices or --tasks")
+    check_asked(data, choices, config)
     loaded, tokenizer, limits = open_any(model, adapter, trust=trust)
     dataset = None
     if data is not None:
@@ -134,6 +133,14 @@ def evaluate(
         tasks=() if not config.tasks else _score_tasks(loaded, tokenizer, config),
         seconds=time.perf_counter() - start,
     )
+
+
+def check_asked(
+    data: str | Path | None, choices: str | Path | None, config: EvaluationConfig
+) -> None:
+    """Raise ConfigError where nothing is to be scored."""
+    if data is None and choices is None and not config.tasks:
+        raise ConfigError("expected something to score: give --data, --choices or --tasks")
 
 
 def open_any(

@@ -192,23 +192,7 @@ def open_package(
         PolicyError: nobody whom `trust` names signed it, or it is older than one seen before.
     """
     path = located(directory)
-    try:
-        names = _list_names(path)
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror or error}): check its permissions"
-        ) from error
-    _check_names(path, names)
-    manifest_bytes = read_manifest(path)
-    signature = read_signature(path, manifest_bytes) if SIGNATURE_NAME in names else None
-    if trust is not None:  # before a byte of what it says is parsed
-        signature = trust.admit(path, signature)
-    manifest = decode_manifest(manifest_bytes)
-    if signature is not None and signature.package != manifest.format:
-        raise PackageError(
-            f"{path}: signed as a {signature.package} package, this is a {manifest.format} "
-            "package: ask for the package again"
-        )
+    names, manifest_bytes, manifest, signature = _admitted(path, trust)
     if kind != "any" and manifest.format != f"blindtune-{kind}":
         raise MismatchError(
             f"{path}: expected {'a' if kind == 'bottom' else 'an'} {kind} package, this is a "
@@ -228,6 +212,40 @@ def open_package(
         shards=shards,
         signature=signature,
     )
+
+
+def package_kind(directory: Path | str, *, trust: Trust | None = None) -> str:
+    """What a package says it is: emulator, adapter or bottom; none of its other files is read.
+
+    Raises:
+        ConfigError, PackageError, PolicyError: as for `open_package`, which is to check the rest.
+    """
+    _, _, manifest, _ = _admitted(located(directory), trust)
+    return str(manifest.format).removeprefix("blindtune-")
+
+
+def _admitted(
+    path: Path, trust: Trust | None
+) -> tuple[set[str], bytes, Manifest, Signature | None]:
+    """Names of all files, the manifest's bytes, what it says, and who signed it."""
+    try:
+        names = _list_names(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror or error}): check its permissions"
+        ) from error
+    _check_names(path, names)
+    manifest_bytes = read_manifest(path)
+    signature = read_signature(path, manifest_bytes) if SIGNATURE_NAME in names else None
+    if trust is not None:  # before a byte of what it says is parsed
+        signature = trust.admit(path, signature)
+    manifest = decode_manifest(manifest_bytes)
+    if signature is not None and signature.package != manifest.format:
+        raise PackageError(
+            f"{path}: signed as a {signature.package} package, this is a {manifest.format} "
+            "package: ask for the package again"
+        )
+    return names, manifest_bytes, manifest, signature
 
 
 def _read_headers(

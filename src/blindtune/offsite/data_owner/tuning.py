@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from blindtune.atomic import sole_writer
 from blindtune.errors import BlindtuneError, ConfigError
-from blindtune.exchange.packages.manifest import PrivacyFacts
+from blindtune.exchange.packages.manifest import EmulatorManifest, PrivacyFacts
 from blindtune.exchange.packages.signing import Signer, Trust
 from blindtune.exchange.packages.writing import check_place
 from blindtune.models.decoder import Decoder, check_context, context_limit
@@ -32,7 +32,13 @@ from blindtune.places import located
 from blindtune.privacy.entropy import system_uniforms
 from blindtune.training import checkpoint
 from blindtune.training.dp_plan import DpConfig, DpPlan, plan_noise
-from blindtune.training.loop import RunConfig, TrainingConfig, TrainingResult, fit
+from blindtune.training.loop import (
+    RunConfig,
+    TrainingConfig,
+    TrainingResult,
+    check_stopping,
+    fit,
+)
 from blindtune.training.private_sgd import check_private, fit_private
 from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file, show_sample
 
@@ -98,10 +104,10 @@ def tune(
     if privacy.epsilon is not None:
         check_private(training, run or RunConfig())
     check_place(out, overwrite=overwrite, kind="adapter", inputs=(emulator, data, validation))
-    opened = _opened(emulator, reading, trust)
+    opened = _opened(emulator, adapter, reading, trust)
     train, held_out = read_examples(opened.tokenizer, data, validation, reading)
     sample = _shown(train, opened, on_sample)
-    plan = None if privacy.epsilon is None else plan_noise(privacy, training, len(train))
+    plan = planned(privacy, training, train, held_out)
     trained = _trainable(opened, adapter, training.seed)
     work = out.absolute().parent / f"{out.absolute().name}.work"
     fitting = _fitting(trained, train, held_out, training, plan, work)
@@ -146,12 +152,25 @@ def _shown(train: TokenDataset, emulator: Emulator, on_sample: Callable[[str], N
     return sample
 
 
-def _opened(emulator: str | Path, reading: DataConfig, trust: Trust | None) -> Emulator:
-    """The emulator, once it is known that it reads examples as long as these."""
+def _opened(
+    emulator: str | Path, adapter: AdapterConfig, reading: DataConfig, trust: Trust | None
+) -> Emulator:
+    """The emulator, once it is known that it can be tuned so."""
     opened = open_emulator(emulator, dtype=torch.float32, trust=trust)
-    limits = context_limit(opened.model.config), opened.manifest.max_length
-    check_context(reading.max_length, *limits)
+    check_fits(opened.model, opened.manifest, adapter, reading)
     return opened
+
+
+def check_fits(
+    model: PreTrainedModel, manifest: EmulatorManifest, adapter: AdapterConfig, reading: DataConfig
+) -> None:
+    """Whether an emulator, or the sketch of it, can be tuned so; asked before data is read.
+
+    Raises:
+        ConfigError: examples longer than it reads; a LoRA target that its layers do not have.
+    """
+    check_context(reading.max_length, context_limit(model.config), manifest.max_length)
+    lora_targets(Decoder(model), adapter)
 
 
 def read_privately(
@@ -186,6 +205,20 @@ def read_privately(
         )
     pack = reading.pack and privacy.unit == "window"
     return replace(reading, validation_split=0.0, pack=pack)
+
+
+def planned(
+    privacy: DpConfig, training: TrainingConfig, train: TokenDataset, held_out: TokenDataset | None
+) -> DpPlan | None:
+    """The noise of a private tuning; None: it is none.
+
+    Raises:
+        ConfigError: as `plan_noise`; early stopping where nothing is validated on.
+    """
+    if privacy.epsilon is not None:
+        return plan_noise(privacy, training, len(train))
+    check_stopping(training, validated=held_out is not None)
+    return None
 
 
 def _stated(plan: DpPlan | None) -> PrivacyFacts | None:
@@ -255,23 +288,29 @@ def add_lora(emulator: Emulator, config: AdapterConfig) -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
     decoder = Decoder(emulator.model)
-    projections = (*decoder.projections(0), *decoder.feed_forward(0))
-    known = [projection.path for projection in projections]
-    unknown = sorted(set(config.lora_targets) - set(known))
-    if unknown:
-        raise ConfigError(
-            f"expected lora_targets among {', '.join(known)}, got {', '.join(unknown)}"
-        )
-    targets = config.lora_targets or known
-    prefix = decoder.family.layers
+    prefix, targets = decoder.family.layers, lora_targets(decoder, config)
     names = [f"{prefix}.{i}.{path}" for i in emulator.adapter_indices for path in targets]
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=names,
-        fan_in_fan_out=isinstance(projections[0].module, Conv1D),
+        fan_in_fan_out=isinstance(decoder.projections(0)[0].module, Conv1D),
         task_type="CAUSAL_LM",
     )
     wrapped: torch.nn.Module = get_peft_model(emulator.model, lora)
     return wrapped
+
+
+def lora_targets(decoder: Decoder, config: AdapterConfig) -> tuple[str, ...]:
+    """Paths inside a layer of the linear maps that LoRA is put into.
+
+    Raises:
+        ConfigError: a target is not a linear map of the family's layers.
+    """
+    known = tuple(p.path for p in (*decoder.projections(0), *decoder.feed_forward(0)))
+    if unknown := sorted(set(config.lora_targets) - set(known)):
+        raise ConfigError(
+            f"expected lora_targets among {', '.join(known)}, got {', '.join(unknown)}"
+        )
+    return config.lora_targets or known

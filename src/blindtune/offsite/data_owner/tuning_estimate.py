@@ -26,7 +26,13 @@ from blindtune.models.costs import (
 )
 from blindtune.models.decoder import Decoder
 from blindtune.offsite.adapter import AdapterConfig
-from blindtune.offsite.data_owner.tuning import read_examples, read_privately
+from blindtune.offsite.data_owner.tuning import (
+    check_fits,
+    lora_targets,
+    planned,
+    read_examples,
+    read_privately,
+)
 from blindtune.offsite.emulator import adapter_indices, package_sketch, tokenizer_of
 from blindtune.training.batches import BatchOrder
 from blindtune.training.config import RunConfig, TrainingConfig
@@ -70,8 +76,10 @@ def estimate_tune(
         check_private(training, run)
     package = open_package(emulator, "emulator", trust=trust)
     model, manifest = package_sketch(package), package.manifest
+    check_fits(model, manifest, adapter, reading)
     train, held_out = read_examples(tokenizer_of(package, model), data, validation, reading)
-    decoder = Decoder(model)
+    planned(privacy, training, train, held_out)
+    decoder, share = Decoder(model), train.trained_share
     micro, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
     batch = micro * accumulated
     steps = training.max_steps or math.ceil(len(train) * training.num_train_epochs / batch)
@@ -79,9 +87,7 @@ def estimate_tune(
     cost, rate = decoder_cost(decoder, round(length)), matmul_rate(decoder.hidden_size)
     indices = adapter_indices(manifest.adapter_layers, len(manifest.layers))
     trained = _trained_numbers(decoder, indices, adapter)
-    tokens = round(steps * accumulated * micro * length)
-    calls = steps * accumulated * decoder.layer_count
-    share = train.trained_share
+    tokens, calls = round(steps * batch * length), steps * accumulated * decoder.layer_count
     work = _training_flops(cost, () if adapter.lora_rank else indices, share, run)
     parts = {
         "load": 2 * weight_bytes(model) / READ_BYTES_PER_SECOND,
@@ -138,11 +144,12 @@ def _training_flops(
 def _trained_numbers(decoder: Decoder, indices: tuple[int, ...], adapter: AdapterConfig) -> int:
     if not adapter.lora_rank:
         return sum(p.numel() for i in indices for p in decoder.layers[i].parameters())
+    targets = lora_targets(decoder, adapter)
     return sum(
         adapter.lora_rank * (p.in_features + sum(p.sizes))
         for i in indices
         for p in (*decoder.projections(i), *decoder.feed_forward(i))
-        if not adapter.lora_targets or p.path in adapter.lora_targets
+        if p.path in targets
     )
 
 

@@ -10,7 +10,8 @@ Shapes: O output features, I input features, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Literal
 
 import torch
@@ -35,9 +36,23 @@ def compressed_rank(shape: tuple[int, int], beta: float, reading: Reading) -> in
     return max(1, int(share * min(shape) + 1e-9))
 
 
+def moment_root(second_moment_II: Tensor, device: torch.device) -> Tensor:
+    """S^(1/2) [I, I] in float64, of the damped S, but for a rotation.
+
+    By eigenvalues, because rounding may leave those of S below 0.
+    """
+    values_I, vectors_II = torch.linalg.eigh(_damped(second_moment_II, device))
+    root_II: Tensor = vectors_II * values_I.clamp_min(0).sqrt()
+    return root_II
+
+
 @torch.no_grad()
 def low_rank_factors(
-    weight_OI: Tensor, rank: int, second_moment_II: Tensor | None = None
+    weight_OI: Tensor,
+    rank: int,
+    second_moment_II: Tensor | None = None,
+    *,
+    root_of: Callable[[Tensor, torch.device], Tensor] = moment_root,
 ) -> tuple[Tensor, Tensor]:
     """Factors (up [O, R], down [R, I]) whose product stands in for the weight.
 
@@ -49,21 +64,29 @@ def low_rank_factors(
         weight_OI: the weight, [output, input].
         rank: R, 1 .. min(O, I).
         second_moment_II: uncentred second moment of the inputs, or None for plain SVD.
+        root_of: `moment_root`, or what remembers its answers.
     """
     weight = weight_OI.detach().float()
     assert 1 <= rank <= min(weight.shape), (rank, weight.shape)
     if second_moment_II is not None:
-        moment = second_moment_II.to(weight.device, torch.float64)
-        damping = 1e-6 * moment.diagonal().mean()
-        moment = moment + damping * torch.eye(len(moment)).to(moment)
         wide = weight.double()
         rows, columns = wide.shape
-        up = (_tall_basis if rows > columns else _wide_basis)(wide, moment, rank)
+        if rows > columns:
+            up = _tall_basis(wide, root_of(second_moment_II, wide.device), rank)
+        else:
+            up = _wide_basis(wide, _damped(second_moment_II, wide.device), rank)
         down = up.T @ wide
     else:
         up, down = _truncated_svd(weight, rank)
     balance = (down.norm() / up.norm()).sqrt()
     return (up * balance).to(weight_OI.dtype), (down / balance).to(weight_OI.dtype)
+
+
+def _damped(moment_II: Tensor, device: torch.device) -> Tensor:
+    """In float64, with a millionth of the mean diagonal added to it."""
+    moment = moment_II.to(device, torch.float64)
+    damping = 1e-6 * moment.diagonal().mean()
+    return moment + damping * torch.eye(len(moment)).to(moment)
 
 
 def _wide_basis(weight_OI: Tensor, moment_II: Tensor, rank: int) -> Tensor:
@@ -73,14 +96,12 @@ def _wide_basis(weight_OI: Tensor, moment_II: Tensor, rank: int) -> Tensor:
     return leading_OR
 
 
-def _tall_basis(weight_OI: Tensor, moment_II: Tensor, rank: int) -> Tensor:
+def _tall_basis(weight_OI: Tensor, root_II: Tensor, rank: int) -> Tensor:
     """The same by I x I problems: with B = W S^(1/2) and V of B^T B, they are B V, normalised.
 
-    The root is by eigenvalues, because rounding may leave those of S below 0; QR normalises,
-    because a B of lower rank than asked for leaves columns without a direction.
+    QR normalises, because a B of lower rank than asked for leaves columns without a direction.
     """
-    values_I, vectors_II = torch.linalg.eigh(moment_II)
-    root_OI = weight_OI @ (vectors_II * values_I.clamp_min(0).sqrt())
+    root_OI = weight_OI @ root_II
     _, leading_II = torch.linalg.eigh(root_OI.T @ root_OI)
     basis_OR: Tensor = torch.linalg.qr(root_OI @ leading_II[:, -rank:].flip(-1)).Q
     return basis_OR
@@ -129,6 +150,7 @@ def compress_layer(
     if feed_forward:
         projections += decoder.feed_forward(layer)
     factored: dict[str, tuple[int, ...]] = {}
+    root_of = cache(moment_root)  # gate and up read the same inputs
     for projection in projections:
         moment = None if second_moments is None else second_moments[projection.path]
         ranks = tuple(
@@ -137,7 +159,8 @@ def compress_layer(
         )
         module = projection.low_rank(ranks)
         for part, (weight, rank) in enumerate(zip(projection.weights(), ranks, strict=True)):
-            module.set_factors(part, *low_rank_factors(weight, rank, moment))
+            factors = low_rank_factors(weight, rank, moment, root_of=root_of)
+            module.set_factors(part, *factors)
         factored |= put_factors(decoder.layers[layer], projection, module)
     return factored
 

@@ -10,6 +10,7 @@ Source: ScaleOT (arXiv 2412.09812), section "Privacy-utility-scalable emulators"
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ from blindtune.exchange.packages.manifest import (
     HarmonizerLayer,
     LayerEntry,
     RawLayer,
+    decode_manifest,
 )
+from blindtune.exchange.packages.package import read_manifest
 from blindtune.exchange.packages.signing import Signer
 from blindtune.exchange.packages.writing import check_place
 from blindtune.kinds import check_kinds
@@ -100,7 +103,17 @@ class Emulation:
     parameters: int
     """Of the emulator."""
     full_parameters: int
+    bytes: int
+    """Of the package's files, as its manifest lists them."""
+    full_bytes: int
+    """Of the full model's weights."""
+    full_layers: int
     seconds: float
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many layers are adapter, raw, compressed and harmonizer layers."""
+        return dict(Counter(str(layer.__struct_config__.tag) for layer in self.layers))
 
 
 def emulate(
@@ -142,17 +155,11 @@ def emulate(
     facts = full_model_facts(full)
     layers = reshape(full, found, replaced, config)
     package_id = write_emulator(
-        full,
-        load_tokenizer(source),
-        layers,
-        out,
-        model_fingerprint=found.fingerprint,
-        adapter_layers=config.adapter_layers,
-        full_model=facts,
-        dtype=config.dtype,
-        overwrite=overwrite,
-        signer=signer,
-    )
+        full, load_tokenizer(source), layers, out, model_fingerprint=found.fingerprint,
+        adapter_layers=config.adapter_layers, full_model=facts, dtype=config.dtype,
+        overwrite=overwrite, signer=signer,
+    )  # fmt: skip
+    written = decode_manifest(read_manifest(located(out)))
     return Emulation(
         id=package_id,
         path=located(out),
@@ -160,6 +167,9 @@ def emulate(
         layers=tuple(layers),
         parameters=full.num_parameters(),
         full_parameters=facts.parameters,
+        bytes=sum(entry.bytes for entry in written.files.values()),
+        full_bytes=facts.bytes,
+        full_layers=facts.layers,
         seconds=time.perf_counter() - start,
     )
 

@@ -1,4 +1,4 @@
-"""What the short acts will take, before they start: emulate, inspect, plug in, evaluate.
+"""What the short acts will take, before they start: emulate, inspect, plug in.
 
 Shapes and counts come from configs, manifests and headers; no weight is read but a study's. Times:
 see `models/costs.py`.
@@ -9,11 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blindtune.errors import ConfigError
-from blindtune.exchange.packages.manifest import MANIFEST_NAME, EmulatorManifest
-from blindtune.exchange.packages.package import Package, open_package
+from blindtune.exchange.packages.package import open_package
 from blindtune.exchange.packages.signing import Trust
 from blindtune.models.costs import (
     EIGH_FLOPS,
@@ -30,13 +28,13 @@ from blindtune.models.costs import (
 from blindtune.models.decoder import Decoder
 from blindtune.models.loading import load_tokenizer
 from blindtune.models.tokenizers import tokenizer_files
-from blindtune.offsite.emulator import DTYPES, package_sketch, tokenizer_of
+from blindtune.offsite import package_facts
+from blindtune.offsite.emulator import DTYPES
 from blindtune.offsite.model_owner.compression import compressed_rank, saves_space
 from blindtune.offsite.model_owner.emulation import EmulatorConfig, replaced_layers
 from blindtune.offsite.model_owner.study import Study, open_study
+from blindtune.offsite.model_owner.vetting import public_windows
 from blindtune.places import located
-from blindtune.training.records import token_ids
-from blindtune.training.text import DataConfig, load_dataset_file
 
 
 def estimate_emulate(
@@ -81,7 +79,7 @@ def _compression(decoder: Decoder, i: int, config: EmulatorConfig) -> tuple[int,
     """(numbers saved, FLOPs) of compressing one layer."""
     projections = decoder.projections(i)
     projections += decoder.feed_forward(i) if config.feed_forward else ()
-    saved, flops = 0, 0.0
+    saved, flops, rooted = 0, 0.0, set[tuple[str, int]]()
     for p in projections:
         ranks = tuple(
             compressed_rank((size, p.in_features), config.beta, config.reading) for size in p.sizes
@@ -92,8 +90,10 @@ def _compression(decoder: Decoder, i: int, config: EmulatorConfig) -> tuple[int,
         for size in p.sizes:
             small = min(size, p.in_features)
             if config.weighted:  # float64 products take twice as long
-                problems = 1 if size <= p.in_features else 2
-                flops += problems * EIGH_FLOPS * small**3
+                inputs = (p.path.rpartition(".")[0], p.in_features)  # gate and up read the same
+                roots = size > p.in_features and inputs not in rooted
+                rooted |= {inputs} if roots else set()
+                flops += (1 + roots) * EIGH_FLOPS * small**3
                 flops += 4.0 * size * p.in_features * (p.in_features + small)
             else:
                 flops += SVD_FLOPS * small**2 * max(size, p.in_features)
@@ -119,80 +119,30 @@ def estimate_plug_in(
     adapter: str | Path,
     *,
     dtype: str = "float32",
+    data: str | Path | None = None,
     trust: Trust | None = None,
 ) -> Estimate:
-    """Estimate `plug_in`: reading, hashing and writing the full model.
+    """Estimate `plug_in`: reading, hashing and writing the full model, scoring public text twice.
 
     Raises:
-        PackageError, ModelError: as for `plug_in`.
+        PackageError, ModelError, DataError: as for `plug_in`.
     """
     package = open_package(adapter, "adapter", trust=trust)
     full = sketch(model)
-    weights, rate = weight_bytes(full), matmul_rate(Decoder(full).hidden_size)
-    added = sum(end - begin for _, _, begin, end in package.header.values())
+    decoder, weights = Decoder(full), weight_bytes(full)
+    rate, added = matmul_rate(decoder.hidden_size), package_facts.weight_bytes(package.header)
     size = torch.empty((), dtype=DTYPES[dtype]).element_size()
     written = weights / FLOAT * size
     parts = {
         "load and check": 2 * weights / READ_BYTES_PER_SECOND,
         "write": 2 * written / READ_BYTES_PER_SECOND,
     }
-    return estimated(parts, rate, memory=weights + 2 * added, written=written)
-
-
-def estimate_evaluate(
-    model: str | Path,
-    data: str | Path | None = None,
-    choices: str | Path | None = None,
-    *,
-    max_length: int = 128,
-    max_tokens: int | None = None,
-    max_items: int | None = None,
-    batch_size: int = 8,
-    trust: Trust | None = None,
-) -> Estimate:
-    """Estimate scoring a model or an emulator on text and multiple-choice records.
-
-    Raises:
-        ModelError, PackageError, DataError: as for `evaluate`.
-    """
-    tokenizer, shape = shape_of(model, trust)
-    decoder = Decoder(shape)
-    tokens = 0
+    tokens = longest = 0
     if data is not None:
-        tokens = load_dataset_file(data, tokenizer, DataConfig(max_length=max_length)).tokens
-        tokens = min(tokens, max_tokens or tokens)
-    if choices is not None:
-        lines = Path(choices).read_text(encoding="utf-8", errors="replace").splitlines()
-        tokens += len(token_ids("\n".join(lines[:max_items]), tokenizer))
-    cost, rate = decoder_cost(decoder, max_length), matmul_rate(decoder.hidden_size)
-    calls = decoder.layer_count * tokens / max_length / batch_size
-    parts = {
-        "load": 2 * weight_bytes(shape) / READ_BYTES_PER_SECOND,
-        "score": rate.seconds(tokens * cost.forward, calls),
-    }
-    batch = batch_size * max_length
-    memory = weight_bytes(shape) + FLOAT * batch * (
-        16 * decoder.hidden_size + decoder.config.vocab_size
-    )
-    return estimated(parts, rate, memory=memory, written=0, tokens=tokens)
-
-
-def shape_of(
-    model: str | Path, trust: Trust | None = None
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer of a model or an emulator package, and its layers without weights.
-
-    Raises:
-        ModelError, PackageError: as for `evaluate`.
-    """
-    if not (located(model) / MANIFEST_NAME).is_file():
-        return load_tokenizer(model), sketch(model)
-    return package_shape(open_package(model, "emulator", trust=trust))
-
-
-def package_shape(
-    package: Package[EmulatorManifest],
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """`shape_of` an emulator package that is open: opening it hashes all of its files."""
-    shape = package_sketch(package)
-    return tokenizer_of(package, shape), shape
+        windows = public_windows(full, load_tokenizer(model), data)
+        tokens, longest = 2 * windows.tokens, max(map(len, windows.input_ids))
+        work, calls = decoder_cost(decoder, longest).forward, 2 * len(windows) * decoder.layer_count
+        parts["score"] = rate.seconds(tokens * work, calls)
+    scoring = FLOAT * longest * (16 * decoder.hidden_size + int(decoder.config.vocab_size))
+    memory = weights + 2 * added + scoring
+    return estimated(parts, rate, memory=memory, written=written, tokens=tokens)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -38,8 +37,10 @@ from blindtune.offsite.model_owner.vetting import (
     check_loss,
     measure_changes,
     public_loss,
+    public_windows,
 )
 from blindtune.places import located
+from blindtune.training.text import TokenDataset
 
 CONFIG_NAME = "config.json"
 _ID = "sha256:"
@@ -111,12 +112,11 @@ def plug_in(
     _check_emulator(package, emulator, trust)
     full = load_model(model)
     tokenizer = None if data is None and out is None else load_tokenizer(model)
-    public = None if data is None else partial(public_loss, full, tokenizer, data)
+    public = None if data is None else public_windows(full, tokenizer, data)
     limits = None if accept_large_change else bounds or ChangeBounds()
-    changes, losses = _vetted_merge(full, package, DTYPES[dtype], public, limits)
+    changes, losses = _vetted_merge(full, package, dtype, public, limits)
     if out is not None and tokenizer is not None:
         cast_weights(full, DTYPES[dtype])
-        _check_finite(full, dtype)
         with atomic_directory(out, overwrite=overwrite, mark=CONFIG_NAME) as directory:
             full.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
@@ -135,23 +135,30 @@ def plug_in(
 def _vetted_merge(
     model: PreTrainedModel,
     package: Package[AdapterManifest],
-    dtype: torch.dtype,
-    public: Callable[[], float] | None,
+    dtype: str,
+    public: TokenDataset | None,
     bounds: ChangeBounds | None,
 ) -> tuple[tuple[LayerChange, ...], tuple[float, float] | None]:
-    """Merge, measure, and refuse what is out of bounds; None: refuse nothing."""
-    before = None if public is None else public()
+    """Merge, measure, and refuse what is out of bounds; None: refuse nothing.
+
+    The public text, which takes longest, is scored when the adapter is known to fit.
+    """
     changes: list[LayerChange] = []
+    before = 0.0
 
     def vet(decoder: Decoder, updates: Updates) -> None:
+        nonlocal before
         changes.extend(measure_changes(decoder, updates))
         if bounds is not None:
             check_changes(changes, bounds, package.path)
+        if public is not None:
+            before = public_loss(model, public)
 
-    merge(model, package, dtype=dtype, vet=vet)
-    if public is None or before is None:
+    merge(model, package, dtype=DTYPES[dtype], vet=vet)
+    _check_finite(model, dtype)
+    if public is None:
         return tuple(changes), None
-    after = public()
+    after = public_loss(model, public)
     if bounds is not None:
         check_loss(before, after, bounds, package.path)
     return tuple(changes), (before, after)
@@ -185,7 +192,7 @@ def _check_emulator(
 def _check_finite(model: PreTrainedModel, dtype: str) -> None:
     """The adapter's weights were checked; the model's own may be too large for a narrow dtype."""
     for name, parameter in model.named_parameters():
-        if not is_finite(parameter.detach()):
+        if not is_finite(parameter.detach().to(DTYPES[dtype])):
             raise ModelError(
                 f"expected a model whose weights are finite in {dtype}, got an infinite or NaN one "
                 f"in {name}: choose a wider dtype"

@@ -27,7 +27,15 @@ from blindtune.models.decoder import Decoder
 from blindtune.models.loading import load_tokenizer
 from blindtune.offsite.model_owner.importance import DynamicConfig
 from blindtune.offsite.model_owner.study import StudyConfig
-from blindtune.training.text import DataConfig, load_dataset_file
+from blindtune.offsite.model_owner.studying import (
+    FEWEST_WINDOWS,
+    calibration_windows,
+    damage_windows,
+    parted,
+    studied_layers,
+)
+from blindtune.training.text import DataConfig
+from blindtune.training.windows import full_windows
 
 GREEDY_TRIES = 3
 """Mixes that the greedy order scores for every layer that it chooses, more or less."""
@@ -42,23 +50,23 @@ def estimate_study(
     """Estimate `study`: calibration pass, measured damage, alternations of Dynamic LayerReplace.
 
     Raises:
-        ModelError, DataError: as for `study`.
+        ModelError, DataError, ConfigError: as for `study`.
     """
     config, dynamic = config or StudyConfig(), dynamic or DynamicConfig()
     full = sketch(model)
     decoder, length = Decoder(full), config.max_length
-    text = load_dataset_file(data, load_tokenizer(model), DataConfig(max_length=length))
-    first, last = config.min_adapter_layers, decoder.layer_count
-    middle = range(first, max(first, last - first))
+    middle = studied_layers(full, config, dynamic)
+    reading = DataConfig(max_length=length)
+    windows_NL = full_windows(data, load_tokenizer(model), reading, least=FEWEST_WINDOWS)
+    train_NL, validation_NL = parted(windows_NL, config)
     cost, rate = decoder_cost(decoder, length), matmul_rate(decoder.hidden_size)
-    damage = max(1, min(config.damage_tokens // length, len(text) // 2)) * length
-    training = max(length, text.tokens - max(damage, text.tokens // 10))
-    calibration = min(training, max(length, config.calibration_tokens // length * length))
+    damage, calibration = damage_windows(validation_NL, config).numel(), 0
     parts: dict[str, float] = {"load": weight_bytes(full) / READ_BYTES_PER_SECOND}
     tokens, states = 0, 0.0
     kept = stand_ins = _stand_in_bytes(decoder, config, len(middle))
     if config.warm_start == "regression":
-        moments, flops = _moments(decoder, first, config.feed_forward)
+        calibration = calibration_windows(train_NL, config, decoder.hidden_size).numel()
+        moments, flops = _moments(decoder, middle.start, config.feed_forward)
         kept += moments * len(middle)
         fit = len(middle) * 2 * EIGH_FLOPS * decoder.hidden_size**3
         work = cost.stack(0, middle.stop).forward + len(middle) * flops

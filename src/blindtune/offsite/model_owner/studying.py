@@ -17,6 +17,7 @@ from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from blindtune.atomic import atomic_directory, check_free, sole_writer
 from blindtune.errors import ConfigError, DataError
@@ -81,12 +82,11 @@ def study(
     check_free(out, overwrite=overwrite, mark=FACTS_NAME, inputs=(model, data))
     network_model = load_model(model, device=preferred_device())
     network_model.requires_grad_(False)
-    decoder = Decoder(network_model)
-    check_context(config.max_length, context_limit(network_model.config))
+    decoder, middle = Decoder(network_model), studied_layers(network_model, config, dynamic)
     reading = DataConfig(max_length=config.max_length)
     windows_NL = full_windows(data, load_tokenizer(model), reading, least=FEWEST_WINDOWS)
     windows_NL = shuffled(windows_NL, config.seed)
-    partial = _begin(model, decoder, config, dynamic)
+    partial = _begin(model, decoder, middle, config, dynamic)
     with sole_writer(out):
         work = WorkDirectory(out, partial, windows_NL, fresh=resume == "never")
         stages = _Stages(partial, decoder, windows_NL, work, on_stage)
@@ -101,15 +101,19 @@ def study(
     return partial
 
 
-def _begin(
-    model: str | Path, decoder: Decoder, config: StudyConfig, dynamic: DynamicConfig
-) -> Study:
-    """The study before its first stage; ConfigError if too few middle layers are left."""
-    middle = range(config.min_adapter_layers, decoder.layer_count - config.min_adapter_layers)
+def studied_layers(model: PreTrainedModel, config: StudyConfig, dynamic: DynamicConfig) -> range:
+    """The middle layers of a model, or of the sketch of it, that can be studied so.
+
+    Raises:
+        ConfigError: windows longer than it reads; too few middle layers.
+    """
+    check_context(config.max_length, context_limit(model.config))
+    layer_count = Decoder(model).layer_count
+    middle = range(config.min_adapter_layers, layer_count - config.min_adapter_layers)
     if not middle:
         raise ConfigError(
             f"expected min_adapter_layers to leave a middle, got {config.min_adapter_layers} at "
-            f"each end of {decoder.layer_count} layers: choose a smaller number"
+            f"each end of {layer_count} layers: choose a smaller number"
         )
     halved = dynamic.candidates or dynamic.practice == "half"
     if dynamic.steps and halved and len(middle) < 2:
@@ -117,6 +121,44 @@ def _begin(
             "expected at least two middle layers, of which half can be replaced, got one: give "
             "--dynamic-steps 0, or a smaller --min-adapter-layers"
         )
+    return middle
+
+
+def parted(windows_NL: Tensor, config: StudyConfig) -> tuple[Tensor, Tensor]:
+    """(training, validation): a tenth, and what measuring damage needs, is validation."""
+    count = max(len(windows_NL) // 10, config.damage_tokens // config.max_length, 1)
+    count = min(count, len(windows_NL) // 2)
+    return windows_NL[count:], windows_NL[:count]
+
+
+def calibration_windows(train_NL: Tensor, config: StudyConfig, least: int) -> Tensor:
+    """What is calibrated on [N, L]; DataError below the `least`, a token a hidden unit."""
+    windows_NL = train_NL[: config.calibration_tokens // config.max_length]
+    if windows_NL.numel() < least:
+        remedy = "give more public text"
+        if train_NL.numel() >= least:
+            enough = math.ceil(least / config.max_length) * config.max_length
+            remedy = f"give at least --calibration-tokens {enough}"
+        raise DataError(
+            f"expected at least {least} tokens to calibrate on, got {windows_NL.numel()}: "
+            f"{remedy}, or --warm-start none"
+        )
+    return windows_NL
+
+
+def damage_windows(validation_NL: Tensor, config: StudyConfig) -> Tensor:
+    """What damage is measured on."""
+    return validation_NL[: max(1, config.damage_tokens // config.max_length)]
+
+
+def _begin(
+    model: str | Path,
+    decoder: Decoder,
+    middle: range,
+    config: StudyConfig,
+    dynamic: DynamicConfig,
+) -> Study:
+    """The study before its first stage."""
     return Study(
         model=str(located(model).absolute()) if located(model).is_dir() else str(model),
         fingerprint=fingerprint(decoder.model),
@@ -153,11 +195,7 @@ class _Stages:
         on_stage: OnStage | None,
     ) -> None:
         self.study, self.decoder, self.work, self.on_stage = study, decoder, work, on_stage
-        length = study.config.max_length
-        # A tenth, and what measuring damage needs, is validation.
-        count = max(len(windows_NL) // 10, study.config.damage_tokens // length, 1)
-        count = min(count, len(windows_NL) // 2)
-        self.train_NL, self.validation_NL = windows_NL[count:], windows_NL[:count]
+        self.train_NL, self.validation_NL = parted(windows_NL, study.config)
 
     def calibrate(self) -> None:
         """Stand-ins: harmonizers in closed form, untrained ones, or identities."""
@@ -167,7 +205,7 @@ class _Stages:
         start = time.perf_counter()
         found: Calibration | None = None
         if config.warm_start == "regression":
-            train_NL = self._calibration_windows()
+            train_NL = calibration_windows(self.train_NL, config, self.decoder.hidden_size)
             found = calibrate(
                 self.decoder,
                 train_NL,
@@ -186,28 +224,13 @@ class _Stages:
         study.seconds["calibrate"] = time.perf_counter() - start
         self.work.save(study, "calibrated")
 
-    def _calibration_windows(self) -> Tensor:
-        """As much of the text [N, L] as is asked for; DataError below a token a hidden unit."""
-        config, least = self.study.config, self.decoder.hidden_size
-        windows_NL = self.train_NL[: config.calibration_tokens // config.max_length]
-        if windows_NL.numel() < least:
-            remedy = "give more public text"
-            if self.train_NL.numel() >= least:
-                enough = math.ceil(least / config.max_length) * config.max_length
-                remedy = f"give at least --calibration-tokens {enough}"
-            raise DataError(
-                f"expected at least {least} tokens to calibrate on, got {windows_NL.numel()}: "
-                f"{remedy}, or --warm-start none"
-            )
-        return windows_NL
-
     def measure(self) -> None:
         """Initial scores: what replacing each layer costs, alone or in company."""
         study, config = self.study, self.study.config
         if config.initial_scores == "zero" or self.work.load(study, "measured"):
             return
         start = time.perf_counter()
-        windows_NL = self.validation_NL[: max(1, config.damage_tokens // config.max_length)]
+        windows_NL = damage_windows(self.validation_NL, config)
         report, done = self._report("measure damage (windows)", len(windows_NL)), 0
 
         def on_batch(count: int) -> None:

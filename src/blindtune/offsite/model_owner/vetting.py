@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blindtune.errors import ConfigError, DataError, PolicyError
 from blindtune.models.decoder import Decoder, context_limit
 from blindtune.training.loss import accepts_logits_to_keep, count_targets, next_token_loss
-from blindtune.training.text import DataConfig, load_dataset_file
+from blindtune.training.text import DataConfig, TokenDataset, load_dataset_file
 
 _ITERATIONS = 30
 ACCEPT = "--accept-large-change"
@@ -151,19 +151,18 @@ def check_changes(
             )
 
 
-@torch.no_grad()
-def public_loss(
+def public_windows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: str | Path,
     *,
     max_length: int = 128,
     max_tokens: int = 8192,
-) -> float:
-    """Mean loss in nats a token on the beginning of some text.
+) -> TokenDataset:
+    """The beginning of some text, on which losses before and after are compared.
 
     Args:
-        model: the full model, before or after.
+        model: the full model, or the sketch of it.
         tokenizer: its own.
         data: a file of public text.
         max_length: tokens of a window, if the model reads as many and the text has them.
@@ -175,9 +174,14 @@ def public_loss(
     longest = min(max_length, context_limit(model.config) or max_length)
     reading = DataConfig(max_length=longest, max_tokens=max_tokens)
     try:
-        dataset = load_dataset_file(data, tokenizer, reading)
+        return load_dataset_file(data, tokenizer, reading)
     except DataError:  # perhaps because the text fills no window
-        dataset = load_dataset_file(data, tokenizer, replace(reading, pack=False))
+        return load_dataset_file(data, tokenizer, replace(reading, pack=False))
+
+
+@torch.no_grad()
+def public_loss(model: PreTrainedModel, dataset: TokenDataset) -> float:
+    """Mean loss in nats a token on public text."""
     keep, was_training = accepts_logits_to_keep(model), model.training
     model.eval()
     loss = count = 0.0
