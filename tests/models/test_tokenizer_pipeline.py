@@ -94,11 +94,29 @@ def template(single, ids=()):
         ({"post_processor": template(TEXTS + [MARK] * 99, [1])}, "a template of 100 pieces"),
         ({"post_processor": template([*TEXTS, MARK], [1] * 99)}, "a template of 100 pieces"),
         ({"model": {"dropout": 0.005}}, "drops merges by chance"),
+        ({"model": {"byte_fallback": True, "continuing_subword_prefix": "#" * 9}}, "byte_fallback"),
+        ({"normalizer": BERT, "pre_tokenizer": METASPACE | {"replacement": "x"}},
+         "a Metaspace beside a BertNormalizer"),
+        # The library takes the steps for what else fits them.
+        ({"post_processor": {"type": "ByteLevel", "single": [*TEXTS, MARK] * 99, "pair": TEXTS,
+                             "special_tokens": template(TEXTS, [1])["special_tokens"]}},
+         "a template of"),
     ],
 )  # fmt: skip
 def test_what_would_repeat_blow_up_or_draw_is_refused(parts, said):
     with pytest.raises(PackageError, match=said):
         tokenizer_from_files(changed(**parts), rows=128)
+
+
+def test_a_key_that_stands_twice_is_refused():
+    """Python takes the last of them, and the library reads the step as another."""
+    files = changed(normalizer=replacing({"String": "good"}, "good good"))
+    twice = files[TOKENIZER_NAME].replace(
+        b'{"type": "Replace"', b'{"type": "Strip", "type": "Strip"'
+    )
+    assert twice != files[TOKENIZER_NAME]
+    with pytest.raises(PackageError, match="a key twice"):
+        tokenizer_from_files(files | {TOKENIZER_NAME: twice}, rows=128)
 
 
 @pytest.mark.parametrize(

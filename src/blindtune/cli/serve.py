@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 HELP = """Serve a model: tune it for many customers who send privatized states.
 
 Run by the vendor, until Ctrl-C or SIGTERM: then requests that are worked on are answered, customers
-are told to come back, and it ends with code 0; before it serves, at once with code 130. One frozen
+are told to come back, and it ends with code 0; while it loads, at once with code 130. One frozen
 model is in memory; every job adds LoRA weights, a head and an optimizer of its own. What a job may
 use is limited by the options below; whatever goes beyond is refused, and nobody else notices.
 
@@ -54,13 +54,13 @@ Example:
 
 def act(settings: Settings) -> Facts:
     """Serve until a signal comes."""
-    from blindtune.exchange.wire.guard import GuardConfig
-    from blindtune.exchange.wire.serving import ServerConfig
-    from blindtune.split.terms import VendorLimits
-    from blindtune.split.vendor.door import CertificateConfig
-    from blindtune.split.vendor.service import BottomConfig, WatchConfig, serve
-
     with _signals() as (serving, ended):
+        from blindtune.exchange.wire.guard import GuardConfig
+        from blindtune.exchange.wire.serving import ServerConfig
+        from blindtune.split.terms import VendorLimits
+        from blindtune.split.vendor.door import CertificateConfig
+        from blindtune.split.vendor.service import BottomConfig, WatchConfig, serve
+
         service = serve(
             settings["model"],
             settings["out"],

@@ -46,7 +46,9 @@ _STEPS = {
 _BEFORE_MODEL = ("normalizer", "pre_tokenizer")
 _NESTED = ("normalizers", "pretokenizers", "processors", "decoders")
 _ONCE = ("BertNormalizer", "ByteLevel", "Metaspace", "Precompiled", "Prepend")
-_CHOSEN = {"Precompiled", "Prepend", "Replace"}
+_CHOSEN = {"Metaspace", "Precompiled", "Prepend", "Replace"}
+_AROUND = ("continuing_subword_prefix", "end_of_word_suffix")
+"""What a model writes beside the parts of a word before it looks them up."""
 _SPACE = "\u2581"
 _REGEXES = (
     " {2,}", " +\u2581", r"[\n\r\t]", r"\n", r"\s+", r"\s{2,}|[\n\r\t]", "^\u2581+$",
@@ -72,8 +74,17 @@ def check_pipeline(described: dict[str, Any]) -> None:
     for kind in _STEPS:
         for step in _steps(described.get(kind)):
             _check_step(step)
-    if described["model"].get("dropout"):
+    _check_model(described["model"])
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    if model.get("dropout"):
         raise ValueError("a model that drops merges by chance; expected dropout null or 0")
+    if model.get("byte_fallback") and any(model.get(name) for name in _AROUND):
+        raise ValueError(
+            f"a model with byte_fallback and a {' or '.join(_AROUND)}, whose bytes it would write "
+            "for every letter that it does not know; expected one of the two"
+        )
 
 
 def _steps(value: Any) -> Iterator[dict[str, Any]]:

@@ -121,12 +121,22 @@ def read_backend(content: bytes) -> Tokenizer:
     It may raise anything: call it within `refuse_malformed`.
     """
     text = content.decode()
-    check_pipeline(json.loads(text))
+    check_pipeline(json.loads(text, object_pairs_hook=_only_once))
     backend = Tokenizer.from_str(text)
+    # And as the library has read it: of a step whose type does not fit it takes the rest for one.
+    check_pipeline(json.loads(backend.to_str()))
     backend.no_padding()
     backend.no_truncation()
     backend.encode(_PROBE)
     return backend
+
+
+def _only_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, unless it has a key twice: readers differ in which one counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{TOKENIZER_NAME} has a key twice")
+    return found
 
 
 @contextmanager

@@ -107,13 +107,13 @@ def test_a_recording_is_whole_or_none(tmp_path, caplog, monkeypatch):
     path = tmp_path / "transcript.bin"
     Recording.begin(path)
     recorded(path, batch(1, rows=3, width=512), max_bytes=2000)
-    assert not path.exists()
+    assert path.read_bytes() == b""
     assert "more than 2,000 bytes crossed" in caplog.text
     Recording.begin(path)
     with monkeypatch.context() as full:
         full.setattr("os.write", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
         recorded(path)
-    assert not path.exists()
+    assert path.read_bytes() == b""
     assert "disk full" in caplog.text
     path.write_bytes(b"something else")
     with pytest.raises(PackageError, match="not a transcript"):
@@ -121,12 +121,28 @@ def test_a_recording_is_whole_or_none(tmp_path, caplog, monkeypatch):
     assert path.read_bytes() == b"something else"
 
 
-def test_frames_that_end_a_connection_are_left_out(tmp_path):
+@pytest.mark.parametrize("forged", [b"", b"19 bytes of garbage", bytes((1 << 20) + 1)])
+def test_what_a_vendor_forges_does_not_spoil_the_file(tmp_path, forged):
+    """The connection ends by it, and what the next one carries is recorded."""
     path = tmp_path / "transcript.bin"
     Recording.begin(path)
     recording = Recording(path)
-    recording("reply", b"")
-    recording("reply", bytes((1 << 20) + 1))
+    whole = record().transcript().frames
+    for direction, frame in (*whole, ("reply", forged), *whole):
+        recording(direction, frame)
     recording.close()
     recording("reply", b"too late")
-    assert open_transcript(path).frames == ()
+    assert open_transcript(path).frames == (*whole, *whole)
+
+
+def test_half_a_message_that_is_then_forged_is_left_out(tmp_path):
+    path = tmp_path / "transcript.bin"
+    Recording.begin(path)
+    recording = Recording(path)
+    large = list(encode(batch(1, rows=1500, width=512), 2))
+    hello = next(encode(Hello(program="test"), 1))
+    for frame in (hello, large[0], large[1][:-1] + b"?", hello):
+        recording("request", frame)
+    recording.close()
+    names = [type(c.message).__name__ for c in open_transcript(path).crossings()]
+    assert names == ["Hello", "Hello"]

@@ -85,7 +85,7 @@ def test_every_beginning_and_end_of_a_job_has_its_line(written):
 
 
 def test_faults_that_a_customer_can_cause_at_will_are_not_a_flood(written):
-    logger = logging.getLogger("blindtune.test")
+    logger = logging.getLogger("blindtune.exchange.wire.transport")
 
     def fail(kind):
         try:
@@ -101,3 +101,6 @@ def test_faults_that_a_customer_can_cause_at_will_are_not_a_flood(written):
     written.now += 1.0
     fail(ValueError)
     assert written.lines()[-1]["left_out"] == 99
+    for job in "abc":  # by the vendor's own doing, so each is told
+        logging.getLogger("blindtune.split.vendor").error("job %s is left out", job)
+    assert [line["message"][4] for line in written.lines()[-3:]] == ["a", "b", "c"]

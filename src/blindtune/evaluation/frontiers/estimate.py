@@ -127,7 +127,8 @@ def estimate_split_frontier(
     stack = stack_of(loaded)
     table_VD = stack.embedding.weight
     assert isinstance(table_VD, Tensor)
-    trained, asked = (_tokens(path, tokenizer, reading) for path in (data, test))
+    lengths = [_lengths(path, tokenizer, reading) for path in (data, test)]
+    trained, asked = map(sum, lengths)
     layers = [layer for layer in stack.layers if isinstance(layer, nn.Module)]
     layer = 2.0 * sum(map(matrix_numbers, layers)) / stack.layer_count
     rate, search = matmul_rate(table_VD.shape[1]), 2.0 * table_VD.numel()
@@ -151,10 +152,11 @@ def estimate_split_frontier(
         parts["training, at most"] = (settings + twice * deep) * trying.attack_seconds
     if config.public_text is not None:
         parts["word groups"] = _grouping(config, table_VD, layer, rate)
-    asked_for, weighing_memory = _asked_for(trial, tokenizer, rate, settings, rows * deep)
+    longest = max(map(max, lengths))
+    asked_for, more = _asked_for(trial, tokenizer, rate, settings, rows * deep, longest)
     parts |= asked_for
     states = (trained + asked + 3 * trying.public_tokens) * table_VD.shape[1]
-    memory = 2 * weight_bytes(loaded) + FLOAT * (states + 12 * table_VD.numel()) + weighing_memory
+    memory = 2 * weight_bytes(loaded) + FLOAT * (states + 12 * table_VD.numel()) + more
     return estimated(
         parts, rate, memory=memory, written=WRITTEN, scratch=weight_bytes(loaded) + FLOAT * states,
         tokens=int(settings * (epochs * trained + asked)),
@@ -162,18 +164,22 @@ def estimate_split_frontier(
 
 
 def _asked_for(
-    trial: Trial, tokenizer: PreTrainedTokenizerBase, rate: Rate, settings: int, deep: int
+    trial: Trial,
+    tokenizer: PreTrainedTokenizerBase,
+    rate: Rate,
+    settings: int,
+    deep: int,
+    longest: int,
 ) -> tuple[dict[str, float], int]:
     """Seconds of the attacks that a sweep runs if it is asked to, and bytes of a language model.
 
-    `deep`: settings behind layers.
+    `deep`: settings behind layers. `longest`: tokens of a text.
     """
     adversary, parts = trial.adversary, {}
     if adversary.dummies:
         parts["dummy embeddings, at most"] = deep * trial.trying.attack_seconds
     if adversary.prior is None:
         return parts, 0
-    longest = trial.reading.max_length or tokenizer.model_max_length
     model = sketch(adversary.prior)
     spelled = not has_words(load_tokenizer(adversary.prior), tokenizer)
     parts |= weighing(
@@ -182,11 +188,13 @@ def _asked_for(
     return parts, weighing_bytes(model, longest, spelled=spelled)
 
 
-def _tokens(path: str | Path, tokenizer: PreTrainedTokenizerBase, reading: ReadingConfig) -> int:
-    """Of the texts of a file, as they are read."""
+def _lengths(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, reading: ReadingConfig
+) -> list[int]:
+    """Tokens of the texts of a file, as they are read."""
     longest = reading.max_length or tokenizer.model_max_length
     found = read_texts(path, text_column=reading.text_column, label_column=reading.label_column)
-    return sum(min(len(ids), longest) for ids in tokenizer(list(found.texts))["input_ids"])
+    return [min(len(ids), longest) for ids in tokenizer(list(found.texts))["input_ids"]]
 
 
 def _rows_of_a_cut(config: SplitFrontierConfig) -> tuple[int, int, int]:

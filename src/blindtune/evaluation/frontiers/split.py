@@ -52,7 +52,7 @@ OnRow = Callable[[str, int, int], None]
 OFFERED = {"language model": "--prior", "dummy embeddings": "--dummies"}
 """Attacks that are run if they are asked for, and how."""
 EACH = 0.995
-"""Confidence of each attack's two-sided interval, so that up to 20 lower ends hold at once."""
+"""Confidence of each attack's two-sided interval, so that up to 19 lower ends hold at once."""
 NoisedName = Literal["token", "exponential", "vector", "groups"]
 
 

@@ -12,6 +12,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,8 +60,7 @@ class Transcript:
         connection = 0
         for direction, frame in self.frames:
             if direction not in readers or _begins(frame):
-                accepts = REQUESTS if direction == "request" else REPLIES
-                readers[direction] = FrameReader(accepts=accepts, limits=limits)
+                readers[direction] = _reader(direction, limits)
             arrived = readers[direction].feed(frame)
             if arrived is not None:
                 connection += isinstance(arrived[1], Hello)
@@ -112,7 +112,8 @@ class Recording:
     """A tap that writes to a file at once, and goes on where an earlier process ended.
 
     A transcript is whole or it is none: where the disk refuses a frame, or more crosses than
-    `max_bytes`, the file is removed, a warning is logged, and the work goes on.
+    `max_bytes`, the file is emptied, which is logged, and the work goes on. A frame that is not one
+    of the protocol ends its connection, and is left out: it would spoil the file.
 
     Args:
         path: a file that `begin` made; only its owner may read it.
@@ -127,6 +128,7 @@ class Recording:
         self._bytes = _whole_bytes(path)
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         os.ftruncate(self._file, self._bytes)
+        self._readers: dict[Direction, FrameReader] = {}
         self._lock = threading.Lock()
 
     @staticmethod
@@ -136,12 +138,10 @@ class Recording:
             partial.write_bytes(MAGIC)
 
     def __call__(self, direction: Direction, frame: bytes) -> None:
-        """Write a frame, but for one of a size that ends its connection."""
-        if not 0 < len(frame) <= FRAME_BYTES:
-            return
+        """Write a frame."""
         record = _RECORD.pack(DIRECTIONS.index(direction), len(frame)) + frame
         with self._lock:
-            if self._file is None:
+            if self._file is None or not self._belongs(direction, frame):
                 return
             self._bytes += len(record)
             if self._bytes > self._max_bytes:
@@ -160,12 +160,23 @@ class Recording:
                 os.close(self._file)
                 self._file = None
 
+    def _belongs(self, direction: Direction, frame: bytes) -> bool:
+        if direction not in self._readers or _begins(frame):
+            self._readers[direction] = _reader(direction, _limits(2**31 - 1))
+        try:
+            self._readers[direction].feed(frame)
+        except VerificationError:
+            return False
+        return True
+
     def _give_up(self, why: str) -> None:
         assert self._file is not None
-        os.close(self._file)
+        with suppress(OSError):
+            os.ftruncate(self._file, 0)
+        with suppress(OSError):
+            os.close(self._file)
         self._file = None
-        self._path.unlink(missing_ok=True)
-        logger.warning("%s: removed, as it would not be whole (%s)", self._path, why)
+        logger.error("%s: emptied, as it would not be whole (%s)", self._path, why)
 
 
 def _whole_bytes(path: Path) -> int:
@@ -208,11 +219,20 @@ def open_transcript(path: Path, *, max_bytes: int = MOST_BYTES) -> Transcript:
             position += _RECORD.size + length
     transcript = Transcript(tuple(frames))
     try:
-        for _ in transcript.crossings(MessageLimits(max_payload_bytes=min(max_bytes, 2**31 - 1))):
+        for _ in transcript.crossings(_limits(max_bytes)):
             pass
     except VerificationError as error:
         raise PackageError(f"{path}: {error}: record it again") from error
     return transcript
+
+
+def _limits(max_bytes: int) -> MessageLimits:
+    return MessageLimits(max_payload_bytes=min(max_bytes, 2**31 - 1))
+
+
+def _reader(direction: Direction, limits: MessageLimits | None) -> FrameReader:
+    accepts = REQUESTS if direction == "request" else REPLIES
+    return FrameReader(accepts=accepts, limits=limits)
 
 
 def _begins(frame: bytes) -> bool:

@@ -111,7 +111,7 @@ class CustomerJob:
         """Keep every other process out.
 
         Args:
-            record: what crosses shall be kept from the first byte on.
+            record: what crosses shall be kept, from the first states on.
 
         Raises:
             OutputError: another one works on the job.
@@ -217,18 +217,19 @@ class CustomerJob:
             return
         if self.record.state != "begun":
             raise ConfigError(
-                f"{self.path}: expected a job that is recorded from its first byte on, this one is "
+                f"{self.path}: expected a job recorded from its first states on, this one is "
                 f"{self.record.state}, without a transcript: leave record, or begin another job"
             )
         Recording.begin(self._transcript_path)
 
     @contextmanager
     def recording(self) -> Iterator[Tap | None]:
-        """What notes the frames that cross; None where the job is not recorded."""
-        if not self._transcript_path.exists():
+        """What notes the frames that cross; None where the job is not recorded, or no longer."""
+        path = self._transcript_path
+        if not path.exists() or not path.stat().st_size:
             yield None
             return
-        recording = Recording(self._transcript_path)
+        recording = Recording(path)
         try:
             yield recording
         finally:

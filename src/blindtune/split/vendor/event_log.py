@@ -35,6 +35,8 @@ from blindtune.exchange.wire.events import (
 LINE_SECONDS = 1.0
 """Between two lines of a customer about the same kind of event."""
 _WATCHED = ("blindtune", "grpc")
+_AT_WILL = ("blindtune.exchange.wire", "grpc")
+"""What logs faults that a customer can cause as often as it likes."""
 
 
 @final
@@ -44,7 +46,7 @@ class EventLog:
 
     Requests that were answered well are not written; the metrics count them. Of what a customer
     can bring about as often as it likes, one line a second is written of each kind (the event, and
-    its answer or reason; or the place in the code that logs), with `left_out`, how many of them
+    its answer or reason; or the fault and where it was logged), with `left_out`, how many of them
     there were since the line before.
 
     Args:
@@ -132,8 +134,9 @@ class _Records(logging.Handler):
         if record.exc_info and record.exc_info[0] is not None:
             facts["error"] = record.exc_info[0].__name__
             facts["place"] = "".join(traceback.format_tb(record.exc_info[2]))
-        kind = ("message", record.name, str(record.lineno), facts.get("error"))
-        left_out = self._log.left_out(kind)  # a customer may cause a fault as often as it likes
-        if left_out is None:
-            return
-        self._log.write("message", facts | ({"left_out": left_out} if left_out else {}))
+        if record.name.startswith(_AT_WILL):
+            left_out = self._log.left_out((record.name, str(record.lineno), facts.get("error")))
+            if left_out is None:
+                return
+            facts |= {"left_out": left_out} if left_out else {}
+        self._log.write("message", facts)
