@@ -59,7 +59,7 @@ def test_offsite_on_smollm2(tmp_path):
     texts = write_texts(tmp_path, {"public": 6_000, "private": 9_000, "test": 2_000})
     done = run_recipe(
         "offsite.py", *texts, "--out", tmp_path / "out",
-        "--steps", 3, "--study-steps", 1, "--damage-tokens", 256, "--test-tokens", 256,
+        "--steps", 3, "--study-steps", 1, "--damage-tokens", 128, "--test-tokens", 256,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path / "out")
