@@ -75,7 +75,7 @@ def privatizer_table(found, task):
             spread([r["UA"] for r in rows], 3),
             f"{max(speeds):,.0f}" if speeds else "",
             f"{cost['flops'] / cost['tokens'] / 1e6:.0f}" if cost else "",
-            str(len(rows)),
+            str(len(rows) or len(read)),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
