@@ -111,7 +111,7 @@ def circle():
         (compiled([0] * 256, b"x\0", size=2**32 - 4), "with a trie of"),
         (compiled([0] * 256, b"x\0", size=1022), "with a trie of 1022"),
         ({"precompiled_charsmap": "A" * (MOST_CODED + 4)}, "expected at most 1,048,576"),
-        ({"precompiled_charsmap": ""}, "unpack"),
+        ({"precompiled_charsmap": ""}, "a Precompiled table of 0 bytes"),
         ({"precompiled_charsmap": "!!!!"}, "base64"),
     ],
     ids=["circle", "out", "empty", "size", "odd size", "long", "nothing", "base64"],

@@ -53,9 +53,9 @@ def check_letter_table(coded: str) -> None:
 
 def _entries(table: bytes) -> Iterator[tuple[str, str]]:
     """What is written for which letters, of all keys that are looked up."""
-    (size,) = struct.unpack_from("<I", table)
+    size = int.from_bytes(table[:4], "little")
     if size % 4 or size > len(table) - 4:
-        raise ValueError(f"a table of {len(table)} bytes with a trie of {size}")
+        raise ValueError(f"a Precompiled table of {len(table)} bytes with a trie of {size}")
     units = struct.unpack_from(f"<{size // 4}I", table, 4)
     texts = table[4 + size :]
     for key, place in _keys(units):

@@ -94,7 +94,8 @@ def test_public_text_arms_the_attacker(world, tmp_path):
 def test_every_attack_is_run_that_is_asked_for(world, tmp_path, monkeypatch):
     """And rows are kept by what the language model is, not by its name."""
     asked = AdversaryConfig(prior=str(world / "language"), dummies=True)
-    trial, config = replace(TRIAL, adversary=asked), replace(QUICK, eta=(20.0,))
+    few = replace(TRIAL.trying, test_tokens=40)
+    trial, config = replace(TRIAL, adversary=asked, trying=few), replace(QUICK, eta=(20.0,))
     seen = []
     real = module.audit_split
 

@@ -579,7 +579,7 @@ def test_the_command_noises_gradients(tmp_path, monkeypatch, capsys, task):
     if labels is None:
         data = numbers(tmp_path / "a.csv", LABELS.tolist())
     monkeypatch.setattr(
-        tuning_job, "connector", lambda _address, _access, traffic: lambda: world.connect()
+        tuning_job, "connector", lambda *_arguments, **_options: lambda: world.connect()
     )
     command = [
         "split-tune", "host:1", "--bottom", str(tmp_path / "bottom"), "--data", str(data),
