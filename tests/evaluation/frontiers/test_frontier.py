@@ -193,13 +193,16 @@ def test_bad_sweeps_are_refused():
         FrontierConfig(test_share=1.0)
 
 
+SMALL = FrontierConfig(
+    adapter_layers=(1,), alpha=(0.34,), beta=(0.8,), max_length=32, steps=3, batch_size=2,
+    learning_rate=1e-3,
+)  # fmt: skip
+
+
 def test_rows_are_shared_and_run_once(tmp_path, monkeypatch):
     save_tiny("llama", tmp_path / "model")
     save_text(tmp_path)
-    config = FrontierConfig(
-        adapter_layers=(1,), alpha=(0.34,), beta=(0.8,), max_length=32, steps=3, batch_size=2,
-        learning_rate=1e-3,
-    )  # fmt: skip
+    config = SMALL
     fits, original = [], module.fit
     monkeypatch.setattr(module, "fit", lambda *a, **k: fits.append(1) or original(*a, **k))
     place = (tmp_path / "model", tmp_path / "private.txt", tmp_path / "out")
@@ -240,10 +243,7 @@ def test_an_emulator_is_made_once_for_all_seeds(tmp_path, monkeypatch):
     """Rows are those of each seed alone, also where only some are missing."""
     save_tiny("llama", tmp_path / "model")
     save_text(tmp_path)
-    config = FrontierConfig(
-        adapter_layers=(1,), alpha=(0.34,), beta=(0.8,), max_length=32, steps=2, batch_size=2,
-        learning_rate=1e-3,
-    )  # fmt: skip
+    config = replace(SMALL, steps=2)
     made, original = [], module.emulate
     monkeypatch.setattr(module, "emulate", lambda *a, **k: made.append(1) or original(*a, **k))
     study_tiny(tmp_path, module.DynamicConfig(steps=0))

@@ -117,12 +117,7 @@ def check_adversary(
     reading: ReadingConfig,
 ) -> None:
     """Raise ConfigError for what this adversary cannot do with this bottom and these files."""
-    for name, given in (
-        ("prior", adversary.prior),
-        ("attribute-column", adversary.attribute_column),
-    ):
-        if given is not None and public is None:
-            raise ConfigError(f"expected --public for --{name}: give text like yours")
+    check_public(adversary, public)
     if adversary.attribute_column is not None and data is None:
         raise ConfigError(
             "expected --data for --attribute-column, got a job, which has no columns: audit its "
@@ -138,6 +133,16 @@ def check_adversary(
             "expected a bottom with layers for --dummies, got a cut at 0, where the nearest "
             "neighbour is what it would find: leave it out"
         )
+
+
+def check_public(adversary: AdversaryConfig, public: object) -> None:
+    """Raise ConfigError for what needs public text, where there is none."""
+    for name, given in (
+        ("prior", adversary.prior),
+        ("attribute-column", adversary.attribute_column),
+    ):
+        if given is not None and public is None:
+            raise ConfigError(f"expected --public for --{name}: give text like yours")
 
 
 def _equipment(

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blindtune.errors import ConfigError, DataError
 from blindtune.evaluation.audits.audit import AdversaryConfig, AuditConfig
-from blindtune.evaluation.audits.split import audit_split
+from blindtune.evaluation.audits.split import audit_split, check_public
 from blindtune.evaluation.audits.split_attacks import FEWEST_PUBLIC, public_needed
 from blindtune.evaluation.audits.split_subject import read_audited, spread_texts
 from blindtune.evaluation.frontiers.sweeps import KeptRows, unbeaten
@@ -247,8 +247,7 @@ class SplitFrontier:
 
 def check_tried(adversary: AdversaryConfig, cuts: Iterable[int], public: object) -> None:
     """Raise ConfigError for an adversary that could do nothing in any setting of a sweep."""
-    if adversary.prior is not None and public is None:
-        raise ConfigError("expected --public for --prior: give text like yours")
+    check_public(adversary, public)
     if adversary.dummies and not any(cuts):
         raise ConfigError(
             "expected a cut above 0 for --dummies, got none: at cut 0 the nearest neighbour is "
